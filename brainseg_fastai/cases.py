@@ -6,7 +6,7 @@
 __all__ = ['DataError', 'subject_id', 'kinds_in', 'is_simulated', 'adni_cases', 'pair_cases', 'read_image', 'mask_codes',
            'read_mask', 'check_cases', 'refuse_errors', 'format_problems', 'data_fingerprint', 'show_cases']
 
-# %% ../nbs/00_cases.ipynb #d55a73a6
+# %% ../nbs/00_cases.ipynb #6555f966
 import hashlib, json, os, re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
 
-# %% ../nbs/00_cases.ipynb #499ce427
+# %% ../nbs/00_cases.ipynb #218821b2
 class DataError(ValueError):
     "Bad input; the message says which file, what was found, what was expected and what to do"
     parts = None
@@ -32,7 +32,12 @@ class DataError(ValueError):
         e.parts = dict(file=str(file), found=found, expected=expected, remedy=remedy)
         return e
 
-# %% ../nbs/00_cases.ipynb #5d0598e4
+def _few(xs, n=5):
+    "The first `n` of many as text"
+    xs = list(xs)
+    return ', '.join(map(str, xs[:n])) + (f', … {len(xs)} in all' if len(xs)>n else '')
+
+# %% ../nbs/00_cases.ipynb #62860d57
 def subject_id(
     path # File name or path, such as `brain/027_S_0307-I34159-brain-ax3.png`
 )->str: # Subject, such as `027_S_0307`
@@ -42,7 +47,7 @@ def subject_id(
     raise DataError.of(path, 'a name without a subject', 'SUBJECT-SCAN-KIND-SLICE.png',
                        'Rename the file, or say with --subject where the subject is in the name.')
 
-# %% ../nbs/00_cases.ipynb #9ae96c9e
+# %% ../nbs/00_cases.ipynb #133f8112
 def _token(kind): return re.compile(rf'(?<![A-Za-z0-9]){re.escape(kind)}(?![A-Za-z0-9])')
 
 def _sub_last(stem, kind, to):
@@ -56,7 +61,7 @@ def _rest(stem, kind):
 
 def _stem(rel): return Path(rel).with_suffix('').as_posix()
 
-# %% ../nbs/00_cases.ipynb #4ab6cb19
+# %% ../nbs/00_cases.ipynb #db61d034
 def _csv_rule(file, kinds):
     "Subjects from a CSV file with the columns `image` and `subject`; one row serves every kind of the same image"
     try: t = pd.read_csv(file, dtype=str, encoding='utf-8-sig', keep_default_na=False)
@@ -94,7 +99,7 @@ def _subject_rule(subject, kinds):
         return m and m[1] or None
     return regex, f'a name that fits the expression {subject.replace("{", "{{").replace("}", "}}")}'
 
-# %% ../nbs/00_cases.ipynb #175397bd
+# %% ../nbs/00_cases.ipynb #56206fc8
 def _scan_slice(stem, kind, subject):
     "Scan and slice from a name, the last part being the slice"
     m = re.fullmatch(rf'[^-]+-([^-]+)-{re.escape(kind)}-(.+)', stem)
@@ -104,7 +109,7 @@ def _scan_slice(stem, kind, subject):
     m = re.fullmatch(r'(.*?)[-_/ ]*([^-_/ ]*)', rest)
     return m[1] or '-', m[2] or '-'
 
-# %% ../nbs/00_cases.ipynb #35b7b7c1
+# %% ../nbs/00_cases.ipynb #84d04da6
 _suffixes = {'.png','.tif','.tiff','.bmp','.jpg','.jpeg'}
 
 def _files(folder):
@@ -114,29 +119,29 @@ def _files(folder):
 
 def _images(folder): return [p for p in _files(folder) if p.suffix.lower() in _suffixes]
 
+def _subfolders(root): return sorted(d for d in Path(root).iterdir() if d.is_dir() and not d.name.startswith('.'))
+
 def kinds_in(
     root # Data folder
 )->list: # Names of folders, `brain` and `orig` first
     "The kinds of image in a data folder: its subfolders with images, `mask` apart"
-    root = Path(root)
-    ds = [d.name for d in root.iterdir() if d.is_dir() and d.name!='mask' and not d.name.startswith('.')] if root.is_dir() else []
-    return sorted((d for d in ds if _images(root/d)), key=lambda d: (d!='brain', d!='orig', d))
+    ds = [d.name for d in _subfolders(root) if d.name!='mask' and _images(d)] if Path(root).is_dir() else []
+    return sorted(ds, key=lambda d: (d!='brain', d!='orig', d))
 
-# %% ../nbs/00_cases.ipynb #86462acd
-def _wrong_folder(root, kinds=None):
+# %% ../nbs/00_cases.ipynb #f28db0a0
+def _wrong_folder(root, kinds=()):
     "A `DataError` for a folder that cannot hold cases, or None"
-    root,want = Path(root), 'a folder with the subfolders mask and brain or orig (or both) full of images'
-    def bad(found, remedy): return DataError.of(root, found, want, remedy)
+    def bad(found, remedy): return DataError.of(root, found, 'a folder with the subfolders mask and brain or orig (or both), full of images', remedy)
     if not root.is_dir(): return bad('a file' if root.exists() else 'no such folder', 'Give the path of the data folder.')
-    ks = kinds_in(root)
-    if not ks or not _images(root/'mask'):
-        near = [root.parent, *sorted(d for d in root.iterdir() if d.is_dir())]
-        near = next((d for d in near if (d/'mask').is_dir() and kinds_in(d)), None)
-        subs = ', '.join(sorted(d.name for d in root.iterdir() if d.is_dir())[:8])
-        found = ('an empty folder' if not any(root.iterdir()) else 'no subfolder mask' if not (root/'mask').is_dir() else
-                 'no image in mask' if not _images(root/'mask') else 'no image beside mask')
-        return bad(f'{found} (subfolders: {subs})' if subs else found, f'Did you mean {near}?' if near else 'Give the path of the data folder.')
-    lost = [k for k in kinds or [] if k not in ks]
+    if not (root/'mask').is_dir():
+        subs = _subfolders(root)
+        near = next((d for d in [root.parent, *subs] if (d/'mask').is_dir() and kinds_in(d)), None)
+        names = f' (subfolders: {_few([d.name for d in subs], 8)})' if subs else ''
+        return bad(f'no subfolder mask{names}' if any(root.iterdir()) else 'an empty folder',
+                   f'Did you mean {near}?' if near else 'Give the path of the data folder.')
+    if not _images(root/'mask'): return bad('no image in mask', 'Add the masks, in PNG, TIFF or BMP format.')
+    ks = kinds_in(root); lost = [k for k in kinds if k not in ks]
+    if not ks: return bad('no images beside mask', 'Add the images, in PNG, TIFF, BMP or JPEG format.')
     if lost: return bad(f'no images of the kind {", ".join(lost)}', f'This folder has: {", ".join(ks)}.')
 
 def _scan_folder(root, kinds, subject):
@@ -150,7 +155,7 @@ def _scan_folder(root, kinds, subject):
         return dict(subject=s, scan=scan, slice=slic, kind=kind, image=p, mask=next((masks[o] for o in names if o in masks), None))
     return [row(p, k) for k in kinds for p in _images(root/k)]
 
-# %% ../nbs/00_cases.ipynb #0a7964c3
+# %% ../nbs/00_cases.ipynb #51ce1ad5
 def _cohort(root):
     "What the folder's `cohort.json` says, if it has one"
     f = Path(root)/'cohort.json'
@@ -174,8 +179,8 @@ def adni_cases(
     subject=None     # None: ADNI names; else a regular expression with one group, 'folder', or the path of a CSV file (image, subject)
 )->pd.DataFrame: # One row per case: subject, scan, slice, kind, image, mask, spacing (mm per pixel, or NaN)
     "The table of all images of one kind that have a mask, sorted by subject, scan and slice"
-    root = Path(root).resolve(); e = _wrong_folder(root, [kind])
-    if e: raise e
+    root = Path(root).resolve()
+    if e := _wrong_folder(root, [kind]): raise e
     rows = [o for o in _scan_folder(root, kinds_in(root), subject) if o['kind']==kind and o['subject'] and o['mask']]
     if not rows:
         raise DataError.of(root/kind, 'no image whose name tells a subject and that has a mask', f'{_subject_rule(subject, [kind])[1].format(kind=kind)}'
@@ -184,7 +189,7 @@ def adni_cases(
     df = pd.DataFrame([{**o, 'spacing': float('nan') if spacing is None else float(spacing)} for o in rows], columns=_columns)
     return df.sort_values(['subject','scan','slice'], kind='stable', ignore_index=True)
 
-# %% ../nbs/00_cases.ipynb #2efba65c
+# %% ../nbs/00_cases.ipynb #6c495c1f
 def pair_cases(
     a:pd.DataFrame, # Case table
     b:pd.DataFrame  # Case table, usually of another kind
@@ -198,7 +203,7 @@ def pair_cases(
     both = a[on].merge(b[on], on=on).sort_values(on)
     return tuple(both.merge(t, on=on, how='left')[list(t.columns)] for t in (a, b))
 
-# %% ../nbs/00_cases.ipynb #24c203d2
+# %% ../nbs/00_cases.ipynb #427a80b9
 def _pixels(path, mask=False):
     "Decoded grey levels of an image, or codes of a mask, in the file's own range; two-dimensional"
     what = 'a mask' if mask else 'an image'
@@ -228,10 +233,11 @@ def read_image(
     "Grey levels of an image; more than 8 bits are scaled so that the largest value becomes 255"
     a = _pixels(path)
     if a.dtype==np.uint8: return a
-    a = a.astype(np.float64); a -= min(a.min(), 0)
-    return np.round(a*(255/a.max() if a.max()>255 or a.max()<=1 and a.max()>0 else 1)).astype(np.uint8)
+    real = a.dtype.kind=='f'; a = a.astype(np.float64); a -= min(a.min(), 0)
+    if a.max()>255 or real and a.max()>0: a *= 255/a.max()
+    return np.round(a).astype(np.uint8)
 
-# %% ../nbs/00_cases.ipynb #88b6b98e
+# %% ../nbs/00_cases.ipynb #6f1db263
 def _inside(a):
     "True for pixels whose eight neighbours all have the same value as they have (the border never does)"
     row = np.zeros(a.shape, bool); row[:,1:-1] = (a[:,1:-1]==a[:,:-2]) & (a[:,1:-1]==a[:,2:])
@@ -239,10 +245,17 @@ def _inside(a):
     res[1:-1] = row[1:-1] & row[:-2] & row[2:] & (a[1:-1]==a[:-2]) & (a[1:-1]==a[2:])
     return res
 
+def _count(a):
+    "Pixels per value, as a dict"
+    if a.dtype==np.uint8: n = np.bincount(a.ravel()); codes = n.nonzero()[0]; n = n[codes] # some times faster than `unique`
+    else: codes,n = np.unique(a, return_counts=True)
+    return dict(zip(codes.tolist(), n.tolist()))
+
 def _sha(a):
     "Hash of decoded pixels, the same for the same values whatever the file format"
-    a = np.ascontiguousarray(a if a.dtype==np.uint8 else a.astype('<f8'))
-    if a.dtype!=np.uint8 and (a==a.astype(np.uint8)).all(): a = a.astype(np.uint8)
+    if a.dtype!=np.uint8:
+        a = a.astype('<f8')
+        if a.min()>=0 and a.max()<=255 and (a==a.round()).all(): a = a.astype(np.uint8)
     return hashlib.sha256(str(a.shape).encode() + a.tobytes()).hexdigest()
 
 def _look(path, mask=False):
@@ -250,11 +263,7 @@ def _look(path, mask=False):
     try: a = _pixels(path, mask)
     except DataError as e: return dict(error=e)
     d = dict(error=None, shape=a.shape, sha=_sha(a), constant=bool((a==a.flat[0]).all()))
-    if mask:
-        codes,n = np.unique(a, return_counts=True)
-        inside = dict(zip(*(o.tolist() for o in np.unique(a[_inside(a)], return_counts=True)))) if len(codes)>2 else {}
-        d.update(codes=dict(zip(codes.tolist(), n.tolist())), inside=inside)
-    return d
+    return {**d, 'codes':_count(a), 'inside':_count(a[_inside(a)])} if mask else d
 
 def _look_all(jobs, progress=False):
     "`_look` at many (path, mask) pairs at once, in threads; `progress` is a bool or a function of (done, total)"
@@ -269,35 +278,29 @@ def _look_all(jobs, progress=False):
             if callable(progress): progress(i, len(jobs))
     return facts
 
-# %% ../nbs/00_cases.ipynb #dbe84de8
-_ways_out = 'Real classes that look like this must be stored as 0, 1, 2, … without gaps.'
+# %% ../nbs/00_cases.ipynb #1722dc5c
+_way_out = 'Real classes that look like this must be stored as 0, 1, 2, … without gaps.'
 
 def _code_problem(facts):
     "Suspicious codes: a dict from mask file to (found, expected, remedy), empty if all codes can be believed"
-    facts = {p:f for p,f in facts.items() if not f['error']}
     n,inside = Counter(), Counter()
     for f in facts.values(): n.update(f['codes']); inside.update(f['inside'])
     codes = sorted(n)
-    if len(codes)<3 or len(codes)<=32 and codes==list(range(len(codes))): return {}
-    odd = {c for c in codes[1:-1] if inside[c] < n[c]/20}
-    if odd or len(codes)>256:
-        solid = ' and '.join(str(c) for c in codes if c not in odd) if len(codes)-len(odd) <= 8 else 'a few codes'
+    if len(codes)<3 or codes[0]>=0 and codes[-1]<10 or len(codes)<=32 and codes==list(range(len(codes))): return {}
+    odd = {c for c in codes[1:-1] if inside[c] < n[c]/20 or len(codes)>256}
+    fore = {p: set(f['codes']) - {codes[0]} for p,f in facts.items()}
+    if odd:
+        solid = _few([c for c in codes if c not in odd])
         def found(f):
-            o = [c for c in f['codes'] if c in odd] or list(f['codes'])
-            return f'{len(o)} anti-aliased or stray values ({_few(o)}) in {sum(f["codes"][c] for c in o)} pixels'
-        return {p: (found(f), f'codes that fill regions, here {solid}',
-                    f'Export the masks again without smoothing (nearest neighbour), or threshold them. {_ways_out}')
-                for p,f in facts.items() if odd & set(f['codes']) or len(codes)>256}
-    fore = {p: [c for c in f['codes'] if c!=codes[0]] for p,f in facts.items()}
+            o = [c for c in f['codes'] if c in odd]
+            return f'anti-aliased edges or stray pixels: the values {_few(o)} fill no region ({sum(f["codes"][c] for c in o)} pixels)'
+        return {p: (found(f), f'codes that fill regions, such as {solid}',
+                    f'Export the masks again without smoothing (nearest neighbour), or threshold them. {_way_out}')
+                for p,f in facts.items() if odd & fore[p]}
     if max(map(len, fore.values())) > 1: return {}
-    usual = Counter(o[0] for o in fore.values() if o).most_common(1)[0][0]
-    return {p: (f'the foreground coded as {o[0]}', f'{usual} as in most masks', f'Write all masks with the same codes. {_ways_out}')
-            for p,o in fore.items() if o and o[0]!=usual}
-
-def _few(xs, n=5):
-    "The first `n` of many as text"
-    xs = list(xs)
-    return ', '.join(map(str, xs[:n])) + (f', … {len(xs)} in all' if len(xs)>n else '')
+    usual = Counter(c for o in fore.values() for c in o).most_common(1)[0][0]
+    return {p: (f'a foreground of {_few(o)}', f'{usual} as in most masks', f'Write all masks with the same codes. {_way_out}')
+            for p,o in fore.items() if o and o!={usual}}
 
 def mask_codes(
     paths # Mask files, all of them
@@ -321,63 +324,71 @@ def read_mask(
                                'See `brainseg check`; a model can only be used on masks with the codes that it was trained on.')
     return i.astype(np.uint8)
 
-# %% ../nbs/00_cases.ipynb #25e7dfd0
+# %% ../nbs/00_cases.ipynb #dcc2ee3e
 def _row(level, file, found, expected, remedy): return dict(level=level, file=str(file), found=found, expected=expected, remedy=remedy)
 
 def _key(o): return o['subject'], o['scan'], o['slice']
 
-def _name_problems(rows, root, expected):
+def _name_problems(rows, rel, expected):
     "Names that do not tell the subject, and two files for one case"
     seen = {}
     for o in rows:
-        file = o['image'].relative_to(root).as_posix()
-        if not o['subject']: yield _row('error', file, 'a name that does not tell the subject', expected.format(kind=o['kind']),
-                                        'Rename or delete the file, or say with --subject how subjects are named.')
+        file = rel(o['image'])
+        if not o['subject']:
+            yield _row('error', file, 'a name that does not tell the subject', expected.format(kind=o['kind']),
+                       'Rename or delete the file, or say with --subject how subjects are named.')
         elif (first := seen.setdefault((o['kind'], *_key(o)), file)) != file:
             yield _row('error', file, f'the same subject, scan and slice as {first}', 'one image per case', 'Delete or rename one of them.')
 
-def _match_problems(rows, root, kinds):
+# %% ../nbs/00_cases.ipynb #9e4e4468
+def _match_problems(rows, rel, kinds, masks):
     "Images without a mask or without their partner in another kind, and masks without an image"
     have = {}
     for o in rows: have.setdefault(_key(o), set()).add(o['kind'])
     for o in rows:
         if not o['subject']: continue
-        file,lost = o['image'].relative_to(root).as_posix(), [k for k in kinds if k not in have[_key(o)]]
+        file,lost = rel(o['image']), ' or '.join(k for k in kinds if k not in have[_key(o)])
         alone = len(kinds)>1 and len(have[_key(o)])==1
-        if not o['mask']: yield _row('warning' if alone else 'error', file, 'no mask' + (f' and no image in {", ".join(lost)}' if alone else ''),
-                                     'a file of the same name in mask', 'Add the mask or delete the image' + (', which is left out.' if alone else '.'))
-        elif lost: yield _row('warning', file, f'no image of the same name in {", ".join(lost)}', 'an image in every kind',
-                              'Nothing need be done: it is left out of the comparison of kinds.')
+        if not o['mask'] and not alone: yield _row('error', file, 'no mask', 'a file of the same name in mask', 'Add the mask or delete the image.')
+        elif not o['mask']:
+            yield _row('warning', file, f'no mask, and no image in {lost} either', 'a file of the same name in mask and in every kind',
+                       'Nothing need be done: the image is not used.')
+        elif lost:
+            yield _row('warning', file, f'no image of the same name in {lost}', 'an image in every kind',
+                       'Nothing need be done: it is left out of the comparison of kinds.')
     used = {o['mask'] for o in rows}
-    for p in _images(root/'mask'):
-        if p not in used: yield _row('warning', p.relative_to(root).as_posix(), 'a mask without an image', f'an image of the same name in {" or ".join(kinds)}',
+    for p in masks:
+        if p not in used: yield _row('warning', rel(p), 'a mask without an image', f'an image of the same name in {" or ".join(kinds)}',
                                      'Add the image or delete the mask, which is not used.')
 
-def _file_problems(rows, root, facts):
-    "Files that cannot be read, and masks of another size than their image; files of no case only get a warning"
+# %% ../nbs/00_cases.ipynb #004fb6e4
+def _file_problems(rows, rel, facts):
+    "Files that cannot be read (a mere warning where no case uses them), and masks of another size than their image"
     used = {p for o in rows if o['mask'] for p in (o['image'], o['mask'])}
     for p,f in facts.items():
-        if f['error']: yield _row('error' if p in used else 'warning', **{**f['error'].parts, 'file': p.relative_to(root).as_posix()})
+        if f['error']: yield _row('error' if p in used else 'warning', **{**f['error'].parts, 'file': rel(p)})
     for o in rows:
         i,m = facts[o['image']], facts.get(o['mask'])
         if not m or i['error'] or m['error'] or i['shape']==m['shape']: continue
         (h,w),(mh,mw) = i['shape'], m['shape']
-        yield _row('error', o['image'].relative_to(root).as_posix(), f'an image of {w}×{h} pixels with a mask of {mw}×{mh}',
-                   'image and mask of the same size', 'Export both from the same scan at the same resolution.')
+        yield _row('error', rel(o['image']), f'an image of {w}×{h} pixels with a mask of {mw}×{mh}', 'image and mask of the same size',
+                   'Export both from the same scan at the same resolution.')
 
-def _mask_problems(rows, root, facts):
+def _mask_problems(rows, rel, facts):
     "Codes that cannot be believed, and empty masks"
     facts = {p: facts[p] for p in dict.fromkeys(o['mask'] for o in rows) if p and not facts[p]['error']}
     if not facts: return
-    bad = _code_problem(facts)
-    for p,o in bad.items(): yield _row('error', p.relative_to(root).as_posix(), *o)
+    for p,o in _code_problem(facts).items(): yield _row('error', rel(p), *o)
     back = min(c for f in facts.values() for c in f['codes'])
-    empty = [p.relative_to(root).as_posix() for p,f in facts.items() if set(f['codes'])=={back}]
-    if len(empty)==len(facts): yield _row('error', 'mask', f'{len(empty)} masks and all of them empty', 'something to find in some of them', 'Export the masks again.')
-    elif empty: yield _row('note', empty[0], f'{len(empty)} of {len(facts)} masks are empty: {_few(empty, 3)}', 'nothing else: a slice may show nothing to find',
-                           'Nothing need be done if these slices really show none.')
+    empty = [rel(p) for p,f in facts.items() if set(f['codes'])=={back}]
+    if len(empty)==len(facts):
+        yield _row('error', 'mask', f'{len(empty)} masks, all of them empty', 'something to find in some of them', 'Export the masks again.')
+    elif empty:
+        yield _row('note', empty[0], f'{len(empty)} of {len(facts)} masks empty: {_few(empty, 3)}', 'at most slices that show nothing to find',
+                   'Nothing need be done if that is so.')
 
-def _duplicate_problems(rows, root, facts):
+# %% ../nbs/00_cases.ipynb #c3a6dd07
+def _duplicate_problems(rows, rel, facts):
     "The same pixels twice in one kind; constant slices are no duplicates"
     groups = {}
     for o in rows:
@@ -386,32 +397,38 @@ def _duplicate_problems(rows, root, facts):
     for first,*more in groups.values():
         for o in more:
             other = next((p for p in (first, *more) if p['subject']!=o['subject']), None)
-            twin = (other or first)['image'].relative_to(root).as_posix()
-            yield _row('error' if other else 'warning', o['image'].relative_to(root).as_posix(), f'the same pixels as {twin}',
-                       'every image once' if not other else 'different images of different subjects',
-                       'Find out whose image it is and delete the other: a split by subject cannot keep them apart.' if other else 'Delete one of them: it counts twice.')
+            if other: yield _row('error', rel(o['image']), f'the same pixels as {rel(other["image"])}', 'different images of different subjects',
+                                 'Find out whose image it is and delete the other: no split by subject can keep the two apart.')
+            else: yield _row('warning', rel(o['image']), f'the same pixels as {rel(first["image"])}', 'every image once',
+                             'Delete one of them: it counts twice.')
 
 def _subject_problems(rows, kinds):
     "Too few subjects for training, validation and test"
     ss = {k: {o['subject'] for o in rows if o['kind']==k and o['subject'] and o['mask']} for k in kinds}
-    def row(where, n, what): return _row('error', where, f'{n} subjects {what}', 'at least 3: one each for training, validation and test', 'Add subjects.')
-    few = [k for k in kinds if len(ss[k])<3]
+    def row(where, n, what):
+        return _row('error', where, f'{n} subject{"s"*(n!=1)} {what}', 'at least 3: one each for training, validation and test', 'Add subjects.')
+    few,both = [k for k in kinds if len(ss[k])<3], set.intersection(*ss.values())
     for k in few: yield row(k, len(ss[k]), 'with image and mask')
-    both = set.intersection(*ss.values())
     if not few and len(both)<3: yield row(', '.join(kinds), len(both), 'with images in every kind')
 
-# %% ../nbs/00_cases.ipynb #5d27ae2c
 def _other_files(root, kinds):
     "Files in the folders that are no images"
     for d in [*kinds, 'mask']:
         ps = [p.name for p in _files(root/d) if p.suffix.lower() not in _suffixes]
-        if ps: yield _row('note', d, f'{len(ps)} files that are no images: {_few(ps, 3)}', 'images in PNG, TIFF, BMP or JPEG format', 'Nothing need be done: they are passed over.')
+        if ps: yield _row('note', d, f'{len(ps)} file{"s"*(len(ps)!=1)} of another type: {_few(ps, 3)}', 'images in PNG, TIFF, BMP or JPEG format',
+                          'Nothing need be done: they are passed over.')
 
+# %% ../nbs/00_cases.ipynb #1b6e89ab
 _levels = ['error','warning','note']
 
 def _problems(rows):
     df = pd.DataFrame(list(rows), columns=['level','file','found','expected','remedy'], dtype=object)
     return df.sort_values('level', key=lambda s: s.map(_levels.index), kind='stable', ignore_index=True)
+
+def _strangers(rows, kinds):
+    "Folders that hold pictures but, unlike others, no case"
+    ks = {o['kind'] for o in rows if o['mask']}
+    return [k for k in kinds if ks and k not in ks and k not in ('brain','orig')]
 
 def check_cases(
     root,          # Data folder
@@ -420,20 +437,20 @@ def check_cases(
     progress=False # True for a progress bar, or a function that is called with (files done, files in all)
 )->pd.DataFrame: # One row per problem: level, file, found, expected, remedy
     "All that is wrong, doubtful or noteworthy in a data folder, errors first"
-    root = Path(root).resolve(); e = _wrong_folder(root, kinds)
-    if e: return _problems([_row('error', **e.parts)])
-    ks = list(kinds or kinds_in(root)); _,expected = _subject_rule(subject, ks)
-    rows = _scan_folder(root, ks, subject)
-    extra = [] if kinds else [k for k in ks if k not in ('brain','orig') and not any(o['mask'] for o in rows if o['kind']==k)]
-    if len(extra)<len(ks): ks,rows = [k for k in ks if k not in extra], [o for o in rows if o['kind'] not in extra]
-    facts = _look_all([*((o['image'], False) for o in rows), *((p, True) for p in _images(root/'mask'))], progress)
-    res = [*_name_problems(rows, root, expected), *_match_problems(rows, root, ks), *_file_problems(rows, root, facts),
-           *_mask_problems(rows, root, facts), *_duplicate_problems(rows, root, facts), *_subject_problems(rows, ks), *_other_files(root, ks)]
-    if len(extra)<len(kinds_in(root)):
-        res += [_row('warning', k, 'images, but not one with a mask', 'a kind of image, or no images', 'Nothing need be done: this folder is passed over.') for k in extra]
-    return _problems(res)
+    root = Path(root).resolve(); kinds = [kinds] if isinstance(kinds, str) else list(kinds or [])
+    if e := _wrong_folder(root, kinds): return _problems([_row('error', **e.parts)])
+    ks = kinds or kinds_in(root); rows = _scan_folder(root, ks, subject); masks = _images(root/'mask')
+    odd = [] if kinds else _strangers(rows, ks)
+    ks,rows = [k for k in ks if k not in odd], [o for o in rows if o['kind'] not in odd]
+    facts = _look_all([*((o['image'], False) for o in rows), *((p, True) for p in masks)], progress)
+    def rel(p): return p.relative_to(root).as_posix()
+    return _problems([
+        *_name_problems(rows, rel, _subject_rule(subject, ks)[1]), *_match_problems(rows, rel, ks, masks),
+        *_file_problems(rows, rel, facts), *_mask_problems(rows, rel, facts), *_duplicate_problems(rows, rel, facts),
+        *_subject_problems(rows, ks), *_other_files(root, ks),
+        *(_row('warning', k, 'pictures, none of which has a mask', 'a kind of image', 'Nothing need be done: the folder is passed over.') for k in odd)])
 
-# %% ../nbs/00_cases.ipynb #2d955fde
+# %% ../nbs/00_cases.ipynb #a5c99243
 def refuse_errors(
     problems:pd.DataFrame # From `check_cases`
 ):
@@ -459,7 +476,7 @@ def format_problems(
         res.append(f'  -> {remedy}')
     return '\n'.join(res)
 
-# %% ../nbs/00_cases.ipynb #69e6d324
+# %% ../nbs/00_cases.ipynb #2cafa278
 def data_fingerprint(
     cases:pd.DataFrame # Case table
 )->str: # 64 hexadecimal digits
@@ -471,6 +488,7 @@ def data_fingerprint(
     root = os.path.commonpath([str(p.parent) for p,_ in jobs]) if jobs else ''
     return hashlib.sha256('\n'.join(sorted(f'{Path(os.path.relpath(p, root)).as_posix()} {facts[p]["sha"]}' for p in facts)).encode()).hexdigest()
 
+# %% ../nbs/00_cases.ipynb #f3fcc403
 def show_cases(
     cases:pd.DataFrame, # Case table
     n=6                 # How many, evenly spread over the table
