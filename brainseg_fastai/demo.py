@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['version', 'z_lo', 'z_hi', 'Template', 'noise_origin', 'mni_maps', 'ventricle_label', 'outward_flow', 'load_template',
            'sample', 'smooth_noise', 'draw_subject', 'draw_scan', 'slice_points', 'to_template', 'tissue_signal',
-           'head_signal', 'make_scan', 'make_subject', 'cache_dir', 'demo_cohort']
+           'head_signal', 'slice_tag', 'make_scan', 'cache_dir', 'wanted', 'png_name', 'is_complete', 'make_subject',
+           'write_cohort', 'demo_cohort']
 
-# %% ../nbs/01_demo_cohort.ipynb #555df81d
-import contextlib,json,math,os,shutil,sys,uuid
+# %% ../nbs/01_demo_cohort.ipynb #9c9e4117
+import json,math,os,shutil,sys,uuid
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
 from PIL import Image
 from scipy import ndimage as ndi
+from .cases import DataError
 
-# %% ../nbs/01_demo_cohort.ipynb #f71a4702
+# %% ../nbs/01_demo_cohort.ipynb #0bd999ad
 version = 1 # goes up whenever the same seed would give other pixels
 z_lo,z_hi = -24,58 # the slab of the template that the slices can reach, mm in MNI space
 Template = namedtuple('Template', 'maps flow origin') # maps: csf, gm, wm, detail, brain, ventricles
@@ -30,7 +33,7 @@ def mni_maps():
     csf = np.where(t1>0, np.clip(1-gm-wm, 0, 1), 0).astype(np.float32)
     return t1,gm,wm,csf,np.array([aff[0,3], aff[1,3], z_lo])
 
-# %% ../nbs/01_demo_cohort.ipynb #78c279b0
+# %% ../nbs/01_demo_cohort.ipynb #7f26fe31
 def ventricle_label(
     t1, # T1 of the template, 0 to 1
     csf, # its CSF map, 0 to 1
@@ -55,7 +58,7 @@ def ventricle_label(
     out[box] = ndi.watershed_ift(grey, np.ascontiguousarray(seed[box]), structure=np.ones((3,3,3)))==2
     return out
 
-# %% ../nbs/01_demo_cohort.ipynb #5004c35a
+# %% ../nbs/01_demo_cohort.ipynb #a9cfa919
 def outward_flow(
     label, # boolean array of the ventricles, 1 mm voxels
     reach=14., # distance in mm over which the push fades to 1/e
@@ -76,7 +79,7 @@ def load_template():
     maps = np.concatenate([tissue, np.stack([detail, brain, ndi.gaussian_filter(lab.astype(np.float32), .6)])])
     return Template(maps.astype(np.float32), outward_flow(lab).astype(np.float32), origin)
 
-# %% ../nbs/01_demo_cohort.ipynb #532ff16d
+# %% ../nbs/01_demo_cohort.ipynb #3a805443
 def sample(
     vols, # array (channels, x, y, z)
     pts, # array (3, ...): positions in mm
@@ -87,7 +90,7 @@ def sample(
     ijk = (pts-np.reshape(origin, (3,)+(1,)*(pts.ndim-1)))/step
     return np.stack([ndi.map_coordinates(v, ijk, order=1, mode='nearest') for v in vols])
 
-# %% ../nbs/01_demo_cohort.ipynb #ce7d51ab
+# %% ../nbs/01_demo_cohort.ipynb #11e3ff16
 def smooth_noise(
     rng, # numpy random generator
     n, # number of fields
@@ -101,7 +104,7 @@ def smooth_noise(
 
 noise_origin = np.array([-104.,-142.,-33.])
 
-# %% ../nbs/01_demo_cohort.ipynb #49e1b0f0
+# %% ../nbs/01_demo_cohort.ipynb #9cecf11f
 def draw_subject(
     i, # subject's number in the cohort
     seed=42, # cohort's seed
@@ -111,9 +114,9 @@ def draw_subject(
     site = int(rng.integers(2, 142))
     age = rng.beta(1.3, 1.5) # 0: young adult, 1: very old
     return dict(rng=rng, subject=f'{site:03d}_S_{(307+211*i)%9973:04d}', first=20000+37*i,
-        growth=-1.6 + 5.6*age**1.3 + .5*rng.standard_normal(), atrophy=.75 + 1.1*age + .15*rng.standard_normal(),
+        growth=max(-1.3, -1.2 + 5.4*age**1.3 + .5*rng.standard_normal()), atrophy=.75 + 1.1*age + .15*rng.standard_normal(),
         scale=rng.normal([.97,.96,.98], [.03,.035,.03]), coarse=3.*smooth_noise(rng, 3, 22), fine=1.3*smooth_noise(rng, 3, 7),
-        local=smooth_noise(rng, 2, 9), thick=smooth_noise(rng, 4, 25), gap=rng.uniform(.6,1.5)+1.2*age,
+        texture=np.concatenate([smooth_noise(rng, 2, 5), smooth_noise(rng, 4, 25)]), gap=rng.uniform(.6,1.5)+1.2*age,
         diploe=rng.uniform(1.,3.5), fat=rng.uniform(2.5,6.5), n_scans=int(rng.choice(4, p=[.15,.3,.3,.25]))+1, z=rng.uniform(7,23))
 
 def draw_scan(
@@ -125,9 +128,9 @@ def draw_scan(
     return dict(scan=f"I{s['first']+9*k:05d}", growth=s['growth']+k*r.uniform(.05,.35), z=float(np.clip(s['z']+r.normal(0,2), 5, 25)),
         turn=r.normal(0,3), tilt=r.normal(0,.03,2), shift=r.normal([0,-4], 4), spacing=r.uniform(.92,1.06),
         mu=(r.uniform(.14,.36), r.uniform(.62,.8), 1.), detail=r.uniform(.6,1.1), bias=r.uniform(.05,.22)*smooth_noise(r, 1, 45),
-        noise=r.uniform(.015,.06), white=r.uniform(135,185), blur=r.uniform(.35,.7), grain=r.integers(2**32))
+        noise=r.uniform(.02,.06), white=r.uniform(135,185), blur=r.uniform(.35,.7), grain=r.integers(2**32))
 
-# %% ../nbs/01_demo_cohort.ipynb #13077e93
+# %% ../nbs/01_demo_cohort.ipynb #b6c4ade9
 def slice_points(
     c, # dict from `draw_scan`
     size=256, # pixels per side
@@ -141,30 +144,30 @@ def slice_points(
     return np.stack([x, y, c['z'] + c['tilt'][0]*x + c['tilt'][1]*(y+18)]), mm
 
 def to_template(
-    pts, # positions in the subject's head, mm
+    pts, # array (3, n) of positions in the subject's head, mm
     s, # dict from `draw_subject`
     t, # `Template`
     growth, # mm by which the ventricles' walls have moved outwards
     steps=6, # of the integration
-): # positions in the template, mm
+): # array (3, n) of positions in the template, mm
     "Where in the template each point of a head comes from: head size, smooth random deformation, then ventricle growth"
-    mid = np.reshape([0,-18,12], (3,1,1))
-    p = (pts-mid)/np.reshape(s['scale'], (3,1,1))+mid
+    mid,scale = np.array([[0,-18,12]]).T, s['scale'][:,None]
+    p = (pts-mid)/scale + mid
     p = p + sample(s['coarse']+s['fine'], p, noise_origin, 4)
-    for _ in range(steps): p = p - growth/steps*sample(t.flow, p, t.origin)
+    for _ in range(steps): p -= growth/steps*sample(t.flow, p, t.origin)
     return p
 
-# %% ../nbs/01_demo_cohort.ipynb #4c009909
+# %% ../nbs/01_demo_cohort.ipynb #993f9bd3
 def tissue_signal(
     m, # maps sampled at the slice, (6, size, size)
     s, # subject
     c, # scan
-    local, # two smooth random fields at the slice
+    texture, # random fields at the slice, (6, size, size)
 ): # array (size, size): signal of the brain, white matter at 1
     "T1 signal from the tissue maps, which are sharpened first (the template is an average) and given wider sulci in atrophy"
     csf,gm,wm,det,_,vent = m
-    wide = s['atrophy']*np.exp(.35*local[0])
-    w = np.stack([csf*np.where(vent>.05, 1, wide), gm*np.exp(.1*local[1]), wm])
+    wide = s['atrophy']*np.exp(.5*texture[0])
+    w = np.stack([csf*np.where(vent>.05, 1, wide), gm*np.exp(.35*texture[1]), wm])
     w = np.clip(w, 1e-3, None)**1.9
     return np.tensordot(c['mu'], w/w.sum(0), 1) + c['detail']*det
 
@@ -174,63 +177,53 @@ def head_signal(
     mm, # mm per pixel
     s, # subject
     c, # scan
-    thick, # four smooth random fields at the slice
+    texture, # random fields at the slice, (6, size, size)
 ): # array (size, size)
     "Signal of everything around the brain: CSF, dura, skull with marrow, muscle, fat, skin, air"
     far = lambda b: ndi.distance_transform_edt(b)*mm
-    hull = far(far(~brain)<14)>14 # closing bridges the fissures
-    d = ndi.gaussian_filter(far(~hull)-far(hull), 1.5/mm)
-    x,y,z = pts
+    hull = far(far(~brain)<20)>20 # closing bridges the fissures
+    d = ndi.gaussian_filter(far(~hull)-far(hull), 4/mm)
+    f,(x,y,z) = texture,pts
     ang = np.degrees(np.arctan2(abs(x), y+5))
     muscle = 8*np.exp(-((ang-58)/20)**2)/(1+np.exp((z-20)/6))
-    layers = [(c['mu'][0], np.clip(s['gap']*(1+.3*thick[0]), .4, None)), (.38, .9), (.07, np.clip(2+.3*thick[1], 1.2, None)),
-        (.42+.14*thick[2], np.clip(s['diploe']*(1+.5*thick[1]), .3, None)), (.06, 1.9), (.5, muscle),
-        (1.15+.1*thick[2], np.clip(s['fat']*(1+.35*thick[3]), 1.5, None)), (.55, 1.4)]
+    layers = [(c['mu'][0], np.clip(s['gap']*(1+.3*f[2]), .4, None)), (.38, .9), (.07, np.clip(2+.3*f[3], 1.2, None)),
+        (np.clip(.4+.1*f[4]+.13*f[0], .1, None), np.clip(s['diploe']*(1+.5*f[3]), .3, None)), (.06, 1.9), (.5, muscle),
+        (1.1+.1*f[4]+.06*f[1], np.clip(s['fat']*(1+.35*f[5]), 1.5, None)), (.55, 1.4)]
     sig,edge = layers[0][0], 0.
     for (v0,w0),(v1,_) in zip(layers, layers[1:]+[(0,0)]):
         edge = edge+w0
         sig = sig + (v1-v0)/(1+np.exp(-(d-edge)/.35))
     return sig
 
-# %% ../nbs/01_demo_cohort.ipynb #4c87cdb4
+# %% ../nbs/01_demo_cohort.ipynb #14f56fa9
+def slice_tag(
+    z, # height of the slice in MNI space, mm
+): # ax1 (lowest) to ax5
+    "Name of a slice by its height, in steps of 4 mm from 5 mm upwards"
+    return f'ax{min(max(int((z-5)//4), 0), 4)+1}'
+
+# %% ../nbs/01_demo_cohort.ipynb #aab5b069
 def make_scan(
     s, # dict from `draw_subject`
     c, # dict from `draw_scan`
     t, # `Template`
     size=256, # pixels per side
-): # dict of uint8 arrays brain, orig, mask
+): # dict of uint8 arrays brain, orig, mask; mm per pixel
     "The three pictures of one scan"
     pts,mm = slice_points(c, size)
-    p = to_template(pts, s, t, c['growth'])
-    m = sample(t.maps, p, t.origin)
-    local,thick,bias = [sample(f, pts, noise_origin, 4) for f in (s['local'], s['thick'], c['bias'])]
+    near = np.hypot(pts[0]/85, (pts[1]+18)/108)<1 # no brain reaches farther
+    m = np.zeros((len(t.maps),size,size), np.float32)
+    m[:,near] = sample(t.maps, to_template(pts[:,near], s, t, c['growth']), t.origin)
+    tex,bias = [sample(f, pts, noise_origin, 4) for f in (s['texture'], c['bias'])]
     brain,mask = m[4]>.5, m[5]>.5
-    sig = np.where(brain, tissue_signal(m, s, c, local), head_signal(brain, pts, mm, s, c, thick))
+    sig = np.where(brain, tissue_signal(m, s, c, tex), head_signal(brain, pts, mm, s, c, tex))
     sig = ndi.gaussian_filter(np.clip(sig, 0, None), c['blur']/mm)*np.exp(bias[0])
     g = ndi.gaussian_filter(np.random.default_rng(c['grain']).standard_normal((2,size,size)), (0,.45,.45))
     g *= c['noise']/g.std()
     orig = np.clip(c['white']*np.hypot(sig+g[0], g[1]), 0, 255).round().astype(np.uint8)
     return dict(brain=orig*brain, orig=orig, mask=(mask*255).astype(np.uint8)), mm
 
-# %% ../nbs/01_demo_cohort.ipynb #7cbadb25
-def make_subject(
-    i, # subject's number
-    seed, # cohort's seed
-    t, # `Template`
-    size, # pixels per side
-    out, # folder that has brain/, orig/, mask/
-): # list of dicts, one per scan
-    "Make and write all scans of one subject"
-    s,rows = draw_subject(i, seed),[]
-    for k in range(s['n_scans']):
-        c = draw_scan(s, k)
-        ims,mm = make_scan(s, c, t, size)
-        tag = f"ax{min(int((c['z']-5)//4)+1, 5)}"
-        for kind,a in ims.items(): Image.fromarray(a).save(Path(out)/kind/f"{s['subject']}-{c['scan']}-{kind}-{tag}.png")
-        rows.append(dict(subject=s['subject'], scan=c['scan'], slice=tag, spacing=round(mm,4), ventricle_px=int((ims['mask']>0).sum())))
-    return rows
-
-# %% ../nbs/01_demo_cohort.ipynb #b9908f0c
+# %% ../nbs/01_demo_cohort.ipynb #6d0b7caa
 def cache_dir():
     "The user's folder for things that can be made again: BRAINSEG_CACHE, else XDG_CACHE_HOME, else what the system uses"
     e = os.environ
@@ -241,49 +234,86 @@ def cache_dir():
     else: base = Path.home()/'.cache'
     return base/'brainseg_fastai'
 
-# %% ../nbs/01_demo_cohort.ipynb #dd95291c
-def _wanted(n_subjects, seed, size):
+# %% ../nbs/01_demo_cohort.ipynb #de8da6ac
+def wanted(n_subjects, seed, size):
+    "What `cohort.json` must say for a folder to be this cohort"
+    for name,v,lo,hi in [('n_subjects',n_subjects,1,9000), ('seed',seed,0,2**63), ('size',size,64,1024)]:
+        if isinstance(v, bool) or not isinstance(v, int) or not lo<=v<=hi:
+            raise DataError(f'demo cohort: {name} is {v!r}; expected a whole number from {lo} to {hi}. Ask for another one.')
     return dict(simulated=True, version=version, seed=seed, n_subjects=n_subjects, size=size,
                 source='MNI152 template (ICBM 2009a nonlinear symmetric) bundled with nilearn')
 
-def _complete(path, want):
-    "Whether `path` holds the whole cohort that `want` describes"
-    f = Path(path)/'cohort.json'
-    if not f.is_file(): return False
-    got = json.loads(f.read_text(encoding='utf-8'))
-    if any(got.get(k)!=v for k,v in want.items()): return False
-    return all((f.parent/k/f"{r['subject']}-{r['scan']}-{k}-{r['slice']}.png").is_file() for r in got['scans'] for k in ('brain','orig','mask'))
+def png_name(row, kind): return f"{kind}/{row['subject']}-{row['scan']}-{kind}-{row['slice']}.png"
 
-def _write_cohort(out, want, progress=True):
-    "Make every subject into the folder `out`; `cohort.json` comes last"
+def is_complete(
+    path, # a folder
+    want, # dict from `wanted`
+): # bool
+    "Whether `path` holds the whole cohort that `want` describes"
+    path = Path(path)
+    try: got = json.loads((path/'cohort.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError): return False
+    if any(got.get(k)!=v for k,v in want.items()): return False
+    return all((path/png_name(r, k)).is_file() for r in got['scans'] for k in ('brain','orig','mask'))
+
+# %% ../nbs/01_demo_cohort.ipynb #b9892817
+def make_subject(
+    i, # subject's number
+    want, # dict from `wanted`
+    t, # `Template`
+    out, # folder that has brain/, orig/, mask/
+): # list of dicts, one per scan
+    "Make and write all scans of one subject"
+    s,rows = draw_subject(i, want['seed']),[]
+    for k in range(s['n_scans']):
+        c = draw_scan(s, k)
+        ims,mm = make_scan(s, c, t, want['size'])
+        r = dict(subject=s['subject'], scan=c['scan'], slice=slice_tag(c['z']), spacing=round(mm, 4), z=round(c['z'], 1),
+                 growth=round(c['growth'], 2), ventricle_px=int((ims['mask']>0).sum()))
+        for kind,a in ims.items(): Image.fromarray(a).save(Path(out)/png_name(r, kind))
+        rows.append(r)
+    return rows
+
+def write_cohort(
+    out, # new folder
+    want, # dict from `wanted`
+    progress=True, # show a progress bar
+    workers=None, # threads; the cores, at most 4, if not given
+):
+    "Make every subject of a cohort; `cohort.json` comes last"
     from fastprogress.fastprogress import progress_bar
     for k in ('brain','orig','mask'): (out/k).mkdir(parents=True)
-    t,rows = load_template(),[]
-    todo = range(want['n_subjects'])
-    for i in progress_bar(todo, total=len(todo), comment='demo cohort') if progress else todo:
-        rows += make_subject(i, want['seed'], t, want['size'], out)
+    t,n,rows = load_template(),want['n_subjects'],[]
+    ex = ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1)) # scipy's interpolation lets threads run side by side
+    try:
+        todo = ex.map(lambda i: make_subject(i, want, t, out), range(n))
+        for r in progress_bar(todo, total=n) if progress else todo: rows += r
+    finally: ex.shutdown(cancel_futures=True)
     with open(out/'cohort.json', 'w', encoding='utf-8', newline='\n') as f: json.dump({**want, 'scans':rows}, f, indent=1)
 
-# %% ../nbs/01_demo_cohort.ipynb #acf57b2a
+# %% ../nbs/01_demo_cohort.ipynb #04ffef15
 def demo_cohort(
     n_subjects=48, # people, each with 1 to 4 scans
     seed=42, # another seed, another cohort
-    path=None, # where to; the user's cache folder if not given
+    path=None, # where to; a folder of its own in the user's cache if not given
     size=256, # pixels per side
     progress=True, # show a progress bar while it is made
+    workers=None, # threads; the cores, at most 4, if not given. The pictures do not depend on it
 ): # Path of the folder with brain/, orig/, mask/ and cohort.json
     "Folder of a simulated cohort, made on first use"
+    want = wanted(n_subjects, seed, size)
     path = Path(path).expanduser() if path else cache_dir()/f'demo-v{version}-{n_subjects}-{seed}-{size}'
-    want = _wanted(n_subjects, seed, size)
-    if _complete(path, want): return path
-    if path.exists() and any(path.iterdir()): raise ValueError(f'{path} is not empty and not this demo cohort. Name a new or empty folder, or remove it.')
+    if is_complete(path, want): return path
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise DataError(f'{path}: found something that is not the complete demo cohort asked for; expected a new or an empty folder. '
+                        'Remove it or name another.')
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.parent/f'.{path.name}-{uuid.uuid4().hex[:12]}'
+    tmp = path.parent/f'.{path.name}-{uuid.uuid4().hex[:12]}' # beside it, so that the rename stays on one disk
     try:
-        _write_cohort(tmp, want, progress)
+        write_cohort(tmp, want, progress, workers)
         if path.exists(): path.rmdir()
-        tmp.replace(path)
+        tmp.rename(path)
     except OSError:
-        if not _complete(path, want): raise # somebody else was faster, or something is wrong
+        if not is_complete(path, want): raise # else another process was faster, and its cohort is the same
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return path
