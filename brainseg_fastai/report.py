@@ -9,7 +9,7 @@ __all__ = ['KINDS', 'COLOURS', 'TRUTH', 'PRED', 'INK', 'CSS', 'OWN', 'SIMULATED'
            'Report', 'para', 'section', 'facts', 'terms', 'flat', 'dict_html', 'longer_text', 'evidence', 'page',
            'rule_terms', 'difference_text', 'control_text', 'compare_report', 'train_report']
 
-# %% ../nbs/04_report.ipynb #20c64713
+# %% ../nbs/04_report.ipynb #87d2326a
 import base64, io, re
 from html import escape
 from pathlib import Path
@@ -20,7 +20,7 @@ from PIL import Image
 
 from .cases import DataError, _scan_folder, read_image
 
-# %% ../nbs/04_report.ipynb #c42c8ec1
+# %% ../nbs/04_report.ipynb #a3158861
 KINDS = dict(brain='Skull-stripped', orig='Full skull')
 COLOURS = dict(brain='#0072b2', orig='#d55e00')
 TRUTH,PRED = '#56b4e9','#ff9f1c'
@@ -40,7 +40,7 @@ def ring(
     for _ in range(width): g = _grow(g)
     return g & ~mask
 
-# %% ../nbs/04_report.ipynb #bdb945d7
+# %% ../nbs/04_report.ipynb #6c3b1c88
 def crop_box(
     mask, # Boolean array (h, w): what has to be inside
     margin=.25, # Free space on each side, as a share of the structure's longer side
@@ -58,7 +58,7 @@ def crop_box(
     l,t = start(xs,w), start(ys,h)
     return l, t, l+side, t+side
 
-# %% ../nbs/04_report.ipynb #ee6b6e7b
+# %% ../nbs/04_report.ipynb #db52276e
 def _rgb(colour): return [int(colour[i:i+2],16) for i in (1,3,5)]
 
 def tile(
@@ -81,10 +81,10 @@ def tile(
     for codes,colour,out in ((truth,TRUTH,True), (pred,PRED,False)):
         for c in np.unique(codes[codes>0]):
             m = zoom(codes==c)
-            rgb[ring(m if out else ~m, 3 if out else 2)] = _rgb(colour)
+            rgb[ring(m if out else ~m, 3)] = _rgb(colour)
     return Image.fromarray(rgb).resize((px,px), Image.Resampling.LANCZOS)
 
-# %% ../nbs/04_report.ipynb #2558ef56
+# %% ../nbs/04_report.ipynb #3d212f16
 def _toy_case(rng, size, err):
     "head, skull-less head, ventricles and a prediction that is wrong by about `err` pixels"
     y,x = np.mgrid[-1:1:size*1j,-1:1:size*1j]
@@ -139,7 +139,7 @@ def toy_run(
         ci90=ci, p_value=None, margin=.01, subjects_needed=None, folds=3, repeats=1, control=None, simulated=True, warnings=[])
     return dict(comparison=comparison, scores=scores, curves=curves, split=split, data_root=root/'data', out=root/'out')
 
-# %% ../nbs/04_report.ipynb #09c4b321
+# %% ../nbs/04_report.ipynb #6d52cebc
 def mask_paths(
     scores, # Score table
     data_root, # Folder that `image` and, where there is such a column, `mask` are relative to
@@ -166,7 +166,7 @@ def case_tile(
     "The tile of one scored case"
     return tile(read_image(image), _codes(mask), _codes(prediction), px)
 
-# %% ../nbs/04_report.ipynb #afe740d5
+# %% ../nbs/04_report.ipynb #82ba9a2b
 class Html(str):
     "Text that is HTML; a notebook renders it"
     def _repr_html_(self): return str(self)
@@ -188,7 +188,7 @@ def interval(ci, digits=3, sign=False):
     "'0.951 to 0.969'; empty when there is none"
     return '' if ci is None or any(map(_none,ci)) else f'{num(ci[0],digits,sign)} to {num(ci[1],digits,sign)}'
 
-# %% ../nbs/04_report.ipynb #23944bab
+# %% ../nbs/04_report.ipynb #aaa64b41
 def table_html(
     df, # Any table; cells that are `Html` are taken as they are, all others escaped
     caption='', # Shown above it
@@ -206,7 +206,7 @@ def table_html(
     return Html(f'<div class=scroll><table>{cap}<thead><tr>{head}</tr></thead><tbody>'
                 + ''.join(f'<tr>{r}</tr>' for r in rows) + f'</tbody></table></div>{more}')
 
-# %% ../nbs/04_report.ipynb #356e326c
+# %% ../nbs/04_report.ipynb #e6dcc8b8
 def need(
     df, # Any table
     cols, # Columns it must have
@@ -228,7 +228,7 @@ def split_table(
     order = {'train':0,'valid':1,'test':2}
     return t.iloc[t.split.map(lambda v: order.get(v,3)).argsort(kind='stable')].sort_values('fold', kind='stable').reset_index(drop=True)
 
-# %% ../nbs/04_report.ipynb #1f75a14a
+# %% ../nbs/04_report.ipynb #15380979
 def score_table_html(
     metrics, # {kind: {'dice':…, 'dice_ci95':[lo,hi], 'jaccard':…, 'hd95':…, 'nsd':…, 'pooled_dice':…}}
     unit='px', # Unit of lengths: 'mm' or 'px'
@@ -244,7 +244,7 @@ def score_table_html(
             for key,n in names.items() if any(not _none(m.get(key)) for m in metrics.values())]
     return table_html(pd.DataFrame(rows))
 
-# %% ../nbs/04_report.ipynb #d3ef7423
+# %% ../nbs/04_report.ipynb #0603b757
 def swap_html(
     swap, # Columns trained_on, tested_on, n_subjects, dice, low, high
 ): # Html
@@ -258,7 +258,7 @@ def swap_html(
     for _,r in s.iterrows(): rows.setdefault(f'Trained on {kind_name(r.trained_on).lower()}', {})[f'tested on {kind_name(r.tested_on).lower()}'] = cell(r)
     return table_html(pd.DataFrame(rows).T.rename_axis('').reset_index())
 
-# %% ../nbs/04_report.ipynb #d4b2eefa
+# %% ../nbs/04_report.ipynb #777a8898
 INK = '#1b1f24'
 _rc = {'svg.fonttype':'none', 'svg.hashsalt':'brainseg', 'axes.spines.top':False, 'axes.spines.right':False, 'font.size':10, 'text.color':INK,
        'axes.labelcolor':INK, 'xtick.color':INK, 'ytick.color':INK, 'axes.edgecolor':'#8a929c', 'axes.titlesize':11,
@@ -286,18 +286,20 @@ def svg(
     for c,v in ((INK,'currentColor'), *((c,f'var(--{k},{c})') for k,c in COLOURS.items())): s = s.replace(c, v)
     return Html(s.replace('<svg', f'<svg role="img" aria-label="{escape(alt)}" style="max-width:{fig.get_figwidth()*104:.0f}px;width:100%"', 1))
 
-# %% ../nbs/04_report.ipynb #8e173827
+# %% ../nbs/04_report.ipynb #207bc754
 def _per_subject(scores):
     "Mean Dice of each subject with each kind of input"
     s = need(scores, ['kind','subject','dice'], 'The score table')
     return s.groupby(['subject','kind']).dice.mean().unstack()
+
+def _pairs(scores): return need(_per_subject(scores), KINDS, 'The score table, spread by kind,')[[*KINDS]].dropna()
 
 def paired_plot(
     scores, # Score table with the kinds 'brain' and 'orig'
     comparison=None, # dict with difference, ci95, margin and control
 ): # matplotlib figure
     "Mean Dice of each subject with both inputs, and the differences with mean, 95 % interval and margin"
-    c,per = comparison or {}, need(_per_subject(scores), KINDS, 'The score table, spread by kind,').dropna()
+    c,per = comparison or {}, _pairs(scores)
     fig,(a,b) = _subplots(1, 2, figsize=(9.2,4.1), width_ratios=(1,1.7))
     d = (per.brain-per.orig).sort_values()
     for s,v in d.items():
@@ -315,11 +317,11 @@ def paired_plot(
     b.axvline(0, color=INK, lw=.8); b.axhline(-gap*.4, color='#8a929c', lw=.6) if rows else None
     b.set(yticks=[-gap*(i+1) for i in range(len(rows))], yticklabels=[r[0] for r in rows], ylim=(-gap*(len(rows)+.6), len(d)-.3),
           xlabel='Difference in Dice:  ← full skull better  ·  skull-stripped better →')
-    b.set_title('Difference of each subject, sorted' + (f' (grey band: margin ±{c["margin"]:g})' if c.get('margin') else ''), loc='left')
+    b.set_title('Differences, sorted' + (f'; grey: margin ±{c["margin"]:g}' if c.get('margin') else ''), loc='left')
     b.grid(axis='x'); b.tick_params(axis='y', length=0)
     return fig
 
-# %% ../nbs/04_report.ipynb #536efee0
+# %% ../nbs/04_report.ipynb #5e6a2c3c
 def curves_plot(
     curves, # Columns kind, fold, seed, epoch, valid_dice
 ): # matplotlib figure
@@ -337,7 +339,7 @@ def curves_plot(
     axs[0].set_ylabel('Dice on validation subjects'); axs[0].legend(frameon=False, loc='lower right', labelcolor=INK)
     return fig
 
-# %% ../nbs/04_report.ipynb #c66bafc9
+# %% ../nbs/04_report.ipynb #50be3411
 def _jpeg(im, quality=78):
     f = io.BytesIO()
     im.save(f, 'JPEG', quality=quality, subsampling=0, optimize=True)
@@ -357,7 +359,7 @@ def worst_first(
 ): # Score table, each case once
     "Each case once, at its worst, sorted by kind and Dice; undefined Dice comes first"
     s = need(scores, ['kind','image','subject','dice','prediction'], 'The score table')
-    s = s.sort_values(['kind','dice','image'], na_position='first', kind='stable').drop_duplicates(['kind','image'])
+    s = s.sort_values(['kind','dice','image'], na_position='first', kind='stable').drop_duplicates(['kind','image']).reset_index(drop=True)
     return s if n is None else s.groupby('kind').head(n)
 
 def contact_sheet(
@@ -381,7 +383,7 @@ def contact_sheet(
     key = ''.join(f'<span class=key><i style="background:{c}"></i>{t}</span>' for t,c in (('truth',TRUTH),('prediction',PRED)))
     return Html(f'<div class=sheet><p class=keys>{key}</p>{"".join(parts)}</div>')
 
-# %% ../nbs/04_report.ipynb #cb96e580
+# %% ../nbs/04_report.ipynb #fd1ed31c
 CSS = '''
 :root{color-scheme:light dark;--bg:#fff;--ink:#1b1f24;--soft:#5a6470;--line:#dfe3e8;--card:#f5f7f9;--brain:#0072b2;--orig:#d55e00;--ok:#00795c;
 --none:#5a6470;--warn:#fff4d6;--warnline:#d9a400}
@@ -399,7 +401,8 @@ h3 small,small,.note,caption,.keys,figcaption{color:var(--soft);font-weight:400}
 .banner{background:var(--warn);border:1px solid var(--warnline);border-left-width:6px;border-radius:6px;padding:.7rem 1rem;margin:1rem 0}.banner p{margin:0;max-width:none}
 dl.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:.7rem;margin:1.3rem 0}
 .facts div{background:var(--card);border-radius:8px;padding:.7rem .9rem}.facts dt{color:var(--soft);font-size:.82rem}
-.facts dd{margin:0;font-size:1.28rem;font-weight:600;font-variant-numeric:tabular-nums}.facts small{display:block;font-size:.8rem;line-height:1.35}
+.facts dd{margin:0;font-size:1.28rem;font-weight:600;font-variant-numeric:tabular-nums}
+.facts small{display:block;font-size:.77rem;line-height:1.35}
 nav{font-size:.9rem;color:var(--soft)}nav a{margin-right:1rem;white-space:nowrap}a{color:var(--brain);text-decoration-thickness:1px;text-underline-offset:2px}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.94rem}caption{text-align:left;padding-bottom:.3rem}
 th,td{padding:.36rem 1.3rem .36rem 0;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}thead th{color:var(--soft);font-weight:500;
@@ -444,7 +447,7 @@ class Report:
         page = self.html.replace('&','&amp;').replace('"','&quot;')
         return f'<iframe title="{escape(self.title)}" srcdoc="{page}" style="width:100%;height:42rem;border:1px solid #8a929c55;border-radius:6px"></iframe>'
 
-# %% ../nbs/04_report.ipynb #4f95d2d5
+# %% ../nbs/04_report.ipynb #8ef171f3
 def para(*texts): return ''.join(f'<p>{escape(str(t))}</p>' for t in texts if t)
 
 def section(
@@ -471,7 +474,7 @@ def dict_html(d):
     text = lambda v: ', '.join(map(str,map(show,v))) if isinstance(v,(list,tuple)) else str(show(v))
     return table_html(pd.DataFrame([(str(k).replace('_',' '),text(v)) for k,v in flat(d).items()], columns=['','value'])) if d else ''
 
-# %% ../nbs/04_report.ipynb #53be0765
+# %% ../nbs/04_report.ipynb #3b64d5ff
 OWN = ('command','fingerprint','definitions','training_longer')
 SIMULATED = ('<aside class=banner role=note><p><strong>Simulated cohort.</strong> These images were made by a program, not by a scanner. The page shows that '
              'the method runs; it says nothing about patients.</p></aside>')
@@ -485,7 +488,7 @@ def longer_text(
         return '\n'.join(f'{kind_name(k)}: {longer_text(v)}' for k,v in a.items())
     return '' if a is None else ('Yes.' if a else 'No.') if isinstance(a,(bool,np.bool_)) else str(a)
 
-def evidence(scores, curves, split, problems=None, info=None, data_root='.', out='.', definitions=None):
+def evidence(scores, curves, split, problems=None, info=None, data_root='.', out='.', definitions=None, simulated=False):
     "The sections that every report ends with"
     info = info or {}
     kinds = ' and '.join(kind_name(k).lower() for k in sorted(scores.kind.unique()))
@@ -496,7 +499,8 @@ def evidence(scores, curves, split, problems=None, info=None, data_root='.', out
         section('Would training longer help?', para(*longer_text(info.get('training_longer')).split('\n')),
             cv and svg(curves_plot(curves), f'Validation Dice by epoch, {kinds}; the same numbers are in the curve table of the run')),
         section('Every test case, worst first', para('Each tile is cut around the structure. The link opens the predicted mask.',
-            'Cases that were tested more than once are shown at their worst.' if rep else ''), contact_sheet(scores, data_root, out)),
+            'Cases that were tested more than once are shown at their worst.' if rep else '',
+            '' if simulated else 'These are images of people: show this page only to those who may see the data.'), contact_sheet(scores, data_root, out)),
         section('How subjects were split', para('All images of a subject are on one side, so that no network is tested on a brain it has seen. '
             'Shares of images are what whole subjects allow.'), table_html(split_table(split))),
         section('Problems found in the data', table_html(pr, most=200) if pr is not None else para('None.')),
@@ -514,7 +518,7 @@ def page(title, tag, colour, sentence, lead, sections, simulated=False):
             + ''.join(s for *_,s in ss) + '</main>')
     return Report(title, body)
 
-# %% ../nbs/04_report.ipynb #3c538735
+# %% ../nbs/04_report.ipynb #352ad3c5
 VERDICTS = {'brain better':('Skull-stripped better','brain'), 'full skull better':('Full skull better','orig'), 'equivalent':('Equivalent','ok'),
             'inconclusive':('Inconclusive','')}
 
@@ -565,7 +569,7 @@ def compare_report(
     external=None, # Any table of results on another data set
 ): # Report
     "Skull-stripped against full skull: the verdict, what it rests on, and every test case"
-    c,per = comparison,_per_subject(scores)
+    c,per = comparison,_pairs(scores)
     tag,colour = VERDICTS.get(c['verdict'], (str(c['verdict']),''))
     more = lambda v,s: f'{v}<small>{escape(s)}</small>'
     lead = facts({'Difference in Dice': more(num(c['difference'],4,True), f'95 %: {interval(c["ci95"],4,True)}'),
@@ -576,7 +580,7 @@ def compare_report(
     warn = '<ul>' + ''.join(f'<li>{escape(str(w))}</li>' for w in c['warnings']) + '</ul>' if c.get('warnings') else ''
     alt = (f'Mean Dice of {len(per)} subjects with both inputs. Mean difference {num(c["difference"],4,True)}, 95 % interval {interval(c["ci95"],4,True)}. '
            'The table below the plot has the numbers.')
-    d = per.assign(difference=[Html(num(v,4,True)) for v in per.get('brain')-per.get('orig')]).rename(columns=KINDS).rename_axis(columns=None).reset_index()
+    d = per.assign(difference=[Html(num(v,4,True)) for v in per.brain-per.orig]).rename(columns=KINDS).rename_axis(columns=None).reset_index()
     return page(f'brainseg: {tag}', tag, colour, c['sentence'], lead, [
         section('Please note', warn),
         section('The comparison', svg(paired_plot(scores,c), alt), para(difference_text(c), control_text(c)),
@@ -585,9 +589,9 @@ def compare_report(
         section('Trained on one, tested on the other', para('What happens when a network meets the kind of image it was not trained on. Mean per-image Dice.'),
             swap_html(swap)) if swap is not None and len(swap) else None,
         section('On the external data set', table_html(external)) if external is not None and len(external) else None,
-        *evidence(scores, curves, split, problems, info, data_root, out, rule_terms(c))], c.get('simulated'))
+        *evidence(scores, curves, split, problems, info, data_root, out, rule_terms(c), c.get('simulated'))], c.get('simulated'))
 
-# %% ../nbs/04_report.ipynb #136a4829
+# %% ../nbs/04_report.ipynb #6184ab3d
 def train_report(
     scores, # Score table of one kind
     curves, # Curve table
@@ -616,4 +620,4 @@ def train_report(
     return page(f'brainseg: {kind_name(k)}', kind_name(k), k if k in KINDS else '', sentence, lead, [
         section('Scores on test subjects', score_table_html(metrics, _unit(scores))),
         section('On the external data set', table_html(external)) if external is not None and len(external) else None,
-        *evidence(scores, curves, split, problems, info, data_root, out, words)], simulated)
+        *evidence(scores, curves, split, problems, info, data_root, out, words, simulated)], simulated)
