@@ -8,7 +8,7 @@ __all__ = ['version', 'z_lo', 'z_hi', 'Template', 'noise_origin', 'mni_maps', 'v
            'head_signal', 'slice_tag', 'make_scan', 'cache_dir', 'wanted', 'png_name', 'is_complete', 'make_subject',
            'write_cohort', 'demo_cohort']
 
-# %% ../nbs/01_demo_cohort.ipynb #9c9e4117
+# %% ../nbs/01_demo_cohort.ipynb #cb600215
 import json,math,os,shutil,sys,uuid
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +18,7 @@ from PIL import Image
 from scipy import ndimage as ndi
 from .cases import DataError
 
-# %% ../nbs/01_demo_cohort.ipynb #0bd999ad
+# %% ../nbs/01_demo_cohort.ipynb #9b93dc34
 version = 1 # goes up whenever the same seed would give other pixels
 z_lo,z_hi = -24,58 # the slab of the template that the slices can reach, mm in MNI space
 Template = namedtuple('Template', 'maps flow origin') # maps: csf, gm, wm, detail, brain, ventricles
@@ -33,7 +33,7 @@ def mni_maps():
     csf = np.where(t1>0, np.clip(1-gm-wm, 0, 1), 0).astype(np.float32)
     return t1,gm,wm,csf,np.array([aff[0,3], aff[1,3], z_lo])
 
-# %% ../nbs/01_demo_cohort.ipynb #7f26fe31
+# %% ../nbs/01_demo_cohort.ipynb #6a2008fa
 def ventricle_label(
     t1, # T1 of the template, 0 to 1
     csf, # its CSF map, 0 to 1
@@ -58,13 +58,13 @@ def ventricle_label(
     out[box] = ndi.watershed_ift(grey, np.ascontiguousarray(seed[box]), structure=np.ones((3,3,3)))==2
     return out
 
-# %% ../nbs/01_demo_cohort.ipynb #a9cfa919
+# %% ../nbs/01_demo_cohort.ipynb #daf91db1
 def outward_flow(
     label, # boolean array of the ventricles, 1 mm voxels
     reach=14., # distance in mm over which the push fades to 1/e
 ): # float32 array (3, *label.shape)
     "Field that points away from the ventricles: 1 at their walls, fading with distance, 0 along their middle"
-    sdf = ndi.distance_transform_edt(~label) - ndi.distance_transform_edt(label)
+    sdf = np.where(label, .5-ndi.distance_transform_edt(label), ndi.distance_transform_edt(~label)-.5)
     sdf = ndi.gaussian_filter(sdf.astype(np.float32), 1.2)
     return np.stack(np.gradient(sdf)) * np.exp(-np.clip(sdf, 0, None)/reach)
 
@@ -79,7 +79,7 @@ def load_template():
     maps = np.concatenate([tissue, np.stack([detail, brain, ndi.gaussian_filter(lab.astype(np.float32), .6)])])
     return Template(maps.astype(np.float32), outward_flow(lab).astype(np.float32), origin)
 
-# %% ../nbs/01_demo_cohort.ipynb #3a805443
+# %% ../nbs/01_demo_cohort.ipynb #47c34731
 def sample(
     vols, # array (channels, x, y, z)
     pts, # array (3, ...): positions in mm
@@ -90,7 +90,7 @@ def sample(
     ijk = (pts-np.reshape(origin, (3,)+(1,)*(pts.ndim-1)))/step
     return np.stack([ndi.map_coordinates(v, ijk, order=1, mode='nearest') for v in vols])
 
-# %% ../nbs/01_demo_cohort.ipynb #11e3ff16
+# %% ../nbs/01_demo_cohort.ipynb #a6acfae3
 def smooth_noise(
     rng, # numpy random generator
     n, # number of fields
@@ -104,7 +104,7 @@ def smooth_noise(
 
 noise_origin = np.array([-104.,-142.,-33.])
 
-# %% ../nbs/01_demo_cohort.ipynb #9cecf11f
+# %% ../nbs/01_demo_cohort.ipynb #17dcbf7d
 def draw_subject(
     i, # subject's number in the cohort
     seed=42, # cohort's seed
@@ -117,7 +117,7 @@ def draw_subject(
         growth=max(-1.3, -1.2 + 5.4*age**1.3 + .5*rng.standard_normal()), atrophy=.75 + 1.1*age + .15*rng.standard_normal(),
         scale=rng.normal([.97,.96,.98], [.03,.035,.03]), coarse=3.*smooth_noise(rng, 3, 22), fine=1.3*smooth_noise(rng, 3, 7),
         texture=np.concatenate([smooth_noise(rng, 2, 5), smooth_noise(rng, 4, 25)]), gap=rng.uniform(.6,1.5)+1.2*age,
-        diploe=rng.uniform(1.,3.5), fat=rng.uniform(2.5,6.5), n_scans=int(rng.choice(4, p=[.15,.3,.3,.25]))+1, z=rng.uniform(7,23))
+        diploe=rng.uniform(1.,3.5), fat=rng.uniform(2.5,6.5), rate=rng.uniform(.05,.35), n_scans=int(rng.choice(4, p=[.15,.3,.3,.25]))+1, z=rng.uniform(7,23))
 
 def draw_scan(
     s, # dict from `draw_subject`
@@ -125,12 +125,12 @@ def draw_scan(
 ): # dict of what belongs to one scan
     "Draw one visit: where the slice lies, how the machine sees the tissues, how noisy it is"
     r = s['rng']
-    return dict(scan=f"I{s['first']+9*k:05d}", growth=s['growth']+k*r.uniform(.05,.35), z=float(np.clip(s['z']+r.normal(0,2), 5, 25)),
+    return dict(scan=f"I{s['first']+9*k:05d}", growth=s['growth']+k*s['rate'], z=float(np.clip(s['z']+r.normal(0,2), 5, 25)),
         turn=r.normal(0,3), tilt=r.normal(0,.03,2), shift=r.normal([0,-4], 4), spacing=r.uniform(.92,1.06),
         mu=(r.uniform(.14,.36), r.uniform(.62,.8), 1.), detail=r.uniform(.6,1.1), bias=r.uniform(.05,.22)*smooth_noise(r, 1, 45),
         noise=r.uniform(.02,.06), white=r.uniform(135,185), blur=r.uniform(.35,.7), grain=r.integers(2**32))
 
-# %% ../nbs/01_demo_cohort.ipynb #b6c4ade9
+# %% ../nbs/01_demo_cohort.ipynb #5bfa0ae8
 def slice_points(
     c, # dict from `draw_scan`
     size=256, # pixels per side
@@ -148,7 +148,7 @@ def to_template(
     s, # dict from `draw_subject`
     t, # `Template`
     growth, # mm by which the ventricles' walls have moved outwards
-    steps=6, # of the integration
+    steps=4, # of the integration
 ): # array (3, n) of positions in the template, mm
     "Where in the template each point of a head comes from: head size, smooth random deformation, then ventricle growth"
     mid,scale = np.array([[0,-18,12]]).T, s['scale'][:,None]
@@ -157,7 +157,7 @@ def to_template(
     for _ in range(steps): p -= growth/steps*sample(t.flow, p, t.origin)
     return p
 
-# %% ../nbs/01_demo_cohort.ipynb #993f9bd3
+# %% ../nbs/01_demo_cohort.ipynb #748eab20
 def tissue_signal(
     m, # maps sampled at the slice, (6, size, size)
     s, # subject
@@ -195,14 +195,14 @@ def head_signal(
         sig = sig + (v1-v0)/(1+np.exp(-(d-edge)/.35))
     return sig
 
-# %% ../nbs/01_demo_cohort.ipynb #14f56fa9
+# %% ../nbs/01_demo_cohort.ipynb #0df1ef9d
 def slice_tag(
     z, # height of the slice in MNI space, mm
 ): # ax1 (lowest) to ax5
     "Name of a slice by its height, in steps of 4 mm from 5 mm upwards"
     return f'ax{min(max(int((z-5)//4), 0), 4)+1}'
 
-# %% ../nbs/01_demo_cohort.ipynb #aab5b069
+# %% ../nbs/01_demo_cohort.ipynb #fc49abba
 def make_scan(
     s, # dict from `draw_subject`
     c, # dict from `draw_scan`
@@ -223,7 +223,7 @@ def make_scan(
     orig = np.clip(c['white']*np.hypot(sig+g[0], g[1]), 0, 255).round().astype(np.uint8)
     return dict(brain=orig*brain, orig=orig, mask=(mask*255).astype(np.uint8)), mm
 
-# %% ../nbs/01_demo_cohort.ipynb #6d0b7caa
+# %% ../nbs/01_demo_cohort.ipynb #59fc792a
 def cache_dir():
     "The user's folder for things that can be made again: BRAINSEG_CACHE, else XDG_CACHE_HOME, else what the system uses"
     e = os.environ
@@ -234,7 +234,7 @@ def cache_dir():
     else: base = Path.home()/'.cache'
     return base/'brainseg_fastai'
 
-# %% ../nbs/01_demo_cohort.ipynb #de8da6ac
+# %% ../nbs/01_demo_cohort.ipynb #04675738
 def wanted(n_subjects, seed, size):
     "What `cohort.json` must say for a folder to be this cohort"
     for name,v,lo,hi in [('n_subjects',n_subjects,1,9000), ('seed',seed,0,2**63), ('size',size,64,1024)]:
@@ -256,7 +256,7 @@ def is_complete(
     if any(got.get(k)!=v for k,v in want.items()): return False
     return all((path/png_name(r, k)).is_file() for r in got['scans'] for k in ('brain','orig','mask'))
 
-# %% ../nbs/01_demo_cohort.ipynb #b9892817
+# %% ../nbs/01_demo_cohort.ipynb #03c72f5e
 def make_subject(
     i, # subject's number
     want, # dict from `wanted`
@@ -291,7 +291,7 @@ def write_cohort(
     finally: ex.shutdown(cancel_futures=True)
     with open(out/'cohort.json', 'w', encoding='utf-8', newline='\n') as f: json.dump({**want, 'scans':rows}, f, indent=1)
 
-# %% ../nbs/01_demo_cohort.ipynb #04ffef15
+# %% ../nbs/01_demo_cohort.ipynb #71a58a24
 def demo_cohort(
     n_subjects=48, # people, each with 1 to 4 scans
     seed=42, # another seed, another cohort
