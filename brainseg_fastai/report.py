@@ -9,7 +9,7 @@ __all__ = ['KINDS', 'COLOURS', 'TRUTH', 'PRED', 'INK', 'CSS', 'OWN', 'SIMULATED'
            'contact_sheet', 'Report', 'para', 'section', 'facts', 'terms', 'flat', 'dict_html', 'sentences', 'evidence',
            'page', 'rule_terms', 'difference_text', 'control_text', 'key_facts', 'compare_report', 'train_report']
 
-# %% ../nbs/04_report.ipynb #86a99c77
+# %% ../nbs/04_report.ipynb #538e40f4
 import base64, io, re
 from html import escape
 from pathlib import Path
@@ -20,7 +20,7 @@ from PIL import Image
 
 from .cases import DataError, _scan_folder, read_image
 
-# %% ../nbs/04_report.ipynb #a8a3d466
+# %% ../nbs/04_report.ipynb #cf150ea8
 KINDS = dict(brain='Skull-stripped', orig='Full skull')
 COLOURS = dict(brain='#0072b2', orig='#d55e00')
 TRUTH,PRED = '#56b4e9','#ff9f1c'
@@ -40,7 +40,7 @@ def ring(
     for _ in range(width): g = _grow(g)
     return g & ~mask
 
-# %% ../nbs/04_report.ipynb #90a7b4ac
+# %% ../nbs/04_report.ipynb #565bb153
 def crop_box(
     mask, # Boolean array (h, w): what has to be inside
     margin=.25, # Free space on each side, as a share of the structure's longer side
@@ -58,7 +58,7 @@ def crop_box(
     l,t = start(xs,w), start(ys,h)
     return l, t, l+side, t+side
 
-# %% ../nbs/04_report.ipynb #7d7249fd
+# %% ../nbs/04_report.ipynb #8ab4db93
 def _rgb(colour): return [int(colour[i:i+2],16) for i in (1,3,5)]
 
 def tile(
@@ -84,7 +84,7 @@ def tile(
             rgb[ring(m if out else ~m, 3)] = _rgb(colour)
     return Image.fromarray(rgb).resize((px,px), Image.Resampling.LANCZOS)
 
-# %% ../nbs/04_report.ipynb #db0b1b77
+# %% ../nbs/04_report.ipynb #5778140a
 def _toy_case(rng, size, err):
     "head, skull-less head, ventricles and a prediction that is wrong by about `err` pixels"
     y,x = np.mgrid[-1:1:size*1j,-1:1:size*1j]
@@ -115,7 +115,7 @@ def _toy_rows(root, i, j, size, seed, hard):
         yield dict(kind=kind, fold=i%3, seed=seed, subject=subject, scan=scan, slice='ax3', image=f'{kind}/{name(kind)}', dice=d,
                    jaccard=d/(2-d), area_true=m.sum(), area_pred=p.sum(), unit='px', prediction=f'predictions/{name(kind)}')
 
-# %% ../nbs/04_report.ipynb #0f6a34ca
+# %% ../nbs/04_report.ipynb #810fc383
 def toy_run(
     root, # Folder to write `data` and `out` into
     n=6, # Subjects
@@ -144,7 +144,7 @@ def toy_run(
                       folds=3, repeats=1, control=None, simulated=True, warnings=[])
     return dict(comparison=comparison, scores=scores, curves=curves, split=split, data_root=root/'data', out=root/'out')
 
-# %% ../nbs/04_report.ipynb #4bb8c3d5
+# %% ../nbs/04_report.ipynb #09db6ca7
 def mask_paths(
     scores, # Score table
     data_root, # Folder that `image` and, where there is such a column, `mask` are relative to
@@ -172,7 +172,7 @@ def case_tile(
     "The tile of one scored case"
     return tile(read_image(image), _codes(mask), _codes(prediction), px)
 
-# %% ../nbs/04_report.ipynb #2ff31798
+# %% ../nbs/04_report.ipynb #93b0476e
 class Html(str):
     "Text that is HTML; a notebook renders it"
     def _repr_html_(self): return str(self)
@@ -194,7 +194,7 @@ def interval(ci, digits=3, sign=False):
     "'0.951 to 0.969'; empty when there is none"
     return '' if ci is None or any(map(_none,ci)) else f'{num(ci[0],digits,sign)} to {num(ci[1],digits,sign)}'
 
-# %% ../nbs/04_report.ipynb #4d77ed1f
+# %% ../nbs/04_report.ipynb #7c3c2891
 def table_html(
     df, # Any table; cells that are `Html` are taken as they are, all others escaped
     caption='', # Shown above it
@@ -212,7 +212,7 @@ def table_html(
     return Html(f'<div class=scroll><table>{cap}<thead><tr>{head}</tr></thead><tbody>'
                 + ''.join(f'<tr>{r}</tr>' for r in rows) + f'</tbody></table></div>{more}')
 
-# %% ../nbs/04_report.ipynb #47f03943
+# %% ../nbs/04_report.ipynb #2c5aabab
 def need(
     df, # Any table
     cols, # Columns it must have
@@ -235,7 +235,7 @@ def split_table(
     key = lambda c: c if c.name=='fold' else c.map(lambda v: order.get(v,3))
     return t.sort_values(['fold','split'], key=key, ignore_index=True)
 
-# %% ../nbs/04_report.ipynb #0d79dd87
+# %% ../nbs/04_report.ipynb #320d8354
 def as_metrics(
     m, # dict, or table with a row per metric and the columns mean, low, high, as from `summarise_scores`
 ): # dict such as {'dice':…, 'dice_ci95':[lo,hi], …}
@@ -260,7 +260,7 @@ def score_table_html(
             for key,n in names.items() if any(not _none(m.get(key)) for m in metrics.values())]
     return table_html(pd.DataFrame(rows))
 
-# %% ../nbs/04_report.ipynb #3a58b324
+# %% ../nbs/04_report.ipynb #a98c9269
 def swap_html(
     swap, # Columns trained_on, tested_on, n_subjects, dice, low, high
 ): # Html
@@ -273,7 +273,7 @@ def swap_html(
         rows.setdefault(f'Trained on {kind_name(r.trained_on).lower()}', {})[f'tested on {kind_name(r.tested_on).lower()}'] = cell
     return table_html(pd.DataFrame(rows).T.rename_axis('').reset_index())
 
-# %% ../nbs/04_report.ipynb #e6163ebf
+# %% ../nbs/04_report.ipynb #a510dfe4
 INK = '#1b1f24'
 _rc = {'svg.fonttype':'none', 'svg.hashsalt':'brainseg', 'axes.spines.top':False, 'axes.spines.right':False, 'font.size':10,
        'text.color':INK, 'axes.labelcolor':INK, 'xtick.color':INK, 'ytick.color':INK, 'axes.edgecolor':'#8a929c',
@@ -303,7 +303,7 @@ def svg(
     style = f'max-width:{fig.get_figwidth()*104:.0f}px;width:100%'
     return Html(s.replace('<svg', f'<svg role="img" aria-label="{escape(alt)}" style="{style}"', 1))
 
-# %% ../nbs/04_report.ipynb #9889b299
+# %% ../nbs/04_report.ipynb #8baee84e
 def _per_subject(scores):
     "Mean Dice of each subject with each kind of input"
     s = need(scores, ['kind','subject','dice'], 'The score table')
@@ -341,7 +341,7 @@ def paired_plot(
     b.grid(axis='x'); b.tick_params(axis='y', length=0)
     return fig
 
-# %% ../nbs/04_report.ipynb #4b9221db
+# %% ../nbs/04_report.ipynb #77b47846
 def curves_plot(
     curves, # Columns kind, fold, seed, epoch, valid_dice
 ): # matplotlib figure
@@ -361,7 +361,7 @@ def curves_plot(
     axs[0].set_ylabel('Dice on validation subjects'); axs[0].legend(frameon=False, loc='lower right', labelcolor=INK)
     return fig
 
-# %% ../nbs/04_report.ipynb #24d8c0b1
+# %% ../nbs/04_report.ipynb #e5cef94c
 def _jpeg(im, quality=78):
     f = io.BytesIO()
     im.save(f, 'JPEG', quality=quality, subsampling=0, optimize=True)
@@ -408,7 +408,7 @@ def contact_sheet(
     key = ''.join(f'<span class=key><i style="background:{c}"></i>{t}</span>' for t,c in (('truth',TRUTH),('prediction',PRED)))
     return Html(f'<div class=sheet><p class=keys>{key}</p>{"".join(parts)}</div>')
 
-# %% ../nbs/04_report.ipynb #e41505ad
+# %% ../nbs/04_report.ipynb #95c5da20
 CSS = '''
 :root { color-scheme: light dark; --bg: #fff; --ink: #1b1f24; --soft: #5a6470; --line: #dfe3e8; --card: #f5f7f9;
   --brain: #0072b2; --orig: #d55e00; --ok: #00795c; --none: #5a6470; --warn: #fff4d6; --warnline: #d9a400 }
@@ -447,7 +447,7 @@ nav a { margin-right: 1rem; white-space: nowrap }
 a { color: var(--brain); text-decoration-thickness: 1px; text-underline-offset: 2px }
 '''
 
-# %% ../nbs/04_report.ipynb #6a9731e6
+# %% ../nbs/04_report.ipynb #95b15a63
 CSS += '''
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .94rem }
@@ -483,7 +483,7 @@ dl.terms dd { margin: 0; max-width: 48rem }
 }
 '''
 
-# %% ../nbs/04_report.ipynb #bbeeef3f
+# %% ../nbs/04_report.ipynb #876351d2
 class Report:
     "A self-contained HTML page that shows itself in a notebook and saves itself as one file"
     def __init__(self,
@@ -514,7 +514,7 @@ class Report:
         style = 'width:100%;height:42rem;border:1px solid #8a929c55;border-radius:6px'
         return f'<iframe title="{escape(self.title)}" srcdoc="{page}" style="{style}"></iframe>'
 
-# %% ../nbs/04_report.ipynb #815e4f54
+# %% ../nbs/04_report.ipynb #7f6d81c4
 def para(*texts): return ''.join(f'<p>{escape(str(t))}</p>' for t in texts if t)
 
 def section(
@@ -550,7 +550,7 @@ def dict_html(d):
     rows = [(str(k).replace('_',' '), text(v)) for k,v in flat(d).items()]
     return table_html(pd.DataFrame(rows, columns=['','value'])) if rows else ''
 
-# %% ../nbs/04_report.ipynb #e3e87bd3
+# %% ../nbs/04_report.ipynb #5369e64c
 OWN = ('command','fingerprint','definitions','training_longer')
 SIMULATED = ('<aside class=banner role=note><p><strong>Simulated cohort.</strong> These images were made by a program, not by a '
              'scanner. The page shows that the method runs; it says nothing about patients.</p></aside>')
@@ -592,7 +592,7 @@ def page(title, tag, colour, sentence, lead, sections, simulated=False):
     head = f'<span class="tag {colour}">{escape(tag)}</span><h1>{escape(sentence)}</h1>{SIMULATED if simulated else ""}'
     return Report(title, f'<main><header>{head}{lead}{nav}</header>{"".join(s for *_,s in ss)}</main>')
 
-# %% ../nbs/04_report.ipynb #184fffe8
+# %% ../nbs/04_report.ipynb #592dcc97
 VERDICTS = {'brain better':('Skull-stripped better','brain'), 'full skull better':('Full skull better','orig'),
             'equivalent':('Equivalent','ok'), 'inconclusive':('Inconclusive','')}
 
@@ -602,7 +602,7 @@ def rule_terms(
     "What was estimated and how the verdict follows from it"
     m = f'{c.get("margin",.01):g}'
     return {
-        'What is estimated': 'The mean over subjects of each subject’s mean difference in per-image Dice, skull-stripped minus '
+        'What is estimated': c.get('estimand') or 'The mean over subjects of each subject’s mean difference in per-image Dice, skull-stripped minus '
             'full skull, on test images that have both, paired by subject, scan and slice. Each subject counts once, however '
             'many scans there are.',
         'Verdict rule': 'First that applies: (1) the 95 % interval excludes 0 and the sign agrees in every fold and repeat: that '
@@ -614,7 +614,7 @@ def rule_terms(
             'subjects. Pooled Dice counts all pixels as those of one image: a missed small structure hardly shows in it. The '
             'verdict uses per-image Dice only.'}
 
-# %% ../nbs/04_report.ipynb #a5521047
+# %% ../nbs/04_report.ipynb #994e297b
 def _p(v): return '' if _none(v) else ', p < 0.0001' if v<1e-4 else f', p = {num(v,4)}'
 
 def _estimate(d):
@@ -656,7 +656,7 @@ def key_facts(
         d['Subjects needed'] = _with(f'about {num(c["subjects_needed"])}', f'for ±{c["margin"]:g} Dice')
     return facts(d)
 
-# %% ../nbs/04_report.ipynb #f2137c81
+# %% ../nbs/04_report.ipynb #39fd3b21
 def compare_report(
     comparison, # dict, as in comparison.json
     scores, # Score table of both kinds
@@ -687,7 +687,7 @@ def compare_report(
         section('On the external data set', table_html(external)) if external is not None and len(external) else None,
         *evidence(scores, curves, split, problems, info, data_root, out, rule_terms(c), c.get('simulated'))], c.get('simulated'))
 
-# %% ../nbs/04_report.ipynb #e2543a12
+# %% ../nbs/04_report.ipynb #0060ae11
 def train_report(
     scores, # Score table of one kind
     curves, # Curve table
