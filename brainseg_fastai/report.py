@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['KINDS', 'COLOURS', 'TRUTH', 'PRED', 'INK', 'CSS', 'OWN', 'SIMULATED', 'VERDICTS', 'kind_name', 'ring', 'crop_box',
            'tile', 'toy_run', 'mask_paths', 'case_tile', 'Html', 'num', 'interval', 'table_html', 'need', 'split_table',
-           'score_table_html', 'swap_html', 'svg', 'paired_plot', 'curves_plot', 'worst_first', 'contact_sheet',
-           'Report', 'para', 'section', 'facts', 'terms', 'flat', 'dict_html', 'longer_text', 'evidence', 'page',
-           'rule_terms', 'difference_text', 'control_text', 'compare_report', 'train_report']
+           'as_metrics', 'score_table_html', 'swap_html', 'svg', 'paired_plot', 'curves_plot', 'worst_first',
+           'contact_sheet', 'Report', 'para', 'section', 'facts', 'terms', 'flat', 'dict_html', 'sentences', 'evidence',
+           'page', 'rule_terms', 'difference_text', 'control_text', 'key_facts', 'compare_report', 'train_report']
 
-# %% ../nbs/04_report.ipynb #87d2326a
+# %% ../nbs/04_report.ipynb #538e40f4
 import base64, io, re
 from html import escape
 from pathlib import Path
@@ -20,7 +20,7 @@ from PIL import Image
 
 from .cases import DataError, _scan_folder, read_image
 
-# %% ../nbs/04_report.ipynb #a3158861
+# %% ../nbs/04_report.ipynb #cf150ea8
 KINDS = dict(brain='Skull-stripped', orig='Full skull')
 COLOURS = dict(brain='#0072b2', orig='#d55e00')
 TRUTH,PRED = '#56b4e9','#ff9f1c'
@@ -40,7 +40,7 @@ def ring(
     for _ in range(width): g = _grow(g)
     return g & ~mask
 
-# %% ../nbs/04_report.ipynb #6c3b1c88
+# %% ../nbs/04_report.ipynb #565bb153
 def crop_box(
     mask, # Boolean array (h, w): what has to be inside
     margin=.25, # Free space on each side, as a share of the structure's longer side
@@ -58,7 +58,7 @@ def crop_box(
     l,t = start(xs,w), start(ys,h)
     return l, t, l+side, t+side
 
-# %% ../nbs/04_report.ipynb #db52276e
+# %% ../nbs/04_report.ipynb #8ab4db93
 def _rgb(colour): return [int(colour[i:i+2],16) for i in (1,3,5)]
 
 def tile(
@@ -84,7 +84,7 @@ def tile(
             rgb[ring(m if out else ~m, 3)] = _rgb(colour)
     return Image.fromarray(rgb).resize((px,px), Image.Resampling.LANCZOS)
 
-# %% ../nbs/04_report.ipynb #3d212f16
+# %% ../nbs/04_report.ipynb #5778140a
 def _toy_case(rng, size, err):
     "head, skull-less head, ventricles and a prediction that is wrong by about `err` pixels"
     y,x = np.mgrid[-1:1:size*1j,-1:1:size*1j]
@@ -101,6 +101,21 @@ def _toy_case(rng, size, err):
     u8 = lambda v: np.clip(v,0,255).astype(np.uint8)
     return u8(img+190*skull+60*((r>1.3)&(r<1.5))), u8(img*brain), mask, pred
 
+def _toy_rows(root, i, j, size, seed, hard):
+    "Write one scan of subject `i` in both kinds; rows of the score table"
+    def put(p, a): p.parent.mkdir(parents=True, exist_ok=True); Image.fromarray(a.astype(np.uint8)).save(p)
+    subject,scan = f'{i:03d}_S_{1000+7*i}', f'I{100*i+j}'
+    name = f'{subject}-{scan}-{{}}-ax3.png'.format
+    for kind,err in (('brain',1),('orig',1.5)):
+        head,bare,m,p = _toy_case(np.random.default_rng([seed,i,j]), size, err*hard)
+        put(root/'data'/kind/name(kind), head if kind=='orig' else bare)
+        put(root/'data'/'mask'/name('mask'), m*255)
+        put(root/'out'/'predictions'/name(kind), p)
+        d = 2*(m&p).sum()/(m.sum()+p.sum())
+        yield dict(kind=kind, fold=i%3, seed=seed, subject=subject, scan=scan, slice='ax3', image=f'{kind}/{name(kind)}', dice=d,
+                   jaccard=d/(2-d), area_true=m.sum(), area_pred=p.sum(), unit='px', prediction=f'predictions/{name(kind)}')
+
+# %% ../nbs/04_report.ipynb #810fc383
 def toy_run(
     root, # Folder to write `data` and `out` into
     n=6, # Subjects
@@ -109,37 +124,27 @@ def toy_run(
     seed=0,
 ): # dict of the arguments of `compare_report`
     "Images, predictions and tables of a run that never happened, to try reports on"
-    root,rng,rows = Path(root),np.random.default_rng(seed),[]
-    def put(p, a): p.parent.mkdir(parents=True, exist_ok=True); Image.fromarray(a).save(p)
-    for i in range(n):
-        hard = rng.gamma(2,.5)
-        for j in range(scans):
-            for kind,err in (('brain',1),('orig',1.5)):
-                s,sc,name = f'{i:03d}_S_{1000+7*i}', f'I{100*i+j}', f'{i:03d}_S_{1000+7*i}-I{100*i+j}-{{}}-ax3.png'
-                full,bare,m,p = _toy_case(np.random.default_rng([seed,i,j]), size, err*hard)
-                im,pr = f'{kind}/{name.format(kind)}', f'predictions/{name.format(kind)}'
-                put(root/'data'/im, full if kind=='orig' else bare); put(root/'data'/'mask'/name.format('mask'), m.astype(np.uint8)*255)
-                put(root/'out'/pr, p.astype(np.uint8))
-                d = 2*(m&p).sum()/(m.sum()+p.sum())
-                rows.append(dict(kind=kind, fold=i%3, seed=seed, subject=s, scan=sc, slice='ax3', image=im, dice=d, jaccard=d/(2-d),
-                                 area_true=m.sum(), area_pred=p.sum(), unit='px', prediction=pr))
-    scores = pd.DataFrame(rows)
+    root,rng = Path(root),np.random.default_rng(seed)
+    hard = rng.gamma(2, .5, n)
+    scores = pd.DataFrame([r for i in range(n) for j in range(scans) for r in _toy_rows(root,i,j,size,seed,hard[i])])
     per = scores.groupby(['subject','kind']).dice.mean().unstack()
     diff = per.brain-per.orig
-    half = 2*diff.std()/n**.5
-    ci = [diff.mean()-half, diff.mean()+half]
+    ci = [diff.mean()+k*diff.std()/n**.5 for k in (-2,2)]
     verdict = 'brain better' if ci[0]>0 else 'full skull better' if ci[1]<0 else 'inconclusive'
     e = np.arange(8)
-    curves = pd.concat([pd.DataFrame(dict(kind=k, fold=f, seed=seed, epoch=e, seconds=1., train_loss=.9*.6**e, valid_loss=.95*.62**e,
-        valid_dice=per[k].mean()-.7*(.5+.04*f)**e)) for k in per for f in range(3)])
-    split = pd.concat([scores[scores.kind=='brain'][['image','subject']].assign(fold=f, split=[('test','valid','train')[(int(s[:3])-f)%3]
-        for s in scores[scores.kind=='brain'].subject]) for f in range(3)])
+    curves = pd.concat([pd.DataFrame(dict(kind=k, fold=f, seed=seed, epoch=e, seconds=1., train_loss=.9*.6**e,
+                                          valid_loss=.95*.62**e, valid_dice=per[k].mean()-.7*(.5+.04*f)**e))
+                        for k in per for f in range(3)])
+    bare = scores[scores.kind=='brain']
+    side = lambda f: [('test','valid','train')[(g-f)%3] for g in bare.fold]
+    split = pd.concat([bare[['image','subject']].assign(fold=f, split=side(f)) for f in range(3)])
+    metrics = {k: g.groupby('subject')[['dice','jaccard']].mean().mean().to_dict() for k,g in scores.groupby('kind')}
     comparison = dict(verdict=verdict, sentence=f'A toy run, no evidence of anything: {verdict}.', n_subjects=n, n_images=n*scans,
-        metrics={k: dict(dice=per[k].mean(), jaccard=scores[scores.kind==k].jaccard.mean()) for k in per}, difference=diff.mean(), ci95=ci,
-        ci90=ci, p_value=None, margin=.01, subjects_needed=None, folds=3, repeats=1, control=None, simulated=True, warnings=[])
+                      metrics=metrics, difference=diff.mean(), ci95=ci, ci90=ci, p_value=None, margin=.01, subjects_needed=None,
+                      folds=3, repeats=1, control=None, simulated=True, warnings=[])
     return dict(comparison=comparison, scores=scores, curves=curves, split=split, data_root=root/'data', out=root/'out')
 
-# %% ../nbs/04_report.ipynb #6d52cebc
+# %% ../nbs/04_report.ipynb #09db6ca7
 def mask_paths(
     scores, # Score table
     data_root, # Folder that `image` and, where there is such a column, `mask` are relative to
@@ -147,7 +152,8 @@ def mask_paths(
     "The true mask of each row"
     root = Path(data_root)
     if 'mask' in scores: return scores['mask'].map(lambda p: root/p)
-    found = {(o['kind'],o['image'].relative_to(root).as_posix()): o['mask'] for o in _scan_folder(root, sorted(scores['kind'].unique()), None)}
+    found = {(o['kind'],o['image'].relative_to(root).as_posix()): o['mask']
+             for o in _scan_folder(root, sorted(scores['kind'].unique()), None)}
     return pd.Series([found.get(ki) for ki in zip(scores['kind'],scores['image'])], index=scores.index, dtype=object)
 
 def _codes(p):
@@ -166,7 +172,7 @@ def case_tile(
     "The tile of one scored case"
     return tile(read_image(image), _codes(mask), _codes(prediction), px)
 
-# %% ../nbs/04_report.ipynb #82ba9a2b
+# %% ../nbs/04_report.ipynb #93b0476e
 class Html(str):
     "Text that is HTML; a notebook renders it"
     def _repr_html_(self): return str(self)
@@ -188,7 +194,7 @@ def interval(ci, digits=3, sign=False):
     "'0.951 to 0.969'; empty when there is none"
     return '' if ci is None or any(map(_none,ci)) else f'{num(ci[0],digits,sign)} to {num(ci[1],digits,sign)}'
 
-# %% ../nbs/04_report.ipynb #aaa64b41
+# %% ../nbs/04_report.ipynb #7c3c2891
 def table_html(
     df, # Any table; cells that are `Html` are taken as they are, all others escaped
     caption='', # Shown above it
@@ -206,7 +212,7 @@ def table_html(
     return Html(f'<div class=scroll><table>{cap}<thead><tr>{head}</tr></thead><tbody>'
                 + ''.join(f'<tr>{r}</tr>' for r in rows) + f'</tbody></table></div>{more}')
 
-# %% ../nbs/04_report.ipynb #e6dcc8b8
+# %% ../nbs/04_report.ipynb #2c5aabab
 def need(
     df, # Any table
     cols, # Columns it must have
@@ -225,44 +231,53 @@ def split_table(
     s = s if 'fold' in s else s.assign(fold=0)
     t = s.groupby(['fold','split']).agg(subjects=('subject','nunique'), images=('image','nunique')).reset_index()
     t['share of images'] = [f'{100*i/t.images[t.fold==f].sum():.1f} %' for f,i in zip(t.fold,t.images)]
-    order = {'train':0,'valid':1,'test':2}
-    return t.iloc[t.split.map(lambda v: order.get(v,3)).argsort(kind='stable')].sort_values('fold', kind='stable').reset_index(drop=True)
+    order = dict(train=0, valid=1, test=2)
+    key = lambda c: c if c.name=='fold' else c.map(lambda v: order.get(v,3))
+    return t.sort_values(['fold','split'], key=key, ignore_index=True)
 
-# %% ../nbs/04_report.ipynb #15380979
+# %% ../nbs/04_report.ipynb #320d8354
+def as_metrics(
+    m, # dict, or table with a row per metric and the columns mean, low, high, as from `summarise_scores`
+): # dict such as {'dice':…, 'dice_ci95':[lo,hi], …}
+    "Means and intervals of one kind as a dict"
+    if not isinstance(m, pd.DataFrame): return m
+    return {**m['mean'].to_dict(), **{f'{k}_ci95':[r['low'],r['high']] for k,r in m.iterrows()}}
+
 def score_table_html(
-    metrics, # {kind: {'dice':…, 'dice_ci95':[lo,hi], 'jaccard':…, 'hd95':…, 'nsd':…, 'pooled_dice':…}}
+    metrics, # {kind: {'dice':…, 'dice_ci95':[lo,hi], 'jaccard':…, 'hd95':…, 'nsd':…, 'pooled_dice':…}}, or {kind: table}
     unit='px', # Unit of lengths: 'mm' or 'px'
 ): # Html
     "One row per metric, one column per kind of input"
-    names = dict(dice='Dice, per image ↑', jaccard='Jaccard, per image ↑', hd95=f'95 % Hausdorff distance, {unit} ↓', nsd='Normalised surface Dice ↑',
-                 area_true=f'True area, {unit}²', area_pred=f'Predicted area, {unit}²', pooled_dice='Pooled Dice (all pixels as one image) ↑')
+    names = dict(dice='Dice, per image ↑', jaccard='Jaccard, per image ↑', hd95=f'95 % Hausdorff distance, {unit} ↓',
+                 nsd='Normalised surface Dice ↑', area_true=f'True area, {unit}²', area_pred=f'Predicted area, {unit}²',
+                 pooled_dice='Pooled Dice (all pixels as one image) ↑')
     def value(m, k):
         v,d = m.get(k), 1 if 'area' in k else 2 if k=='hd95' else 3
         ci = interval(m.get(f'{k}_ci95'), d)
         return Html(f'{num(v if v is None else float(v),d)}' + (f' <small>{ci}</small>' if ci else ''))
+    metrics = {k: as_metrics(m) for k,m in metrics.items()}
     rows = [{'Mean over subjects (95 % interval)':n, **{kind_name(k):value(m,key) for k,m in metrics.items()}}
             for key,n in names.items() if any(not _none(m.get(key)) for m in metrics.values())]
     return table_html(pd.DataFrame(rows))
 
-# %% ../nbs/04_report.ipynb #0603b757
+# %% ../nbs/04_report.ipynb #a98c9269
 def swap_html(
     swap, # Columns trained_on, tested_on, n_subjects, dice, low, high
 ): # Html
     "The 2×2 table: trained on one kind of input, tested on the other; darker is better"
     s = need(swap, ['trained_on','tested_on','dice'], 'The swap table')
-    lo,hi = s.dice.min(), s.dice.max()
-    def cell(r):
-        ci = interval([r.get('low'),r.get('high')])
-        return Html(f'<div class=heat style="--heat:{(r.dice-lo)/max(hi-lo,1e-9)*28+2:.0f}%"><b>{num(r.dice)}</b><small>{ci}</small></div>')
-    rows = {}
-    for _,r in s.iterrows(): rows.setdefault(f'Trained on {kind_name(r.trained_on).lower()}', {})[f'tested on {kind_name(r.tested_on).lower()}'] = cell(r)
+    lo,hi,rows = s.dice.min(), s.dice.max(), {}
+    for _,r in s.iterrows():
+        ci,heat = interval([r.get('low'),r.get('high')]), (r.dice-lo)/max(hi-lo,1e-9)*28+2
+        cell = Html(f'<div class=heat style="--heat:{heat:.0f}%"><b>{num(r.dice)}</b><small>{ci}</small></div>')
+        rows.setdefault(f'Trained on {kind_name(r.trained_on).lower()}', {})[f'tested on {kind_name(r.tested_on).lower()}'] = cell
     return table_html(pd.DataFrame(rows).T.rename_axis('').reset_index())
 
-# %% ../nbs/04_report.ipynb #777a8898
+# %% ../nbs/04_report.ipynb #a510dfe4
 INK = '#1b1f24'
-_rc = {'svg.fonttype':'none', 'svg.hashsalt':'brainseg', 'axes.spines.top':False, 'axes.spines.right':False, 'font.size':10, 'text.color':INK,
-       'axes.labelcolor':INK, 'xtick.color':INK, 'ytick.color':INK, 'axes.edgecolor':'#8a929c', 'axes.titlesize':11,
-       'grid.color':'#8a929c', 'grid.alpha':.25, 'figure.dpi':90}
+_rc = {'svg.fonttype':'none', 'svg.hashsalt':'brainseg', 'axes.spines.top':False, 'axes.spines.right':False, 'font.size':10,
+       'text.color':INK, 'axes.labelcolor':INK, 'xtick.color':INK, 'ytick.color':INK, 'axes.edgecolor':'#8a929c',
+       'axes.titlesize':11, 'grid.color':'#8a929c', 'grid.alpha':.25, 'figure.dpi':90}
 
 def _subplots(*args, **kw):
     import matplotlib.pyplot as plt
@@ -279,14 +294,16 @@ def svg(
     f = io.StringIO()
     with mpl.rc_context(_rc): fig.savefig(f, format='svg', metadata={'Date':None}, transparent=True)
     s = f.getvalue()
-    s = re.sub(r'<metadata>.*?</metadata>|<!--.*?-->| xmlns(:\w+)?="[^"]*"', '', s[s.index('<svg'):], flags=re.S).replace('xlink:href', 'href')
+    s = re.sub(r'<metadata>.*?</metadata>|<!--.*?-->| xmlns(:\w+)?="[^"]*"', '', s[s.index('<svg'):], flags=re.S)
+    s = s.replace('xlink:href', 'href')
     used = set(re.findall(r'#(\w+)[")]', s))
     s = re.sub(r' id="(\w+)"', lambda m: m[0] if m[1] in used else '', s)
     s = re.sub(r' width="[^"]*" height="[^"]*"|(?<=<svg) height="[^"]*"', '', s, count=1)
     for c,v in ((INK,'currentColor'), *((c,f'var(--{k},{c})') for k,c in COLOURS.items())): s = s.replace(c, v)
-    return Html(s.replace('<svg', f'<svg role="img" aria-label="{escape(alt)}" style="max-width:{fig.get_figwidth()*104:.0f}px;width:100%"', 1))
+    style = f'max-width:{fig.get_figwidth()*104:.0f}px;width:100%'
+    return Html(s.replace('<svg', f'<svg role="img" aria-label="{escape(alt)}" style="{style}"', 1))
 
-# %% ../nbs/04_report.ipynb #207bc754
+# %% ../nbs/04_report.ipynb #8baee84e
 def _per_subject(scores):
     "Mean Dice of each subject with each kind of input"
     s = need(scores, ['kind','subject','dice'], 'The score table')
@@ -303,17 +320,20 @@ def paired_plot(
     fig,(a,b) = _subplots(1, 2, figsize=(9.2,4.1), width_ratios=(1,1.7))
     d = (per.brain-per.orig).sort_values()
     for s,v in d.items():
-        a.plot([0,1], per.loc[s,['brain','orig']], color=COLOURS['brain' if v>0 else 'orig'], lw=1, alpha=.45, solid_capstyle='round')
+        a.plot([0,1], per.loc[s,['brain','orig']], color=COLOURS['brain' if v>0 else 'orig'], lw=1, alpha=.45)
     for x,k in enumerate(KINDS): a.scatter([x]*len(per), per[k], color=COLOURS[k], s=16, zorder=3, lw=0)
-    a.set(xticks=[0,1], xticklabels=KINDS.values(), xlim=(-.3,1.3), ylabel='Mean per-image Dice'); a.set_title('Each subject', loc='left'); a.grid(axis='y')
+    a.set(xticks=[0,1], xticklabels=KINDS.values(), xlim=(-.3,1.3), ylabel='Mean per-image Dice')
+    a.set_title('Each subject', loc='left'); a.grid(axis='y')
     gap,rows = max(1.6,len(d)*.085), []
     if c.get('margin'): b.axvspan(-c['margin'], c['margin'], color='#8a929c', alpha=.18, lw=0)
     b.scatter(d, np.arange(len(d)), c=[COLOURS['brain' if v>0 else 'orig'] for v in d], s=16, alpha=.75, lw=0)
-    ctl = c.get('control')
+    ctl = c.get('control') or {}
+    ctl_name = f'control: {kind_name(ctl.get("kind","")).lower()},\ntwo seeds'
     if c.get('difference') is not None: rows.append(('mean, 95 %', c['difference'], c['ci95'], INK))
-    if ctl: rows.append((f'control: {kind_name(ctl.get("kind","")).lower()},\ntwo seeds', ctl['difference'], ctl['ci95'], '#8a929c'))
+    if ctl: rows.append((ctl_name, ctl['difference'], ctl['ci95'], '#8a929c'))
     for i,(n,m,ci,col) in enumerate(rows):
-        b.plot(ci, [-gap*(i+1)]*2, color=col, lw=3, solid_capstyle='butt'); b.plot(m, -gap*(i+1), 'D', color=col, ms=7)
+        if interval(ci): b.plot(ci, [-gap*(i+1)]*2, color=col, lw=3, solid_capstyle='butt')
+        b.plot(m, -gap*(i+1), 'D', color=col, ms=7)
     b.axvline(0, color=INK, lw=.8); b.axhline(-gap*.4, color='#8a929c', lw=.6) if rows else None
     b.set(yticks=[-gap*(i+1) for i in range(len(rows))], yticklabels=[r[0] for r in rows], ylim=(-gap*(len(rows)+.6), len(d)-.3),
           xlabel='Difference in Dice:  ← full skull better  ·  skull-stripped better →')
@@ -321,12 +341,13 @@ def paired_plot(
     b.grid(axis='x'); b.tick_params(axis='y', length=0)
     return fig
 
-# %% ../nbs/04_report.ipynb #5e6a2c3c
+# %% ../nbs/04_report.ipynb #77b47846
 def curves_plot(
     curves, # Columns kind, fold, seed, epoch, valid_dice
 ): # matplotlib figure
     "Validation Dice by epoch: a thin line per training, a thick one for the mean, the last third enlarged"
-    c = need(curves, ['kind','fold','seed','epoch','valid_dice'], 'The curve table').assign(epoch=lambda t: t.epoch+(t.epoch.min()==0))
+    c = need(curves, ['kind','fold','seed','epoch','valid_dice'], 'The curve table')
+    c = c.assign(epoch=c.epoch+(c.epoch.min()==0)) # people count from one
     fig,axs = _subplots(1, 2, figsize=(9.2,3.1), width_ratios=(1.3,1))
     last,start = c.epoch.max(), c.epoch.max()-max(2,round((c.epoch.max()-c.epoch.min())/3))
     for ax,t,title in zip(axs, (c,c[c.epoch>=start]), ('All epochs',f'From epoch {max(start,c.epoch.min())}')):
@@ -335,11 +356,12 @@ def curves_plot(
             for _,r in g.groupby(['fold','seed']): ax.plot(r.epoch, r.valid_dice, color=col, lw=.8, alpha=.45)
             m = g.groupby('epoch').valid_dice.mean()
             ax.plot(m.index, m, color=col, lw=2.2, label=kind_name(k), marker='o', ms=3.5)
-        ax.grid(axis='y'); ax.set(xlabel='Epoch'); ax.set_title(title, loc='left'); ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(axis='y'); ax.set(xlabel='Epoch'); ax.set_title(title, loc='left')
+        ax.xaxis.get_major_locator().set_params(integer=True)
     axs[0].set_ylabel('Dice on validation subjects'); axs[0].legend(frameon=False, loc='lower right', labelcolor=INK)
     return fig
 
-# %% ../nbs/04_report.ipynb #50be3411
+# %% ../nbs/04_report.ipynb #e5cef94c
 def _jpeg(im, quality=78):
     f = io.BytesIO()
     im.save(f, 'JPEG', quality=quality, subsampling=0, optimize=True)
@@ -347,11 +369,13 @@ def _jpeg(im, quality=78):
 
 def _card(r, mask, data_root, out, px):
     label = f'{r.subject} {r.get("scan","")} {r.get("slice","")}'.strip()
-    try: im = f'<img src="{_jpeg(case_tile(Path(data_root)/r.image,mask,Path(out)/r.prediction,px))}" width={px} height={px} alt="{escape(label)}: Dice {num(r.dice)}">'
+    try:
+        src = _jpeg(case_tile(Path(data_root)/r.image, mask, Path(out)/r.prediction, px))
+        im = f'<img src="{src}" width={px} height={px} alt="{escape(label)}: Dice {num(r.dice)}">'
     except DataError as e: im = f'<div class=gone>{escape(str(e))}</div>'
+    link = escape(label.removeprefix(str(r.subject)).strip() or 'prediction')
     return (f'<figure style="margin:0">{im}<figcaption><b>{num(r.dice)}</b> {escape(str(r.subject))}<br>'
-            f'<a href="{quote(str(r.prediction))}" title="{escape(str(r.image))}">{escape(label.removeprefix(str(r.subject)).strip() or "prediction")}</a>'
-            '</figcaption></figure>')
+            f'<a href="{quote(str(r.prediction))}" title="{escape(str(r.image))}">{link}</a></figcaption></figure>')
 
 def worst_first(
     scores, # Score table
@@ -359,7 +383,8 @@ def worst_first(
 ): # Score table, each case once
     "Each case once, at its worst, sorted by kind and Dice; undefined Dice comes first"
     s = need(scores, ['kind','image','subject','dice','prediction'], 'The score table')
-    s = s.sort_values(['kind','dice','image'], na_position='first', kind='stable').drop_duplicates(['kind','image']).reset_index(drop=True)
+    s = s.sort_values(['kind','dice','image'], na_position='first', kind='stable')
+    s = s.drop_duplicates(['kind','image']).reset_index(drop=True)
     return s if n is None else s.groupby('kind').head(n)
 
 def contact_sheet(
@@ -377,48 +402,88 @@ def contact_sheet(
                              f'max(6.5rem,calc(100%/{cols} - .6rem)),1fr))">{"".join(cards)}</div>')
     for k,g in s.groupby('kind'):
         cards = [_card(r,masks[i],data_root,out,px) for i,r in g.iterrows()]
-        rest = f'<details><summary>The other {len(cards)-first} cases</summary>{grid(cards[first:])}</details>' if len(cards)>first else ''
+        rest = cards[first:] and f'<details><summary>The other {len(cards)-first} cases</summary>{grid(cards[first:])}</details>'
         parts.append(f'<h3>{escape(kind_name(k))} <small>{len(g)} cases, Dice {num(g.dice.min())} to {num(g.dice.max())}, '
-                     f'median {num(g.dice.median())}</small></h3>{grid(cards[:first])}{rest}')
+                     f'median {num(g.dice.median())}</small></h3>{grid(cards[:first])}{rest or ""}')
     key = ''.join(f'<span class=key><i style="background:{c}"></i>{t}</span>' for t,c in (('truth',TRUTH),('prediction',PRED)))
     return Html(f'<div class=sheet><p class=keys>{key}</p>{"".join(parts)}</div>')
 
-# %% ../nbs/04_report.ipynb #fd1ed31c
+# %% ../nbs/04_report.ipynb #95c5da20
 CSS = '''
-:root{color-scheme:light dark;--bg:#fff;--ink:#1b1f24;--soft:#5a6470;--line:#dfe3e8;--card:#f5f7f9;--brain:#0072b2;--orig:#d55e00;--ok:#00795c;
---none:#5a6470;--warn:#fff4d6;--warnline:#d9a400}
-@media(prefers-color-scheme:dark){:root{--bg:#14171b;--ink:#e7eaee;--soft:#9da7b3;--line:#323942;--card:#1d2228;--brain:#56b4e9;--orig:#ff8f4a;
---ok:#3ec79c;--none:#9da7b3;--warn:#3a3010;--warnline:#c99a1d}}
-*{box-sizing:border-box}html{-webkit-text-size-adjust:100%}
-body{margin:0 auto;padding:2.2rem 1.4rem 4rem;max-width:68rem;background:var(--bg);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",
-Roboto,"Helvetica Neue",Arial,sans-serif}
-svg text{font-family:inherit!important}svg{display:block;height:auto}
-h1{font-size:clamp(1.35rem,2.8vw,2rem);line-height:1.25;margin:.5rem 0 1.1rem;font-weight:650;text-wrap:balance;letter-spacing:-.012em}
-h2{font-size:1.22rem;margin:2.8rem 0 .7rem;padding-top:1.1rem;border-top:1px solid var(--line)}h3{font-size:1rem;margin:1.5rem 0 .6rem}
-h3 small,small,.note,caption,.keys,figcaption{color:var(--soft);font-weight:400}p,li{max-width:48rem}p{margin:.5rem 0}
-.tag{display:inline-block;padding:.12rem .75rem;border-radius:99px;font-weight:650;font-size:.9rem;color:var(--bg);background:var(--none)}
-.tag.brain{background:var(--brain)}.tag.orig{background:var(--orig)}.tag.ok{background:var(--ok)}
-.banner{background:var(--warn);border:1px solid var(--warnline);border-left-width:6px;border-radius:6px;padding:.7rem 1rem;margin:1rem 0}.banner p{margin:0;max-width:none}
-dl.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:.7rem;margin:1.3rem 0}
-.facts div{background:var(--card);border-radius:8px;padding:.7rem .9rem}.facts dt{color:var(--soft);font-size:.82rem}
-.facts dd{margin:0;font-size:1.28rem;font-weight:600;font-variant-numeric:tabular-nums}
-.facts small{display:block;font-size:.77rem;line-height:1.35}
-nav{font-size:.9rem;color:var(--soft)}nav a{margin-right:1rem;white-space:nowrap}a{color:var(--brain);text-decoration-thickness:1px;text-underline-offset:2px}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.94rem}caption{text-align:left;padding-bottom:.3rem}
-th,td{padding:.36rem 1.3rem .36rem 0;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}thead th{color:var(--soft);font-weight:500;
-font-size:.86rem}tbody th{font-weight:500}.num{text-align:right}td small{margin-left:.35rem;white-space:nowrap}
-.heat{margin:-.36rem -1.3rem -.36rem 0;padding:.6rem 1.2rem;min-width:10rem;background:color-mix(in srgb,var(--ok) var(--heat),transparent)}
-.heat b{font-size:1.1rem;display:block}.heat small{margin:0;color:inherit}
-.key{margin-right:1.2rem}.key i{display:inline-block;width:1.5rem;height:.28rem;border-radius:2px;margin-right:.45rem;vertical-align:middle}
-figcaption{font-size:.78rem;line-height:1.35;overflow-wrap:anywhere;margin-top:.15rem}figcaption b{color:var(--ink);font-size:.9rem}
-.sheet img,.gone{display:block;width:100%;height:auto;aspect-ratio:1;border-radius:5px;background:#000}.gone{padding:.6rem;font-size:.68rem;color:#eee;
-overflow:hidden;overflow-wrap:anywhere}
-summary{cursor:pointer;color:var(--brain);margin:.8rem 0}pre{background:var(--card);border-radius:6px;padding:.8rem 1rem;overflow-x:auto;font-size:.88rem}
-code,pre{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}dl.terms dt{font-weight:600;margin-top:.8rem}dl.terms dd{margin:0;max-width:48rem}
-@media print{body{padding:0;max-width:none;font-size:11px}nav{display:none}h2{break-after:avoid}figure,tr,.facts div{break-inside:avoid}
-details::details-content{content-visibility:visible;block-size:auto}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
+:root { color-scheme: light dark; --bg: #fff; --ink: #1b1f24; --soft: #5a6470; --line: #dfe3e8; --card: #f5f7f9;
+  --brain: #0072b2; --orig: #d55e00; --ok: #00795c; --none: #5a6470; --warn: #fff4d6; --warnline: #d9a400 }
+@media(prefers-color-scheme:dark) {
+  :root { --bg: #14171b; --ink: #e7eaee; --soft: #9da7b3; --line: #323942; --card: #1d2228; --brain: #56b4e9;
+    --orig: #ff8f4a; --ok: #3ec79c; --none: #9da7b3; --warn: #3a3010; --warnline: #c99a1d }
+}
+* { box-sizing: border-box }
+html { -webkit-text-size-adjust: 100% }
+body { margin: 0 auto; padding: 2.2rem 1.4rem 4rem; max-width: 68rem; background: var(--bg); color: var(--ink);
+  font: 16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif }
+svg text { font-family: inherit!important }
+svg { display: block; height: auto }
+h1 { font-size: clamp(1.35rem,2.8vw,2rem); line-height: 1.25; margin: .5rem 0 1.1rem; font-weight: 650; text-wrap: balance;
+  letter-spacing: -.012em }
+h2 { font-size: 1.22rem; margin: 2.8rem 0 .7rem; padding-top: 1.1rem; border-top: 1px solid var(--line) }
+h3 { font-size: 1rem; margin: 1.5rem 0 .6rem }
+h3 small, small, .note, caption, .keys, figcaption { color: var(--soft); font-weight: 400 }
+p, li { max-width: 48rem }
+p { margin: .5rem 0 }
+.tag { display: inline-block; padding: .12rem .75rem; border-radius: 99px; font-weight: 650; font-size: .9rem;
+  color: var(--bg); background: var(--none) }
+.tag.brain { background: var(--brain) }
+.tag.orig { background: var(--orig) }
+.tag.ok { background: var(--ok) }
+.banner { background: var(--warn); border: 1px solid var(--warnline); border-left-width: 6px; border-radius: 6px;
+  padding: .7rem 1rem; margin: 1rem 0 }
+.banner p { margin: 0; max-width: none }
+dl.facts { display: grid; grid-template-columns: repeat(auto-fit,minmax(9.5rem,1fr)); gap: .7rem; margin: 1.3rem 0 }
+.facts div { background: var(--card); border-radius: 8px; padding: .7rem .9rem }
+.facts dt { color: var(--soft); font-size: .82rem }
+.facts dd { margin: 0; font-size: 1.28rem; font-weight: 600; font-variant-numeric: tabular-nums }
+.facts small { display: block; font-size: .77rem; line-height: 1.35 }
+nav { font-size: .9rem; color: var(--soft) }
+nav a { margin-right: 1rem; white-space: nowrap }
+a { color: var(--brain); text-decoration-thickness: 1px; text-underline-offset: 2px }
 '''
 
+# %% ../nbs/04_report.ipynb #95b15a63
+CSS += '''
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .94rem }
+caption { text-align: left; padding-bottom: .3rem }
+th, td { padding: .36rem 1.3rem .36rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top }
+thead th { color: var(--soft); font-weight: 500; font-size: .86rem }
+tbody th { font-weight: 500 }
+.num { text-align: right }
+td small { margin-left: .35rem; white-space: nowrap }
+.heat { margin: -.36rem -1.3rem -.36rem 0; padding: .6rem 1.2rem; min-width: 10rem;
+  background: color-mix(in srgb,var(--ok) var(--heat),transparent) }
+.heat b { font-size: 1.1rem; display: block }
+.heat small { margin: 0; color: inherit }
+.key { margin-right: 1.2rem }
+.key i { display: inline-block; width: 1.5rem; height: .28rem; border-radius: 2px; margin-right: .45rem;
+  vertical-align: middle }
+figcaption { font-size: .78rem; line-height: 1.35; overflow-wrap: anywhere; margin-top: .15rem }
+figcaption b { color: var(--ink); font-size: .9rem }
+.sheet img, .gone { display: block; width: 100%; height: auto; aspect-ratio: 1; border-radius: 5px; background: #000 }
+.gone { padding: .6rem; font-size: .68rem; color: #eee; overflow: hidden; overflow-wrap: anywhere }
+summary { cursor: pointer; color: var(--brain); margin: .8rem 0 }
+pre { background: var(--card); border-radius: 6px; padding: .8rem 1rem; overflow-x: auto; font-size: .88rem }
+code, pre { font-family: ui-monospace,SFMono-Regular,Menlo,Consolas,monospace }
+dl.terms dt { font-weight: 600; margin-top: .8rem }
+dl.terms dd { margin: 0; max-width: 48rem }
+@media print {
+  body { padding: 0; max-width: none; font-size: 11px }
+  nav { display: none }
+  h2 { break-after: avoid }
+  figure, tr, .facts div { break-inside: avoid }
+  details::details-content { content-visibility: visible; block-size: auto }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact }
+}
+'''
+
+# %% ../nbs/04_report.ipynb #876351d2
 class Report:
     "A self-contained HTML page that shows itself in a notebook and saves itself as one file"
     def __init__(self,
@@ -429,7 +494,8 @@ class Report:
     @property
     def html(self):
         "The whole page"
-        return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+        return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+                '<meta name="viewport" content="width=device-width,initial-scale=1">'
                 f'<title>{escape(self.title)}</title><style>{CSS}</style></head>\n<body>{self.body}</body></html>\n')
 
     def save(self,
@@ -445,9 +511,10 @@ class Report:
 
     def _repr_html_(self):
         page = self.html.replace('&','&amp;').replace('"','&quot;')
-        return f'<iframe title="{escape(self.title)}" srcdoc="{page}" style="width:100%;height:42rem;border:1px solid #8a929c55;border-radius:6px"></iframe>'
+        style = 'width:100%;height:42rem;border:1px solid #8a929c55;border-radius:6px'
+        return f'<iframe title="{escape(self.title)}" srcdoc="{page}" style="{style}"></iframe>'
 
-# %% ../nbs/04_report.ipynb #8ef171f3
+# %% ../nbs/04_report.ipynb #7f6d81c4
 def para(*texts): return ''.join(f'<p>{escape(str(t))}</p>' for t in texts if t)
 
 def section(
@@ -458,8 +525,14 @@ def section(
     body,anchor = ''.join(p for p in parts if p), re.sub(r'\W+', '-', title.lower()).strip('-')
     return (anchor, title, f'<section id="{anchor}"><h2>{escape(title)}</h2>{body}</section>') if body else None
 
-def facts(d): return '<dl class=facts>' + ''.join(f'<div><dt>{escape(k)}</dt><dd>{v}</dd></div>' for k,v in d.items()) + '</dl>'
-def terms(d): return '<dl class=terms>' + ''.join(f'<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>' for k,v in d.items()) + '</dl>' if d else ''
+def facts(d):
+    "Key figures; the values are HTML"
+    return '<dl class=facts>' + ''.join(f'<div><dt>{escape(k)}</dt><dd>{v}</dd></div>' for k,v in d.items()) + '</dl>'
+
+def terms(d):
+    "Words and what they mean"
+    rows = ''.join(f'<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>' for k,v in d.items())
+    return rows and f'<dl class=terms>{rows}</dl>'
 
 def flat(
     d, # dict, perhaps of dicts
@@ -470,23 +543,24 @@ def flat(
 
 def dict_html(d):
     "A dict as a table of two columns"
-    show = lambda v: 'yes' if v is True else 'no' if v is False else 'none' if v is None else f'{v:g}' if isinstance(v,float) else v
-    text = lambda v: ', '.join(map(str,map(show,v))) if isinstance(v,(list,tuple)) else str(show(v))
-    return table_html(pd.DataFrame([(str(k).replace('_',' '),text(v)) for k,v in flat(d).items()], columns=['','value'])) if d else ''
+    words = {True:'yes', False:'no', None:'none'}
+    def text(v):
+        if isinstance(v, (list,tuple)): return ', '.join(map(text, v))
+        return words[v] if isinstance(v, (bool,type(None))) else f'{v:g}' if isinstance(v, float) else str(v)
+    rows = [(str(k).replace('_',' '), text(v)) for k,v in flat(d).items()]
+    return table_html(pd.DataFrame(rows, columns=['','value'])) if rows else ''
 
-# %% ../nbs/04_report.ipynb #3b64d5ff
+# %% ../nbs/04_report.ipynb #5369e64c
 OWN = ('command','fingerprint','definitions','training_longer')
-SIMULATED = ('<aside class=banner role=note><p><strong>Simulated cohort.</strong> These images were made by a program, not by a scanner. The page shows that '
-             'the method runs; it says nothing about patients.</p></aside>')
+SIMULATED = ('<aside class=banner role=note><p><strong>Simulated cohort.</strong> These images were made by a program, not by a '
+             'scanner. The page shows that the method runs; it says nothing about patients.</p></aside>')
 
-def longer_text(
-    a, # Sentence, dict with 'sentence' or 'answer', or dict of these by kind
-): # str
-    "The answer to “would training longer help?” as text"
-    if isinstance(a, dict):
-        if (s := a.get('sentence', a.get('answer'))) is not None: return longer_text(s)
-        return '\n'.join(f'{kind_name(k)}: {longer_text(v)}' for k,v in a.items())
-    return '' if a is None else ('Yes.' if a else 'No.') if isinstance(a,(bool,np.bool_)) else str(a)
+def sentences(
+    a, # A text, a list of texts, a table with the column `sentence` (as `training_longer` gives), or None
+): # List of texts
+    "One text for each paragraph"
+    if isinstance(a, pd.DataFrame): return list(a['sentence'])
+    return [] if a is None else list(a) if isinstance(a, (list,tuple)) else [a]
 
 def evidence(scores, curves, split, problems=None, info=None, data_root='.', out='.', definitions=None, simulated=False):
     "The sections that every report ends with"
@@ -496,13 +570,14 @@ def evidence(scores, curves, split, problems=None, info=None, data_root='.', out
     pr = problems if problems is not None and len(problems) else None
     rep = scores.duplicated(['kind','image']).any()
     return [
-        section('Would training longer help?', para(*longer_text(info.get('training_longer')).split('\n')),
-            cv and svg(curves_plot(curves), f'Validation Dice by epoch, {kinds}; the same numbers are in the curve table of the run')),
+        section('Would training longer help?', para(*sentences(info.get('training_longer'))),
+            cv and svg(curves_plot(curves), f'Validation Dice by epoch, {kinds}; the curve table of the run has the numbers')),
         section('Every test case, worst first', para('Each tile is cut around the structure. The link opens the predicted mask.',
             'Cases that were tested more than once are shown at their worst.' if rep else '',
-            '' if simulated else 'These are images of people: show this page only to those who may see the data.'), contact_sheet(scores, data_root, out)),
-        section('How subjects were split', para('All images of a subject are on one side, so that no network is tested on a brain it has seen. '
-            'Shares of images are what whole subjects allow.'), table_html(split_table(split))),
+            '' if simulated else 'These are images of people: show this page only to those who may see the data.'),
+            contact_sheet(scores, data_root, out)),
+        section('How subjects were split', para('All images of a subject are on one side, so that no network is tested on a '
+            'brain it has seen. Shares of images are what whole subjects allow.'), table_html(split_table(split))),
         section('Problems found in the data', table_html(pr, most=200) if pr is not None else para('None.')),
         section('What the words mean', terms({**(definitions or {}), **info.get('definitions',{})})),
         section('Data fingerprint', dict_html(f if isinstance(f:=info.get('fingerprint') or {}, dict) else {'fingerprint':f})),
@@ -514,48 +589,74 @@ def page(title, tag, colour, sentence, lead, sections, simulated=False):
     "The whole report: verdict, banner, key facts, links, sections"
     ss = [s for s in sections if s]
     nav = '<nav aria-label="On this page">' + ' '.join(f'<a href="#{a}">{escape(t)}</a>' for a,t,_ in ss) + '</nav>'
-    body = (f'<main><header><span class="tag {colour}">{escape(tag)}</span><h1>{escape(sentence)}</h1>{SIMULATED if simulated else ""}{lead}{nav}</header>'
-            + ''.join(s for *_,s in ss) + '</main>')
-    return Report(title, body)
+    head = f'<span class="tag {colour}">{escape(tag)}</span><h1>{escape(sentence)}</h1>{SIMULATED if simulated else ""}'
+    return Report(title, f'<main><header>{head}{lead}{nav}</header>{"".join(s for *_,s in ss)}</main>')
 
-# %% ../nbs/04_report.ipynb #352ad3c5
-VERDICTS = {'brain better':('Skull-stripped better','brain'), 'full skull better':('Full skull better','orig'), 'equivalent':('Equivalent','ok'),
-            'inconclusive':('Inconclusive','')}
+# %% ../nbs/04_report.ipynb #592dcc97
+VERDICTS = {'brain better':('Skull-stripped better','brain'), 'full skull better':('Full skull better','orig'),
+            'equivalent':('Equivalent','ok'), 'inconclusive':('Inconclusive','')}
 
 def rule_terms(
     c, # Comparison
 ): # dict, term → text
     "What was estimated and how the verdict follows from it"
     m = f'{c.get("margin",.01):g}'
-    return {'What is estimated': 'The mean over subjects of each subject’s mean difference in per-image Dice, skull-stripped minus full skull, on test images that '
-            'have both, paired by subject, scan and slice. Each subject counts once, however many scans there are.',
-        'Verdict rule': 'First that applies: (1) the 95 % interval excludes 0 and the sign agrees in every fold and repeat: that input is better, “by less than '
-            f'the margin” when the interval lies inside ±{m}. (2) The 90 % interval lies inside ±{m}: equivalent. (3) Otherwise: inconclusive, with the '
-            'number of subjects that would shrink the half-width of the interval to the margin.',
+    return {
+        'What is estimated': c.get('estimand') or 'The mean over subjects of each subject’s mean difference in per-image Dice, skull-stripped minus '
+            'full skull, on test images that have both, paired by subject, scan and slice. Each subject counts once, however '
+            'many scans there are.',
+        'Verdict rule': 'First that applies: (1) the 95 % interval excludes 0 and the sign agrees in every fold and repeat: that '
+            f'input is better, “by less than the margin” when the interval lies inside ±{m}. (2) The 90 % interval lies inside '
+            f'±{m}: equivalent. (3) Otherwise: inconclusive, with the number of subjects that would shrink the half-width of the '
+            'interval to the margin.',
         'Margin': f'A difference of {m} Dice or less is treated as of no practical weight.',
-        'Per-image and pooled Dice': 'Per-image Dice is computed for each image and then averaged, within and then over subjects. Pooled Dice counts all pixels '
-            'as those of one image: a missed small structure hardly shows in it. The verdict uses per-image Dice only.'}
+        'Per-image and pooled Dice': 'Per-image Dice is computed for each image and then averaged, within and then over '
+            'subjects. Pooled Dice counts all pixels as those of one image: a missed small structure hardly shows in it. The '
+            'verdict uses per-image Dice only.'}
 
+# %% ../nbs/04_report.ipynb #994e297b
 def _p(v): return '' if _none(v) else ', p < 0.0001' if v<1e-4 else f', p = {num(v,4)}'
+
+def _estimate(d):
+    ci = interval(d['ci95'],4,True) or 'unknown'
+    return f'{num(d["difference"],4,True)} Dice (95 % interval {ci}{_p(d.get("p_value"))})'
 
 def difference_text(c):
     "The estimate in words"
-    return (f'Mean over {num(c["n_subjects"])} subjects, skull-stripped minus full skull: {num(c["difference"],4,True)} Dice '
-            f'(95 % interval {interval(c["ci95"],4,True)}{_p(c.get("p_value"))}).')
+    w = '' if _none(c.get('wilcoxon_p')) else f' As a description only: Wilcoxon signed-rank test{_p(c["wilcoxon_p"])}.'
+    return f'Mean over {num(c["n_subjects"])} subjects, skull-stripped minus full skull: {_estimate(c)}.{w}'
 
 def control_text(c):
     "What retraining alone does, or how to find out"
     k = c.get('control')
-    if not k: return ('How much would two trainings on the same input differ? This run cannot say: it trained each input once per fold. '
-                      'Add --repeats 2 to train again with other seeds and see it here.')
-    return (f'For scale, the same input ({kind_name(k.get("kind","")).lower()}) trained twice with other seeds differs by {num(k["difference"],4,True)} Dice '
-            f'(95 % interval {interval(k["ci95"],4,True)}{_p(k.get("p_value"))}) on {k.get("n_subjects","the same")} subjects. A difference between inputs means something only where it stands '
-            'out from this.')
+    if not k: return ('How much would two trainings on the same input differ? This run cannot say: it has no control. Add '
+                      '--repeats 2 to train again with other seeds and see it here.')
+    return (f'For scale, the same input ({kind_name(k.get("kind","")).lower()}) trained twice with other seeds differs '
+            f'by {_estimate(k)} on {k.get("n_subjects","the same")} subjects. A difference between inputs means something only '
+            'where it stands out from this.')
 
 def _unit(scores):
     u = sorted(set(scores['unit'].dropna())) if 'unit' in scores else []
     return ' or '.join(map(str,u)) or 'px'
 
+def _with(value, small): return f'{value}<small>{escape(small)}</small>'
+def _count(n, what): return f'{num(n)} {what}{"s"*(n!=1)}'
+
+def key_facts(
+    c, # Comparison
+    metrics, # {kind: {…}}
+): # HTML
+    "The figures below the verdict"
+    def dice(m): return _with(num(m.get('dice')), f'95 %: {i}' if (i:=interval(m.get('dice_ci95'))) else 'mean Dice')
+    d = {'Difference in Dice': _with(num(c['difference'],4,True), f'95 %: {interval(c["ci95"],4,True)}'),
+         **{kind_name(k): dice(m) for k,m in metrics.items()},
+         'Tested': _with(_count(c['n_subjects'],'subject'), f'{_count(c["n_images"],"image")} of each kind'),
+         'Trained': _with(_count(c['folds'],'fold'), f'{_count(c["repeats"],"training")} per kind and fold')}
+    if not _none(c.get('subjects_needed')):
+        d['Subjects needed'] = _with(f'about {num(c["subjects_needed"])}', f'for ±{c["margin"]:g} Dice')
+    return facts(d)
+
+# %% ../nbs/04_report.ipynb #39fd3b21
 def compare_report(
     comparison, # dict, as in comparison.json
     scores, # Score table of both kinds
@@ -567,31 +668,26 @@ def compare_report(
     data_root='.', # Folder that `image` is relative to
     out='.', # Folder that `prediction` is relative to
     external=None, # Any table of results on another data set
+    metrics=None, # {kind: dict or table of `summarise_scores`} where intervals are to be shown; else comparison['metrics']
 ): # Report
     "Skull-stripped against full skull: the verdict, what it rests on, and every test case"
-    c,per = comparison,_pairs(scores)
+    c,per,metrics = comparison,_pairs(scores),{k: as_metrics(m) for k,m in (metrics or comparison['metrics']).items()}
     tag,colour = VERDICTS.get(c['verdict'], (str(c['verdict']),''))
-    more = lambda v,s: f'{v}<small>{escape(s)}</small>'
-    lead = facts({'Difference in Dice': more(num(c['difference'],4,True), f'95 %: {interval(c["ci95"],4,True)}'),
-        **{kind_name(k): more(num(m.get('dice')), f'95 %: {i}' if (i:=interval(m.get('dice_ci95'))) else 'mean Dice') for k,m in c['metrics'].items()},
-        'Tested': more(f'{num(c["n_subjects"])} subjects', f'{num(c["n_images"])} images of each kind'),
-        'Trained': more(f'{c["folds"]} fold{"s"*(c["folds"]!=1)}', f'{c["repeats"]} training{"s"*(c["repeats"]!=1)} per kind and fold'),
-        **({'Subjects needed': more(f'about {num(c["subjects_needed"])}', f'for ±{c["margin"]:g} Dice')} if not _none(c.get('subjects_needed')) else {})})
-    warn = '<ul>' + ''.join(f'<li>{escape(str(w))}</li>' for w in c['warnings']) + '</ul>' if c.get('warnings') else ''
-    alt = (f'Mean Dice of {len(per)} subjects with both inputs. Mean difference {num(c["difference"],4,True)}, 95 % interval {interval(c["ci95"],4,True)}. '
-           'The table below the plot has the numbers.')
-    d = per.assign(difference=[Html(num(v,4,True)) for v in per.brain-per.orig]).rename(columns=KINDS).rename_axis(columns=None).reset_index()
-    return page(f'brainseg: {tag}', tag, colour, c['sentence'], lead, [
-        section('Please note', warn),
+    warn = ''.join(f'<li>{escape(str(w))}</li>' for w in c.get('warnings') or [])
+    alt = f'Mean Dice of {len(per)} subjects with both inputs. {difference_text(c)} The table below the plot has the numbers.'
+    diff = [Html(num(v,4,True)) for v in per.brain-per.orig]
+    table = table_html(per.assign(difference=diff).rename(columns=KINDS).rename_axis(columns=None).reset_index())
+    return page(f'brainseg: {tag}', tag, colour, c['sentence'], key_facts(c,metrics), [
+        section('Please note', warn and f'<ul>{warn}</ul>'),
         section('The comparison', svg(paired_plot(scores,c), alt), para(difference_text(c), control_text(c)),
-            f'<details><summary>The numbers behind the plot</summary>{table_html(d)}</details>'),
-        section('Scores on test subjects', score_table_html(c['metrics'], _unit(scores))),
-        section('Trained on one, tested on the other', para('What happens when a network meets the kind of image it was not trained on. Mean per-image Dice.'),
-            swap_html(swap)) if swap is not None and len(swap) else None,
+            f'<details><summary>The numbers behind the plot</summary>{table}</details>'),
+        section('Scores on test subjects', score_table_html(metrics, _unit(scores))),
+        section('Trained on one, tested on the other', para('What happens when a network meets the kind of image it was '
+            'not trained on. Mean per-image Dice.'), swap_html(swap)) if swap is not None and len(swap) else None,
         section('On the external data set', table_html(external)) if external is not None and len(external) else None,
         *evidence(scores, curves, split, problems, info, data_root, out, rule_terms(c), c.get('simulated'))], c.get('simulated'))
 
-# %% ../nbs/04_report.ipynb #6184ab3d
+# %% ../nbs/04_report.ipynb #0060ae11
 def train_report(
     scores, # Score table of one kind
     curves, # Curve table
@@ -600,7 +696,7 @@ def train_report(
     info=None, # As in `compare_report`
     data_root='.', # Folder that `image` is relative to
     out='.', # Folder that `prediction` is relative to
-    metrics=None, # {kind: {…}} as in comparison['metrics']; by default means over subjects, without intervals
+    metrics=None, # {kind: dict or table of `summarise_scores`}; by default means over subjects, without intervals
     simulated=False, # Show the banner
     external=None, # Any table of results on another data set
 ): # Report
@@ -609,14 +705,15 @@ def train_report(
     if metrics is None:
         cols = [c for c in ('dice','jaccard','hd95','nsd','area_true','area_pred') if c in scores]
         metrics = {k: g.groupby('subject')[cols].mean().mean().to_dict() for k,g in scores.groupby('kind')}
-    k,m = next(iter(metrics.items()))
+    k = next(iter(metrics)); m = as_metrics(metrics[k])
     ci,n = interval(m.get('dice_ci95')), scores.image.nunique()
-    sentence = (f'On {len(per)} subjects it had not seen, the network trained on {kind_name(k).lower()} slices reaches a mean per-image Dice of {num(m["dice"])}'
-                + (f' (95 % interval {ci}).' if ci else '.'))
+    sentence = (f'On {_count(len(per),"subject")} it had not seen, the network trained on {kind_name(k).lower()} slices reaches '
+                f'a mean per-image Dice of {num(m["dice"])}' + (f' (95 % interval {ci}).' if ci else '.'))
     w,sub = scores.loc[scores.dice.idxmin()], per.mean(axis=1)
-    lead = facts({'Mean Dice': num(m['dice']), 'Worst subject': f'{num(sub.min())}<small>{escape(str(sub.idxmin()))}</small>',
-                  'Worst image': f'{num(w.dice)}<small>{escape(str(w.subject))}</small>', 'Tested': f'{num(len(per))} subjects<small>{num(n)} images</small>'})
-    words = {'Per-image Dice': 'Computed for each image, averaged within and then over subjects, so that each subject counts once.'}
+    lead = facts({'Mean Dice': num(m['dice']), 'Worst subject': _with(num(sub.min()), str(sub.idxmin())),
+                  'Worst image': _with(num(w.dice), str(w.subject)),
+                  'Tested': _with(_count(len(per),'subject'), _count(n,'image'))})
+    words = {'Per-image Dice': 'Computed for each image, averaged within and then over subjects: each subject counts once.'}
     return page(f'brainseg: {kind_name(k)}', kind_name(k), k if k in KINDS else '', sentence, lead, [
         section('Scores on test subjects', score_table_html(metrics, _unit(scores))),
         section('On the external data set', table_html(external)) if external is not None and len(external) else None,

@@ -21,9 +21,11 @@ def full(toy):
     swap = pd.DataFrame([(a,b,5,.9,.88,.92) for a in ('brain','orig') for b in ('brain','orig')],
                         columns=['trained_on','tested_on','n_subjects','dice','low','high'])
     problems = pd.DataFrame([dict(level='warning', file='<img src=x onerror=alert(1)>', found='a', expected='b', remedy='c')])
-    info = dict(command='brainseg compare "A & B" --out run', seed=3, versions=dict(torch='2.15'), pretrained=False, fingerprint='abc123',
-                definitions={'Empty masks':'As in the policy.'}, training_longer=dict(brain='No.', orig=dict(sentence='Perhaps.')))
-    return {**toy, 'comparison':c, 'swap':swap, 'problems':problems, 'info':info, 'external':pd.DataFrame(dict(kind=['brain'], dice=[.777]))}
+    info = dict(command='brainseg compare "A & B" --out run', seed=3, versions=dict(torch='2.15'), pretrained=False,
+                fingerprint='abc123', definitions={'Empty masks':'As in the policy.'},
+                training_longer=pd.DataFrame(dict(sentence=['Skull-stripped: No.','Full skull: Perhaps.'])))
+    external = pd.DataFrame(dict(kind=['brain'], dice=[.777]))
+    return {**toy, 'comparison':c, 'swap':swap, 'problems':problems, 'info':info, 'external':external}
 
 @pytest.fixture(scope='module')
 def html(full): return R.compare_report(**full).html
@@ -71,9 +73,10 @@ def test_verdict_comes_first(html, full):
     assert html.index('<h1>') < s < html.index('</h1>')
     assert s < min(html.index(o) for o in ('<svg','<img','<table','<aside','<dl'))
 
-@pytest.mark.parametrize('text', ['0.777', 'Please note', '+0.0010', 'p = 0.4000', 'p = 0.0300', 'about 40', 'Trained on skull-stripped', 'Skull-stripped: No.',
-    'Full skull: Perhaps.', 'As in the policy.', 'abc123', 'versions torch', 'brainseg compare &quot;A &amp; B&quot; --out run', 'How subjects were split',
-    'The mean over subjects of each', 'Verdict rule'])
+@pytest.mark.parametrize('text', ['0.777', 'Please note', '+0.0010', 'p = 0.4000', 'p = 0.0300', 'about 40',
+    'Trained on skull-stripped', 'Skull-stripped: No.', 'Full skull: Perhaps.', 'As in the policy.', 'abc123', 'versions torch',
+    'How subjects were split', 'brainseg compare &quot;A &amp; B&quot; --out run', 'The mean over subjects of each',
+    'Verdict rule'])
 def test_every_piece_is_there(html, text): assert text in html
 
 def test_control_or_how_to_get_it(toy, html):
@@ -93,7 +96,8 @@ def test_nothing_from_files_becomes_markup(toy, html):
     sp = toy['split'].assign(split=lambda t: t.split.replace('test', evil))
     c = {**toy['comparison'], 'sentence':evil, 'warnings':[evil], 'verdict':evil}
     info = {evil:evil, 'command':evil, 'fingerprint':{evil:evil}, 'definitions':{evil:evil}, 'training_longer':evil}
-    page = R.compare_report(c, sc, toy['curves'], sp, info=info, problems=pd.DataFrame({evil:[evil]}), data_root=toy['data_root'], out=toy['out']).html
+    page = R.compare_report(c, sc, toy['curves'], sp, info=info, problems=pd.DataFrame({evil:[evil]}),
+                            data_root=toy['data_root'], out=toy['out']).html
     assert '<script' not in page and page.count('&lt;script&gt;')>10
     assert '<img src=x' not in html and '<b>bold' not in html
 
@@ -151,8 +155,9 @@ def test_size_of_a_large_sheet(tmp_path):
         m = ((x-100-i%30)/18)**2+((y-128)/40)**2<1
         Image.fromarray((m*255).astype(np.uint8)).save(tmp_path/f'mask/s{i}-I1-mask-ax3.png')
         for k in ('brain','orig'):
-            Image.fromarray(np.clip(rng.normal(120,12,m.shape)-80*m,0,255).astype(np.uint8)).save(tmp_path/f'{k}/s{i}-I1-{k}-ax3.png')
-            rows.append(dict(kind=k, subject=f's{i}', image=f'{k}/s{i}-I1-{k}-ax3.png', dice=.9, prediction=f'mask/s{i}-I1-mask-ax3.png'))
+            name = f'{k}/s{i}-I1-{k}-ax3.png'
+            Image.fromarray(np.clip(rng.normal(120,12,m.shape)-80*m,0,255).astype(np.uint8)).save(tmp_path/name)
+            rows.append(dict(kind=k, subject=f's{i}', image=name, dice=.9, prediction=f'mask/s{i}-I1-mask-ax3.png'))
     sheet = R.contact_sheet(pd.DataFrame(rows), tmp_path, tmp_path)
     assert sheet.count('<img')==240 and len(sheet)<6e6
 
@@ -203,7 +208,8 @@ def test_split_table_counts():
     assert list(t.index)==['train','valid','test'] and list(t.subjects)==[2,1,1] and list(t.images)==[3,1,2]
     assert list(t['share of images'])==['50.0 %','16.7 %','33.3 %']
 
-@pytest.mark.parametrize('f,drop', [(R.split_table,'subject'), (R.curves_plot,'valid_dice'), (R.paired_plot,'dice'), (R.worst_first,'prediction')])
+@pytest.mark.parametrize('f,drop', [(R.split_table,'subject'), (R.curves_plot,'valid_dice'), (R.paired_plot,'dice'),
+                                    (R.worst_first,'prediction')])
 def test_missing_columns_are_named(toy, f, drop):
     t = toy[{R.split_table:'split', R.curves_plot:'curves'}.get(f, 'scores')]
     with pytest.raises(DataError, match=f'no column {drop}'): f(t.drop(columns=drop))
@@ -220,7 +226,8 @@ def test_score_table_names_units_and_pooling():
 @pytest.mark.parametrize('unit', ['px','mm'])
 def test_units_follow_the_scores(toy, unit):
     c = {**toy['comparison'], 'metrics':{k:dict(dice=.9,hd95=2.) for k in ('brain','orig')}}
-    assert f'Hausdorff distance, {unit} ' in R.compare_report(**{**toy, 'comparison':c, 'scores':toy['scores'].assign(unit=unit)}).html
+    html = R.compare_report(**{**toy, 'comparison':c, 'scores':toy['scores'].assign(unit=unit)}).html
+    assert f'Hausdorff distance, {unit} ' in html
 
 @pytest.mark.parametrize('verdict', R.VERDICTS)
 def test_each_verdict_has_its_words(toy, verdict):
@@ -254,6 +261,17 @@ def test_train_report(toy):
     assert html.index('<h1>')<html.index('<svg') and not re.search('https?:', html) and Tags(html).bad==[]
     given = R.train_report(*args, metrics={'orig':dict(dice=.5, dice_ci95=[.4,.6])}).html
     assert 'Dice of 0.500 (95 % interval 0.400 to 0.600).' in given
+
+def test_intervals_come_from_tables_as_well(toy):
+    m = pd.DataFrame(dict(mean=[.912,.95], low=[.901,np.nan], high=[.923,np.nan]), index=['dice','pooled_dice'])
+    html = R.compare_report(**toy, metrics=dict(brain=m, orig=m)).html
+    assert html.count('0.901 to 0.923')==4 and 'Pooled Dice' in html
+
+def test_a_comparison_without_interval_is_shown_as_such(toy):
+    c = {**toy['comparison'], 'ci95':[None,None], 'p_value':None, 'wilcoxon_p':.5}
+    html = R.compare_report(**{**toy, 'comparison':c}).html
+    assert '(95 % interval unknown)' in html and 'Wilcoxon signed-rank test, p = 0.5000' in html
+    assert 'nan' not in html.split('<img')[0]
 
 def test_toy_run_repeats_itself(tmp_path):
     a,b = (R.toy_run(tmp_path/d, n=3, scans=1, size=48) for d in 'ab')
