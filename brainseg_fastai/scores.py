@@ -6,11 +6,11 @@
 __all__ = ['EMPTY_POLICY', 'NSD_TOLERANCE', 'TOLERANCE_POLICY', 'METRICS', 'empty_score', 'overlap', 'surface_scores',
            'score_mask', 'pooled_dice', 'summarise_scores']
 
-# %% ../nbs/02_scores.ipynb #3a722dd6
+# %% ../nbs/02_scores.ipynb #d3bbb721
 import numpy as np, pandas as pd
 from .cases import DataError
 
-# %% ../nbs/02_scores.ipynb #cfc26786
+# %% ../nbs/02_scores.ipynb #ac2ea67e
 def empty_score(
     true_empty:bool, # Is the true mask empty?
     pred_empty:bool, # Is the predicted mask empty?
@@ -20,13 +20,13 @@ def empty_score(
     if true_empty and pred_empty: return dict(dice=1., jaccard=1., hd95=0., nsd=1.)
     if true_empty or pred_empty:  return dict(dice=0., jaccard=0., hd95=diagonal, nsd=0.)
 
-# %% ../nbs/02_scores.ipynb #8275f335
-def _words(s): return f"Dice {s['dice']:g}, Jaccard {s['jaccard']:g}, HD95 {s['hd95']} and NSD {s['nsd']:g}"
+# %% ../nbs/02_scores.ipynb #0174312a
+def _words(s): return f"Dice {s['dice']:g}, Jaccard {s['jaccard']:g}, HD95 {s['hd95'] or 0} and NSD {s['nsd']:g}"
 
 EMPTY_POLICY = (f"Where truth and prediction are both empty, a case scores {_words(empty_score(True, True, 'the image diagonal'))}; "
                 f"where exactly one is empty, {_words(empty_score(True, False, 'the image diagonal'))}.")
 
-# %% ../nbs/02_scores.ipynb #f2506fbc
+# %% ../nbs/02_scores.ipynb #bd937ffc
 def overlap(
     pred:np.ndarray, # Predicted mask of one structure, bool
     truth:np.ndarray, # True mask of one structure, bool
@@ -35,18 +35,18 @@ def overlap(
     t, p, b = (int(np.count_nonzero(o)) for o in (truth, pred, truth & pred))
     return dict(n_true=t, n_pred=p, n_both=b, dice=2*b/(t+p) if t+p else np.nan, jaccard=b/(t+p-b) if t+p else np.nan)
 
-# %% ../nbs/02_scores.ipynb #2ae35d04
+# %% ../nbs/02_scores.ipynb #66eca04d
 NSD_TOLERANCE = 1. # in the unit of the distances: mm where the spacing is known, else pixels
 TOLERANCE_POLICY = (f"NSD counts outline points within {NSD_TOLERANCE:g} mm of the other outline as correct, "
                     f"or within {NSD_TOLERANCE:g} px where the pixel spacing is unknown.")
 
-# %% ../nbs/02_scores.ipynb #87ff2817
+# %% ../nbs/02_scores.ipynb #3e44c63f
 def _crop(*masks):
     "Both masks cut to their common bounding box: outlines and distances stay what they were"
     idx = [np.flatnonzero((masks[0] | masks[1]).any(axis=tuple(j for j in range(masks[0].ndim) if j != i))) for i in range(masks[0].ndim)]
     return [m[tuple(slice(i[0], i[-1]+1) for i in idx)] for m in masks]
 
-# %% ../nbs/02_scores.ipynb #846dd4d2
+# %% ../nbs/02_scores.ipynb #9497c782
 def surface_scores(
     pred:np.ndarray, # Predicted mask of one structure, bool, not empty
     truth:np.ndarray, # True mask of one structure, bool, not empty
@@ -67,7 +67,7 @@ def surface_scores(
         nsd = compute_surface_dice(p, t, [tolerance], include_background=True, spacing=[float(s) for s in spacing])
     return dict(hd95=float(hd95), nsd=float(nsd))
 
-# %% ../nbs/02_scores.ipynb #9cd60be3
+# %% ../nbs/02_scores.ipynb #317051d0
 def _check_codes(m, what, n_codes):
     "The code map `m` as an array of integers, or a `DataError` that says what is wrong with it"
     m = np.asarray(m)
@@ -84,7 +84,7 @@ def _spacing(spacing, ndim):
     if np.isfinite(s).all() and (s <= 0).any(): raise DataError(f'The pixel spacing is {s.tolist()}, expected positive mm.')
     return (s, 'mm') if np.isfinite(s).all() else (np.ones(ndim), 'px')
 
-# %% ../nbs/02_scores.ipynb #1fe1d175
+# %% ../nbs/02_scores.ipynb #00202303
 def score_mask(
     pred:np.ndarray, # Predicted codes, (H,W) or (D,H,W)
     truth:np.ndarray, # True codes, same shape
@@ -113,7 +113,7 @@ def _score_one(pred, truth, sp, tol, diagonal):
     empty = empty_score(not res['n_true'], not res['n_pred'], diagonal)
     return res | (empty or surface_scores(pred, truth, sp, tol))
 
-# %% ../nbs/02_scores.ipynb #a8572414
+# %% ../nbs/02_scores.ipynb #7e9e5995
 def pooled_dice(
     scores:pd.DataFrame, # Score table
 )->float: # Dice of all pixels of all cases together, NaN if the table does not tell
@@ -125,7 +125,7 @@ def pooled_dice(
     else: return np.nan
     return float(2*both/total) if total else 1.
 
-# %% ../nbs/02_scores.ipynb #d6db1174
+# %% ../nbs/02_scores.ipynb #4b091cbb
 METRICS = ('dice', 'jaccard', 'hd95', 'nsd')
 
 def summarise_scores(

@@ -8,7 +8,7 @@ __all__ = ['ESTIMAND', 'MIN_BOOTSTRAP', 'MAX_BOOTSTRAP', 'GENERATORS', 'FAILED',
            'simulate_coverage', 'failure_warning', 'same_input_control', 'Comparison', 'compare_scores',
            'training_longer']
 
-# %% ../nbs/03_statistics.ipynb #81799a09
+# %% ../nbs/03_statistics.ipynb #44409e0a
 import json
 from dataclasses import dataclass, field, asdict
 import numpy as np, pandas as pd
@@ -16,11 +16,11 @@ from scipy.special import stdtr, stdtrit
 from .cases import DataError
 from .scores import METRICS, pooled_dice
 
-# %% ../nbs/03_statistics.ipynb #87a811a6
+# %% ../nbs/03_statistics.ipynb #1c196609
 ESTIMAND = ("The mean over test subjects of each subject's mean difference in per-image Dice between the two inputs, for the same images: "
             "every subject counts once, however many images and repeated trainings it has.")
 
-# %% ../nbs/03_statistics.ipynb #a6b997fd
+# %% ../nbs/03_statistics.ipynb #fb5653be
 def _prepare(scores, metric, name):
     "Columns that identify a case as text, `fold`, `repeat` (rank of the seed within a fold) and `value`"
     if 'subject' not in scores or metric not in scores:
@@ -36,7 +36,7 @@ def _prepare(scores, metric, name):
     d['repeat'] = seed.groupby(d.fold).rank(method='dense').astype(int) - 1
     return d.assign(value=scores[metric].astype(float))
 
-# %% ../nbs/03_statistics.ipynb #54149b80
+# %% ../nbs/03_statistics.ipynb #b71752f4
 def paired_differences(
     a:pd.DataFrame, # Score table of one input, test rows alone
     b:pd.DataFrame, # Score table of the other input
@@ -54,14 +54,14 @@ def paired_differences(
         f'{da[keys].iloc[:1].to_dict("records")}, the second with {db[keys].iloc[:1].to_dict("records")}): score both on the same test cases.')
     return res.assign(diff=res.a - res.b).sort_values(keys, ignore_index=True)
 
-# %% ../nbs/03_statistics.ipynb #371890b9
+# %% ../nbs/03_statistics.ipynb #fee79172
 def subject_means(
     diff:pd.DataFrame, # Table of `paired_differences`
 )->pd.Series: # Mean difference of each subject over images and repeats
     "One number per subject, the unit of all that follows"
     return diff.groupby('subject')['diff'].mean()
 
-# %% ../nbs/03_statistics.ipynb #27b533da
+# %% ../nbs/03_statistics.ipynb #331a2c0d
 def _draws(n, n_boot, seed):
     "How often each of `n` subjects is drawn in each resample, (n_boot, n)"
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1/n), size=n_boot).astype(float)
@@ -78,7 +78,7 @@ def _t_points(x, draws):
     se = c.std(0, ddof=1)/np.sqrt(n)
     return x.mean(0) - t*np.where(se > 0, se, 1), (flat.mean(0) <= .01) & (se > 0)
 
-# %% ../nbs/03_statistics.ipynb #0327a169
+# %% ../nbs/03_statistics.ipynb #08161261
 def _intervals(x, level, draws):
     "Ends and p-values for the columns of `x` (n, sets): the wider of Student's t and bootstrap-t at either end"
     n, m = len(x), x.mean(0)
@@ -98,7 +98,7 @@ def _intervals(x, level, draws):
     above, below = (np.where(ok, np.maximum(p, (o + .5)/(b + 1)), p) for p, o in ((above, na), (below, nb)))
     return low, high, np.minimum(1, 2*np.minimum(above, below))
 
-# %% ../nbs/03_statistics.ipynb #6f74a81a
+# %% ../nbs/03_statistics.ipynb #dfd72c6a
 MIN_BOOTSTRAP, MAX_BOOTSTRAP = 5, 1000 # outside these numbers of subjects Student's t stands alone
 
 def bootstrap_t(
@@ -119,7 +119,7 @@ def bootstrap_t(
     if low == high: p = 1. if low == 0 else 1/(n_boot + 1)
     return low, high, p
 
-# %% ../nbs/03_statistics.ipynb #de3cab05
+# %% ../nbs/03_statistics.ipynb #d1ba5ea6
 def subjects_needed(
     x, # One difference per subject
     margin:float, # Half-width to reach
@@ -138,7 +138,7 @@ def subjects_needed(
     while many - few > 1: few, many = (few, mid) if width(mid := (few + many)//2) <= margin else (mid, many)
     return many
 
-# %% ../nbs/03_statistics.ipynb #e534e991
+# %% ../nbs/03_statistics.ipynb #4d66d593
 def verdict(
     ci95:tuple, # 95 % interval of the mean difference first − second
     ci90:tuple, # 90 % interval
@@ -153,7 +153,7 @@ def verdict(
     if ci95[1] < 0 and (signs < 0).all(): return f'{names[1]} better', inside(ci95)
     return ('equivalent' if inside(ci90) else 'inconclusive'), False
 
-# %% ../nbs/03_statistics.ipynb #96559ad7
+# %% ../nbs/03_statistics.ipynb #124d665b
 def verdict_sentence(
     words:str, # Verdict
     small:bool, # By less than the margin?
@@ -181,7 +181,7 @@ def verdict_sentence(
                                            'itself is about as large as the margin.')
     return res + f' About {needed} test subjects would bring the half-width of the interval down to {margin:g}.'
 
-# %% ../nbs/03_statistics.ipynb #0b221a2d
+# %% ../nbs/03_statistics.ipynb #bea141de
 def _gamma(skew): # standardised: mean 0, variance 1
     k = 4/skew**2
     return lambda r, size: np.sign(skew)*(r.gamma(k, size=size) - k)/np.sqrt(k)
@@ -194,7 +194,7 @@ GENERATORS = {
     'discrete': lambda r, size: np.round(r.normal(size=size)),                  # few distinct values, many ties
     'shifted mixture': lambda r, size: np.where(r.random(size) < .2, 1.6, -.4) + .5*r.normal(size=size)} # a fifth gains, the rest loses
 
-# %% ../nbs/03_statistics.ipynb #e4f3b774
+# %% ../nbs/03_statistics.ipynb #c128750d
 def simulate_coverage(
     generator, # Name in `GENERATORS`, or a function of (random generator, size) with true mean 0
     n_subjects:int=20, # Subjects per study
@@ -206,7 +206,7 @@ def simulate_coverage(
     level:float=.95, # Confidence level
 )->dict: # Shares of studies: `coverage` (true mean inside), `false_claims` (a difference claimed); mean `half_width`
     "How often the interval contains a true mean difference of 0, and how often a difference is claimed that does not exist"
-    gen, r = GENERATORS.get(generator, generator) if isinstance(generator, str) else generator, np.random.default_rng(seed)
+    gen, r = GENERATORS[generator] if isinstance(generator, str) else generator, np.random.default_rng(seed)
     draws, parts = _draws(n_subjects, n_boot, 0) if n_subjects >= MIN_BOOTSTRAP else None, []
     for size in np.diff(np.unique([*range(0, n_sim, 200), n_sim])):       # in parts, to bound memory
         has = np.arange(images[1])[:, None, None] < r.integers(images[0], images[1] + 1, (n_subjects, size))
@@ -216,7 +216,7 @@ def simulate_coverage(
     return dict(coverage=float(((low <= 0) & (high >= 0)).mean()), false_claims=float((p < 1 - level).mean()),
                 half_width=float(np.mean(high - low)/2))
 
-# %% ../nbs/03_statistics.ipynb #0e2b0dde
+# %% ../nbs/03_statistics.ipynb #8159621f
 FAILED = .2     # a Dice below it is a complete failure
 MAX_SKEW = 2.   # the interval is tested up to this skewness of subject means
 
@@ -244,12 +244,12 @@ def failure_warning(
     gen = lambda r, size: bulk*r.normal(size=size) + (r.random(size) < rate)*r.choice(jumps, size) - rate*jumps.mean()
     images = max(1, round(len(d)/n))
     sim = simulate_coverage(lambda r, size: gen(r, (images, *size)).mean(0), n, (1, 1), n_sim, seed, n_boot=999, within=0)
-    return (f'{fail.sum()} of {len(d)} cases are rare failures ({what}). For data like these, {n} subjects, the 95 % interval is expected to '
+    return (f'Rare failures in {fail.sum()} of {len(d)} cases ({what}). For data like these, {n} subjects, the 95 % interval is expected to '
             f'contain the true mean difference in {sim["coverage"]:.0%} of studies only.' if sim['coverage'] < .94 else
-            f'{fail.sum()} of {len(d)} cases are rare failures ({what}). In simulated data like these, {n} subjects, the 95 % interval '
+            f'Rare failures in {fail.sum()} of {len(d)} cases ({what}). In simulated data like these, {n} subjects, the 95 % interval '
             f'contains the true mean difference in {sim["coverage"]:.0%} of studies.')
 
-# %% ../nbs/03_statistics.ipynb #eacc4129
+# %% ../nbs/03_statistics.ipynb #d9904a8c
 def same_input_control(
     scores:pd.DataFrame, # Score table, several seeds of one kind in a fold
     metric:str='dice', # Column to compare
@@ -267,7 +267,7 @@ def same_input_control(
         return dict(kind=str(kind), seeds=[[int(o) for o in p] for p in pairs.values()], n_subjects=len(x), difference=float(x.mean()),
                     ci95=[low, high], p_value=p)
 
-# %% ../nbs/03_statistics.ipynb #d777b3e6
+# %% ../nbs/03_statistics.ipynb #d51c676a
 def _plain(o):
     "`o` with plain numbers for JSON; what is not finite becomes `None`"
     if isinstance(o, dict): return {str(k): _plain(v) for k, v in o.items()}
@@ -305,7 +305,7 @@ class Comparison:
     def to_json(self): return json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
     def __str__(self): return '\n'.join([self.sentence, *self.warnings])
 
-# %% ../nbs/03_statistics.ipynb #45e4695e
+# %% ../nbs/03_statistics.ipynb #c071635c
 SHOWN_AS = {'orig': 'full skull'} # what a kind is called in words
 
 def _wilcoxon(x):
@@ -318,7 +318,7 @@ def _means(scores, diff):
     s = scores.assign(**_prepare(scores, 'dice', 'an input').drop(columns='value')).merge(diff[keys], on=keys)
     return {m: float(s.groupby('subject')[m].mean().mean()) for m in METRICS if m in s} | dict(pooled_dice=pooled_dice(s))
 
-# %% ../nbs/03_statistics.ipynb #24aae6ba
+# %% ../nbs/03_statistics.ipynb #d56018f7
 def compare_scores(
     a:pd.DataFrame, # Score table of the first input: its test rows
     b:pd.DataFrame, # Score table of the second, same test cases
@@ -356,7 +356,7 @@ def _warnings(a, b, diff, n, units, seed):
         f'HD95 and areas mix the units {" and ".join(units)}: compare Dice alone.' if len(units) > 1 else None,
         failure_warning(diff.a, diff.b, diff.subject, seed=seed)) if o]
 
-# %% ../nbs/03_statistics.ipynb #c85ef8c1
+# %% ../nbs/03_statistics.ipynb #63eb3bfb
 WORTHWHILE = .005 # a gain in validation Dice worth training longer for
 
 def _gain(y):
@@ -367,7 +367,7 @@ def _gain(y):
     noise = np.std(np.diff(y[-2*k:]))/np.sqrt(2)     # jitter from epoch to epoch, whatever the trend
     return last.mean() - before.mean(), noise*np.sqrt(2/k), int(np.argmax(y)) + 1
 
-# %% ../nbs/03_statistics.ipynb #33a16d73
+# %% ../nbs/03_statistics.ipynb #4305b41f
 def training_longer(
     curves:pd.DataFrame, # Curve table: `kind, fold, seed, epoch, valid_dice`
 )->pd.DataFrame: # Per kind: `answer` ('yes', 'no', 'cannot tell'), `gain`, `error`, `best_epoch`, `epochs`, `trainings`, `sentence`
