@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['ENOUGH_SUBJECTS', 'RECIPES', 'data_folder', 'closest_subset', 'assert_apart', 'read_split', 'SubjectSplitter',
-           'PrefixSplitter', 'split_cases', 'with_split', 'ReadImage', 'ReadMask', 'ReadCases', 'ImageZScore',
-           'split_column', 'brainseg_block', 'LightUnet', 'light_splitter', 'DiceCE', 'dice_per_image', 'fast_bf16',
-           'plain_batch', 'autocast_of', 'FastBatches', 'imagenet_weights', 'recipe_settings', 'default_epochs',
-           'brainseg_learner', 'written_beside', 'write_json', 'write_csv', 'Checkpoint', 'fit_recipe', 'predict_cases',
-           'score_cases', 'environment', 'make_learner', 'train_run', 'load_run', 'train_folds', 'plot_curves',
-           'image_split']
+           'PrefixSplitter', 'split_cases', 'case_name', 'with_split', 'ReadImage', 'ReadMask', 'ReadCases',
+           'ImageZScore', 'split_column', 'brainseg_block', 'LightUnet', 'light_splitter', 'DiceCE', 'dice_per_image',
+           'fast_bf16', 'plain_batch', 'autocast_of', 'FastBatches', 'imagenet_weights', 'recipe_settings',
+           'default_epochs', 'brainseg_learner', 'written_beside', 'write_json', 'write_csv', 'Checkpoint',
+           'fit_recipe', 'predict_cases', 'score_cases', 'environment', 'make_learner', 'train_run', 'load_run',
+           'train_folds', 'plot_curves', 'image_split']
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #efbe3ffc
+# %% ../nbs/1_segmentation_on_brain.ipynb #7405d809
 import contextlib, hashlib, json, os, random, shutil, sys, time, warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,7 @@ from .cases import (DataError, adni_cases, check_cases, data_fingerprint, is_sim
                                    read_image, read_mask, refuse_errors, show_cases, subject_id)
 from .scores import score_mask
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #2ed93fb3
+# %% ../nbs/1_segmentation_on_brain.ipynb #f2fd9224
 def data_folder(
     default='adni_like' # Subfolder to use where `BRAINSEG_DATA` names a folder of data sets
 )->Path: # Folder with `mask` and at least one kind of image
@@ -39,7 +39,7 @@ def data_folder(
     root = Path(os.environ['BRAINSEG_DATA']).expanduser().resolve()
     return root/default if (root/default/'mask').is_dir() else root
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #b1a3fa0a
+# %% ../nbs/1_segmentation_on_brain.ipynb #f4722219
 def closest_subset(
     counts:dict,   # Images per subject
     target:float   # Number of images wanted
@@ -57,7 +57,7 @@ def closest_subset(
     while s: i = last[s]; res.add(names[i]); s -= ns[i]
     return res
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #5eddbbce
+# %% ../nbs/1_segmentation_on_brain.ipynb #2ee57bf7
 def assert_apart(split):
     "Assert that no subject of a split table (or of one fold of it) is on two sides"
     sides = split.groupby(['fold','subject'] if 'fold' in split else 'subject')['split'].nunique()
@@ -78,7 +78,7 @@ def read_split(
 
 def _subjects(items): return list(items['subject']) if isinstance(items, pd.DataFrame) else [subject_id(o) for o in items]
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #9f2461b4
+# %% ../nbs/1_segmentation_on_brain.ipynb #9f33219e
 class SubjectSplitter:
     "Split paths or a case table by subject; test items are in neither part that a `DataBlock` gets"
     def __init__(self,
@@ -120,7 +120,7 @@ class SubjectSplitter:
         parts = self.split(items)
         return L(np.flatnonzero(parts=='train').tolist()), L(np.flatnonzero(parts=='valid').tolist())
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #9267751e
+# %% ../nbs/1_segmentation_on_brain.ipynb #c0d08a0b
 class PrefixSplitter:
     "Validation subjects are those whose ID starts with `prefix`"
     def __init__(self, prefix): self.prefix = prefix
@@ -128,7 +128,7 @@ class PrefixSplitter:
         valid = [s.startswith(self.prefix) for s in _subjects(items)]
         return L(np.flatnonzero(~np.array(valid)).tolist()), L(np.flatnonzero(valid).tolist())
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #7d15e23a
+# %% ../nbs/1_segmentation_on_brain.ipynb #04dd19b7
 ENOUGH_SUBJECTS = 10 # fewer test subjects than this cannot carry a verdict
 
 def split_cases(
@@ -162,13 +162,19 @@ def split_cases(
         rest = cases['subject'][cases['subject'].map(home)!=f]
         previous = None if old is None else old_of(f)[lambda t: t['split']!='test']
         return {**SubjectSplitter(valid_pct, 0, seed+f, previous).assign(rest), **{s:'test' for s,g in home.items() if g==f}}
-    names = [_case_name(o) for o in cases['image']]
+    names = [case_name(o) for o in cases.itertuples()]
     res = pd.concat([pd.DataFrame(dict(image=names, subject=cases['subject'].values, split=cases['subject'].map(one(f)).values, fold=f))
                      for f in range(folds)], ignore_index=True)
     assert_apart(res)
     return res
 
-def _case_name(path): return f'{Path(path).parent.name}/{Path(path).name}'
+def case_name(
+    case # Row of a case table
+)->str: # Such as `brain/027_S_0307-I34159-brain-ax3.png`
+    "Path of a case's image from the folder of its kind on"
+    parts = Path(case.image).parts
+    start = max((i for i,o in enumerate(parts[:-1]) if o==case.kind), default=len(parts)-1)
+    return '/'.join(parts[start:])
 
 def with_split(
     cases:pd.DataFrame, # Case table
@@ -179,7 +185,7 @@ def with_split(
     parts = dict(split.loc[split['fold']==fold, ['subject','split']].itertuples(index=False))
     return cases.assign(split=cases['subject'].map(parts))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #e815e8c9
+# %% ../nbs/1_segmentation_on_brain.ipynb #db6a200e
 class ReadImage:
     "Grey levels of a case's image, three times over if `rgb`"
     def __init__(self, rgb=False): self.rgb = rgb
@@ -214,7 +220,7 @@ def split_column(items):
     if 'split' not in items: return SubjectSplitter()(items)
     return tuple(L(np.flatnonzero(items['split']==o).tolist()) for o in ('train','valid'))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #df408cec
+# %% ../nbs/1_segmentation_on_brain.ipynb #838f241a
 @delegates(aug_transforms)
 def brainseg_block(
     kind='brain',     # 'brain' (skull-stripped) or 'orig' (full skull)
@@ -235,7 +241,7 @@ def brainseg_block(
                      get_x=ReadImage(rgb), get_y=ReadMask(codes), splitter=splitter, batch_tfms=[*aug, norm],
                      item_tfms=Resize(size, method=ResizeMethod.Pad, pad_mode=PadMode.Zeros))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #b2e313a6
+# %% ../nbs/1_segmentation_on_brain.ipynb #7e5dd2fb
 class LightUnet(nn.Module):
     "ResNet encoder, MONAI's `UpCat` blocks up to half resolution, and a sub-pixel convolution for the last step"
     def __init__(self,
@@ -265,7 +271,7 @@ def light_splitter(m):
     "Parameter groups of a `LightUnet`: encoder, and the rest"
     return L(m.body, nn.ModuleList([m.ups, m.head])).map(params)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #403e39d5
+# %% ../nbs/1_segmentation_on_brain.ipynb #fe55f166
 class DiceCE(nn.Module):
     "MONAI's `DiceCELoss` for fastai: class scores (N,C,H,W) against classes (N,H,W)"
     def __init__(self):
@@ -284,7 +290,7 @@ def dice_per_image(
     both,total = (p&t).sum((1,2)), p.sum((1,2))+t.sum((1,2))
     return torch.where(total==0, torch.ones_like(total, dtype=torch.float), 2*both/total.clamp(min=1)).mean()
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #100be107
+# %% ../nbs/1_segmentation_on_brain.ipynb #af64203a
 def fast_bf16(
     device # torch device
 )->bool:
@@ -315,7 +321,7 @@ class FastBatches(Callback):
         self.cast.__enter__()
     def after_pred(self): self.cast.__exit__(None, None, None)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #4ce640b5
+# %% ../nbs/1_segmentation_on_brain.ipynb #3fe81b76
 def imagenet_weights(
     arch # torchvision ResNet
 )->bool:
@@ -332,7 +338,7 @@ def imagenet_weights(
                       'training starts from random weights, which needs more images.', stacklevel=2)
         return False
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #bac53524
+# %% ../nbs/1_segmentation_on_brain.ipynb #211e584d
 RECIPES = dict(
     light     = dict(rgb=False, bs=4,  lr=2e-3, wd=1e-2, views=1000, min_epochs=5), # epochs: so many that `views` images are seen
     published = dict(rgb=True,  bs=16, lr=5e-5, wd=None, epochs=16))                # half of them frozen, half unfrozen
@@ -368,7 +374,7 @@ def brainseg_learner(
     learn.create_opt()
     return learn.add_cb(FastBatches())
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #5ecb4bcc
+# %% ../nbs/1_segmentation_on_brain.ipynb #56e0bee9
 @contextlib.contextmanager
 def written_beside(
     path # File to write
@@ -436,7 +442,7 @@ class Checkpoint(Callback):
 
     def after_fit(self): self.state = None
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #038db879
+# %% ../nbs/1_segmentation_on_brain.ipynb #8fc691f0
 def fit_recipe(
     learn:Learner,
     recipe='light',
@@ -455,7 +461,7 @@ def fit_recipe(
         ck.phase = i
         learn.fit_one_cycle(n, lr, cbs=ck, start_epoch=ck.start_epoch)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #79682463
+# %% ../nbs/1_segmentation_on_brain.ipynb #9ee47e1b
 def _own_pixels(logits, h, w):
     "Class scores (C,S,S) of a padded and scaled square back in the image's own h × w pixels: the inverse of fastai's padding `Resize`"
     m = max(h, w)
@@ -487,7 +493,7 @@ def score_cases(
     "Predict and score every case against its mask"
     codes = tuple(learn.dls.vocab)
     def row(case, pred):
-        d = dict(subject=case.subject, scan=case.scan, slice=case.slice, image=_case_name(case.image))
+        d = dict(subject=case.subject, scan=case.scan, slice=case.slice, image=case_name(case))
         d |= score_mask(pred, read_mask(case.mask, codes), spacing=case.spacing, tolerance=tolerance, n_codes=len(codes))
         if save_to: d['prediction'] = _save_mask(pred, Path(save_to)/f'{Path(case.image).stem}.png')
         return d
@@ -498,7 +504,7 @@ def _save_mask(pred, path):
     with written_beside(path) as tmp: Image.fromarray(pred).save(tmp)
     return str(path)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #3f64cfa6
+# %% ../nbs/1_segmentation_on_brain.ipynb #bb135dc6
 def environment(device=None)->dict:
     "What the numbers depend on beside the data: versions, processor, threads"
     names = ('brainseg_fastai','fastai','torch','torchvision','monai','numpy','pandas','scipy')
@@ -592,7 +598,7 @@ def load_run(
     learn.model.load_state_dict(load_file(folder/'model.safetensors'))
     return learn
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #4c1b45b1
+# %% ../nbs/1_segmentation_on_brain.ipynb #51a06c47
 @delegates(train_run, but='folder,test_sets,seed')
 def train_folds(
     cases:pd.DataFrame, # Case table of one kind
@@ -600,17 +606,18 @@ def train_folds(
     out,                # Folder for the runs
     repeats=1,          # Trainings per fold, each with its own seed
     seed=42,            # Seed of the first training
-    others=None,        # More case tables by name; of those with subjects of this split only the test subjects are scored
+    others=None,        # More case tables of the same subjects, by name; the test subjects of each fold are scored
+    external=None,      # Case table of other subjects, all of which are scored by every model
     announce=print,     # Called with a line before each training
     **kwargs
-)->dict: # scores (own test rows), others (the same for other tables), curves, runs
+)->dict: # scores (own test rows), all_scores (with `tested_on`), curves, runs
     "Train and score one kind of input over all folds and repeats"
     kind,runs = cases['kind'].iloc[0], []
     for fold in sorted(split['fold'].unique()):
         table = with_split(cases, split, fold)
         subjects = set(table.loc[table['split']=='test', 'subject'])
-        tests = {kind: table[table['split']=='test'], **{k: t[t['subject'].isin(subjects)] if set(t['subject']) & set(cases['subject']) else t
-                                                         for k,t in (others or {}).items()}}
+        tests = {k: t[t['subject'].isin(subjects)] for k,t in {kind: table, **(others or {})}.items()}
+        if external is not None: tests['external'] = external
         for r in range(repeats):
             sd = seed + 1000*r + int(fold)
             if announce: announce(kind, int(fold), sd)
@@ -623,9 +630,9 @@ def train_folds(
     first = ['kind','fold','seed','subject','scan','slice','image','dice','jaccard','hd95','nsd','area_true','area_pred','unit']
     scores = scores[first + [o for o in scores if o not in first]]
     own = scores['tested_on']==kind
-    return dict(scores=scores[own].drop(columns='tested_on').reset_index(drop=True), others=scores.reset_index(drop=True), curves=curves, runs=runs)
+    return dict(scores=scores[own].drop(columns='tested_on').reset_index(drop=True), all_scores=scores, curves=curves, runs=runs)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #68e848d0
+# %% ../nbs/1_segmentation_on_brain.ipynb #d818c5b5
 def plot_curves(
     curves:pd.DataFrame, # Curve table: kind, fold, seed, epoch, valid_dice
     ax=None
@@ -639,7 +646,7 @@ def plot_curves(
     ax.set(xlabel='epoch', ylabel='per-image Dice, validation', ylim=(0,1))
     return ax
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #679238df
+# %% ../nbs/1_segmentation_on_brain.ipynb #8a91e5b1
 def image_split(
     cases:pd.DataFrame, # Case table
     split:pd.DataFrame, # Split by subject
