@@ -6,11 +6,11 @@
 __all__ = ['EMPTY_POLICY', 'NSD_TOLERANCE', 'TOLERANCE_POLICY', 'METRICS', 'empty_score', 'overlap', 'surface_scores',
            'score_mask', 'pooled_dice', 'summarise_scores']
 
-# %% ../nbs/02_scores.ipynb #d3bbb721
+# %% ../nbs/02_scores.ipynb #3bc8a915
 import numpy as np, pandas as pd
 from .cases import DataError
 
-# %% ../nbs/02_scores.ipynb #ac2ea67e
+# %% ../nbs/02_scores.ipynb #1feba959
 def empty_score(
     true_empty:bool, # Is the true mask empty?
     pred_empty:bool, # Is the predicted mask empty?
@@ -20,13 +20,14 @@ def empty_score(
     if true_empty and pred_empty: return dict(dice=1., jaccard=1., hd95=0., nsd=1.)
     if true_empty or pred_empty:  return dict(dice=0., jaccard=0., hd95=diagonal, nsd=0.)
 
-# %% ../nbs/02_scores.ipynb #0174312a
+# %% ../nbs/02_scores.ipynb #defdb208
 def _words(s): return f"Dice {s['dice']:g}, Jaccard {s['jaccard']:g}, HD95 {s['hd95'] or 0} and NSD {s['nsd']:g}"
 
-EMPTY_POLICY = (f"Where truth and prediction are both empty, a case scores {_words(empty_score(True, True, 'the image diagonal'))}; "
+EMPTY_POLICY = ("Where truth and prediction are both empty, a case scores "
+                f"{_words(empty_score(True, True, 'the image diagonal'))}; "
                 f"where exactly one is empty, {_words(empty_score(True, False, 'the image diagonal'))}.")
 
-# %% ../nbs/02_scores.ipynb #bd937ffc
+# %% ../nbs/02_scores.ipynb #09d866e1
 def overlap(
     pred:np.ndarray, # Predicted mask of one structure, bool
     truth:np.ndarray, # True mask of one structure, bool
@@ -35,18 +36,19 @@ def overlap(
     t, p, b = (int(np.count_nonzero(o)) for o in (truth, pred, truth & pred))
     return dict(n_true=t, n_pred=p, n_both=b, dice=2*b/(t+p) if t+p else np.nan, jaccard=b/(t+p-b) if t+p else np.nan)
 
-# %% ../nbs/02_scores.ipynb #66eca04d
+# %% ../nbs/02_scores.ipynb #544d04b6
 NSD_TOLERANCE = 1. # in the unit of the distances: mm where the spacing is known, else pixels
 TOLERANCE_POLICY = (f"NSD counts outline points within {NSD_TOLERANCE:g} mm of the other outline as correct, "
                     f"or within {NSD_TOLERANCE:g} px where the pixel spacing is unknown.")
 
-# %% ../nbs/02_scores.ipynb #3e44c63f
-def _crop(*masks):
+# %% ../nbs/02_scores.ipynb #52c9b22e
+def _crop(a, b):
     "Both masks cut to their common bounding box: outlines and distances stay what they were"
-    idx = [np.flatnonzero((masks[0] | masks[1]).any(axis=tuple(j for j in range(masks[0].ndim) if j != i))) for i in range(masks[0].ndim)]
-    return [m[tuple(slice(i[0], i[-1]+1) for i in idx)] for m in masks]
+    at = np.nonzero(a | b)
+    box = tuple(slice(i.min(), i.max() + 1) for i in at)
+    return a[box], b[box]
 
-# %% ../nbs/02_scores.ipynb #9497c782
+# %% ../nbs/02_scores.ipynb #51e435e3
 def surface_scores(
     pred:np.ndarray, # Predicted mask of one structure, bool, not empty
     truth:np.ndarray, # True mask of one structure, bool, not empty
@@ -67,7 +69,7 @@ def surface_scores(
         nsd = compute_surface_dice(p, t, [tolerance], include_background=True, spacing=[float(s) for s in spacing])
     return dict(hd95=float(hd95), nsd=float(nsd))
 
-# %% ../nbs/02_scores.ipynb #317051d0
+# %% ../nbs/02_scores.ipynb #9ed4a34a
 def _check_codes(m, what, n_codes):
     "The code map `m` as an array of integers, or a `DataError` that says what is wrong with it"
     m = np.asarray(m)
@@ -84,7 +86,7 @@ def _spacing(spacing, ndim):
     if np.isfinite(s).all() and (s <= 0).any(): raise DataError(f'The pixel spacing is {s.tolist()}, expected positive mm.')
     return (s, 'mm') if np.isfinite(s).all() else (np.ones(ndim), 'px')
 
-# %% ../nbs/02_scores.ipynb #00202303
+# %% ../nbs/02_scores.ipynb #3d2cb0ee
 def score_mask(
     pred:np.ndarray, # Predicted codes, (H,W) or (D,H,W)
     truth:np.ndarray, # True codes, same shape
@@ -92,11 +94,12 @@ def score_mask(
     tolerance:float|None=None, # Tolerance of the NSD in the unit of the result; `NSD_TOLERANCE` if not given
     n_codes:int=2, # Number of codes with background
 )->dict: # `dice, jaccard, hd95, nsd, area_true, area_pred, unit, n_true, n_pred, n_both`
-    """All scores of one case. `hd95` is in `unit`, areas in its square (its cube, a volume, for volumes). With more than two codes scores
-    are means over the structures present in truth or prediction, counts are sums, and `dice_1`, `dice_2`, ... (NaN if in neither) are added."""
+    """All scores of one case. `hd95` is in `unit`, areas in its square (its cube, a volume, for volumes). With more than two codes
+    scores are means over the structures present in truth or prediction, counts are sums, and `dice_1`, `dice_2`, ... (NaN if in
+    neither) are added."""
     pred, truth = _check_codes(pred, 'The prediction', n_codes), _check_codes(truth, 'The true mask', n_codes)
     if pred.shape != truth.shape or pred.ndim not in (2, 3):
-        raise DataError(f'The prediction is {pred.shape} and the true mask {truth.shape}, expected two equal shapes (H,W) or (D,H,W).')
+        raise DataError(f'The prediction is {pred.shape} and the true mask {truth.shape}, expected equal shapes (H,W) or (D,H,W).')
     sp, unit = _spacing(spacing, pred.ndim)
     tol, diagonal = NSD_TOLERANCE if tolerance is None else tolerance, float(np.linalg.norm(np.array(pred.shape)*sp))
     parts = [_score_one(pred == c, truth == c, sp, tol, diagonal) for c in range(1, n_codes)]
@@ -113,11 +116,11 @@ def _score_one(pred, truth, sp, tol, diagonal):
     empty = empty_score(not res['n_true'], not res['n_pred'], diagonal)
     return res | (empty or surface_scores(pred, truth, sp, tol))
 
-# %% ../nbs/02_scores.ipynb #7e9e5995
+# %% ../nbs/02_scores.ipynb #9ef5aeeb
 def pooled_dice(
     scores:pd.DataFrame, # Score table
 )->float: # Dice of all pixels of all cases together, NaN if the table does not tell
-    "Twice the common pixels over all pixels, summed over cases: large structures dominate it. Never a substitute for the per-image Dice"
+    "Twice the common pixels over all pixels, summed over cases: large structures dominate it, so it never replaces the per-image Dice"
     if {'n_true', 'n_pred', 'n_both'} <= set(scores): both, total = scores.n_both.sum(), (scores.n_true + scores.n_pred).sum()
     elif {'area_true', 'area_pred', 'dice'} <= set(scores):
         areas = scores.area_true + scores.area_pred
@@ -125,17 +128,17 @@ def pooled_dice(
     else: return np.nan
     return float(2*both/total) if total else 1.
 
-# %% ../nbs/02_scores.ipynb #4b091cbb
+# %% ../nbs/02_scores.ipynb #8db3a325
 METRICS = ('dice', 'jaccard', 'hd95', 'nsd')
 
 def summarise_scores(
     scores:pd.DataFrame, # Score table with the column `by`
     by:str='subject', # What is independent: the unit of the mean and of its interval
 )->pd.DataFrame: # One row per metric: `mean`, `low`, `high` (95 % interval), `n` (number of subjects)
-    "Mean over subjects of subject means, with a 95 % interval; `pooled_dice` has no interval because it is not a mean over subjects"
+    "Mean over subjects of subject means, with a 95 % interval; `pooled_dice` has none because it is not a mean over subjects"
     from brainseg_fastai.stats import bootstrap_t
     if by not in scores or not len(scores):
-        raise DataError(f'The score table has {len(scores)} rows and the columns {list(scores)}, expected rows and a column {by!r}.')
+        raise DataError(f'The score table has {len(scores)} rows and columns {list(scores)}, expected rows and a column {by!r}.')
     means = scores.groupby(by)[[m for m in METRICS if m in scores]].mean()
     rows = {m: dict(zip(('mean', 'low', 'high'), (x.mean(), *bootstrap_t(x)[:2])), n=len(x)) for m, x in means.items()}
     rows['pooled_dice'] = dict(mean=pooled_dice(scores), low=np.nan, high=np.nan, n=len(means))

@@ -8,7 +8,7 @@ __all__ = ['ESTIMAND', 'MIN_BOOTSTRAP', 'MAX_BOOTSTRAP', 'GENERATORS', 'FAILED',
            'simulate_coverage', 'failure_warning', 'same_input_control', 'Comparison', 'compare_scores',
            'training_longer']
 
-# %% ../nbs/03_statistics.ipynb #44409e0a
+# %% ../nbs/03_statistics.ipynb #f7b4718f
 import json
 from dataclasses import dataclass, field, asdict
 import numpy as np, pandas as pd
@@ -16,27 +16,29 @@ from scipy.special import stdtr, stdtrit
 from .cases import DataError
 from .scores import METRICS, pooled_dice
 
-# %% ../nbs/03_statistics.ipynb #1c196609
-ESTIMAND = ("The mean over test subjects of each subject's mean difference in per-image Dice between the two inputs, for the same images: "
-            "every subject counts once, however many images and repeated trainings it has.")
+# %% ../nbs/03_statistics.ipynb #00a5ea65
+ESTIMAND = ("The mean over test subjects of each subject's mean difference in per-image Dice between the two inputs, for the same "
+            "images: every subject counts once, however many images and repeated trainings it has.")
 
-# %% ../nbs/03_statistics.ipynb #fb5653be
+# %% ../nbs/03_statistics.ipynb #638b15fe
 def _prepare(scores, metric, name):
     "Columns that identify a case as text, `fold`, `repeat` (rank of the seed within a fold) and `value`"
     if 'subject' not in scores or metric not in scores:
         raise DataError(f"The score table of {name} has the columns {list(scores)}, expected 'subject' and {metric!r} among them.")
     if 'kind' in scores and scores.kind.nunique() > 1:
-        raise DataError(f'The score table of {name} mixes the kinds {sorted(scores.kind.unique())}, expected one: select the rows of one kind.')
+        raise DataError(f'The score table of {name} mixes the kinds {sorted(scores.kind.unique())}, expected one: select '
+                        'the rows of one kind.')
     bad = ~np.isfinite(scores[metric].astype(float))
-    if bad.any(): raise DataError(f'The score table of {name} holds {bad.sum()} rows without a finite {metric}, the first for subject '
-                                  f'{scores.subject[bad].iloc[0]}, expected numbers: score these cases again.')
+    if bad.any():
+        raise DataError(f'The score table of {name} holds {bad.sum()} rows without a finite {metric}, the first for subject '
+                        f'{scores.subject[bad].iloc[0]}, expected numbers: score these cases again.')
     d = pd.DataFrame({k: scores[k].astype(str) for k in ('subject', 'scan', 'slice') if k in scores})
     d['fold'] = scores['fold'] if 'fold' in scores else 0
     seed = scores['seed'] if 'seed' in scores else pd.Series(0, scores.index)
     d['repeat'] = seed.groupby(d.fold).rank(method='dense').astype(int) - 1
     return d.assign(value=scores[metric].astype(float))
 
-# %% ../nbs/03_statistics.ipynb #b71752f4
+# %% ../nbs/03_statistics.ipynb #ee990c9c
 def paired_differences(
     a:pd.DataFrame, # Score table of one input, test rows alone
     b:pd.DataFrame, # Score table of the other input
@@ -47,38 +49,41 @@ def paired_differences(
     keys = [k for k in da if k in db and k != 'value']
     for d, name in ((da, 'first'), (db, 'second')):
         twice = d[d.duplicated(keys)]
-        if len(twice): raise DataError(f'The score table of the {name} input holds {len(twice)} cases twice, the first is '
-                                       f'{twice[keys].iloc[0].to_dict()}, expected every case once per training: remove the copies.')
+        if len(twice):
+            raise DataError(f'The score table of the {name} input holds {len(twice)} cases twice, the first is '
+                            f'{twice[keys].iloc[0].to_dict()}, expected every case once per training: remove the copies.')
     res = da.merge(db, on=keys, suffixes=('_a', '_b')).rename(columns=dict(value_a='a', value_b='b'))
-    if not len(res): raise DataError(f'The two score tables share no case (paired by {", ".join(keys)}; the first begins with '
-        f'{da[keys].iloc[:1].to_dict("records")}, the second with {db[keys].iloc[:1].to_dict("records")}): score both on the same test cases.')
+    if not len(res):
+        one, two = (d[keys].iloc[:1].to_dict('records') for d in (da, db))
+        raise DataError(f'The two score tables share no case (paired by {", ".join(keys)}; the first begins with {one}, the second '
+                        f'with {two}), expected the same cases in both: score both on the same test cases.')
     return res.assign(diff=res.a - res.b).sort_values(keys, ignore_index=True)
 
-# %% ../nbs/03_statistics.ipynb #fee79172
+# %% ../nbs/03_statistics.ipynb #8e2cbc9b
 def subject_means(
     diff:pd.DataFrame, # Table of `paired_differences`
 )->pd.Series: # Mean difference of each subject over images and repeats
     "One number per subject, the unit of all that follows"
     return diff.groupby('subject')['diff'].mean()
 
-# %% ../nbs/03_statistics.ipynb #331a2c0d
+# %% ../nbs/03_statistics.ipynb #d475afab
 def _draws(n, n_boot, seed):
     "How often each of `n` subjects is drawn in each resample, (n_boot, n)"
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1/n), size=n_boot).astype(float)
 
 def _t_points(x, draws):
-    """For data sets `x` (n, sets): the points mean − t*·se of all resamples (n_boot, sets), and where they can be used. A resample of equal values has
-    an infinite t*; where more than one in a hundred is such (few distinct values), the bootstrap says nothing."""
+    """For data sets `x` (n, sets): the points mean − t*·se of all resamples (n_boot, sets), and where they can be used. A resample
+    of equal values has an infinite t*; where more than one in a hundred is such (few distinct values), the bootstrap is no help."""
     n, c = len(x), x - x.mean(0)
     m, v = draws@c/n, draws@c**2/n
     v -= m**2
     flat = v <= 1e-10*(c**2).mean(0)
-    with np.errstate(divide='ignore', invalid='ignore'): t = np.where(flat, np.sign(m)*np.inf, m/np.sqrt(np.where(flat, 1, v)/(n-1)))
-    t[flat & (m == 0)] = 0
+    t = m/np.sqrt(np.where(flat, 1, v)/(n-1))
+    t[flat] = np.sign(m[flat])*1e9 # as good as infinite, and without 0·inf
     se = c.std(0, ddof=1)/np.sqrt(n)
     return x.mean(0) - t*np.where(se > 0, se, 1), (flat.mean(0) <= .01) & (se > 0)
 
-# %% ../nbs/03_statistics.ipynb #08161261
+# %% ../nbs/03_statistics.ipynb #09e10c83
 def _intervals(x, level, draws):
     "Ends and p-values for the columns of `x` (n, sets): the wider of Student's t and bootstrap-t at either end"
     n, m = len(x), x.mean(0)
@@ -98,7 +103,7 @@ def _intervals(x, level, draws):
     above, below = (np.where(ok, np.maximum(p, (o + .5)/(b + 1)), p) for p, o in ((above, na), (below, nb)))
     return low, high, np.minimum(1, 2*np.minimum(above, below))
 
-# %% ../nbs/03_statistics.ipynb #dfd72c6a
+# %% ../nbs/03_statistics.ipynb #b00c6819
 MIN_BOOTSTRAP, MAX_BOOTSTRAP = 5, 1000 # outside these numbers of subjects Student's t stands alone
 
 def bootstrap_t(
@@ -107,19 +112,20 @@ def bootstrap_t(
     n_boot:int=9999, # Number of resamples; n_boot+1 divisible by 40 makes p and the 90 and 95 % intervals agree exactly
     seed:int=0, # Seed of the resamples
 )->tuple: # `(low, high, p)`: the interval of the mean and the two-sided p-value against a mean of 0
-    """Interval of a mean, the wider of bootstrap-t and Student's t at either end, and its p-value (after Efron & Tibshirani 1993, chapter 12.5).
-    Student's t alone serves fewer than 5 or more than 1,000 subjects and data with so few distinct values that resamples have no variance. Equal numbers
-    give an interval without width (p = 1 if they are 0, else 1/(n_boot+1)); a single number gives an infinite one."""
+    """Interval of a mean, the wider of bootstrap-t and Student's t at either end, and its p-value (after Efron & Tibshirani 1993,
+    chapter 12.5). Student's t alone serves fewer than 5 or more than 1,000 subjects and data with so few distinct values that more
+    than one resample in a hundred has no variance. Equal numbers give an interval without width (p = 1 if they are 0, else
+    1/(n_boot+1)); a single number gives an infinite one."""
     x = np.asarray(x, float)
     if x.ndim != 1 or not len(x) or not np.isfinite(x).all():
-        raise DataError(f'Got {x.shape} values of which {(~np.isfinite(x)).sum()} are not finite, expected one finite number per subject.')
+        raise DataError(f'Got {x.shape} values, {(~np.isfinite(x)).sum()} of them not finite, expected one finite number per subject.')
     if len(x) == 1: return -np.inf, np.inf, 1.
     draws = _draws(len(x), n_boot, seed) if MIN_BOOTSTRAP <= len(x) <= MAX_BOOTSTRAP else None
     low, high, p = (float(o[0]) for o in _intervals(x[:, None], level, draws))
     if low == high: p = 1. if low == 0 else 1/(n_boot + 1)
     return low, high, p
 
-# %% ../nbs/03_statistics.ipynb #d1ba5ea6
+# %% ../nbs/03_statistics.ipynb #d93ca192
 def subjects_needed(
     x, # One difference per subject
     margin:float, # Half-width to reach
@@ -138,7 +144,7 @@ def subjects_needed(
     while many - few > 1: few, many = (few, mid) if width(mid := (few + many)//2) <= margin else (mid, many)
     return many
 
-# %% ../nbs/03_statistics.ipynb #4d66d593
+# %% ../nbs/03_statistics.ipynb #48a4e45e
 def verdict(
     ci95:tuple, # 95 % interval of the mean difference first − second
     ci90:tuple, # 90 % interval
@@ -153,7 +159,7 @@ def verdict(
     if ci95[1] < 0 and (signs < 0).all(): return f'{names[1]} better', inside(ci95)
     return ('equivalent' if inside(ci90) else 'inconclusive'), False
 
-# %% ../nbs/03_statistics.ipynb #124d665b
+# %% ../nbs/03_statistics.ipynb #6a2e4c2b
 def verdict_sentence(
     words:str, # Verdict
     small:bool, # By less than the margin?
@@ -168,20 +174,21 @@ def verdict_sentence(
 )->str: # One or two plain sentences
     "The verdict for people"
     about = 'For these two trained models' if single else 'For this kind of input'
-    facts = (f'mean difference in per-image Dice ({names[0]} − {names[1]}) {difference:+.4f}, 95 % interval {ci95[0]:+.4f} to {ci95[1]:+.4f}, '
-             f'{n_subjects} test subject{"s"*(n_subjects != 1)}')
+    facts = (f'mean difference in per-image Dice ({names[0]} − {names[1]}) {difference:+.4f}, 95 % interval {ci95[0]:+.4f} '
+             f'to {ci95[1]:+.4f}, {n_subjects} test subject{"s"*(n_subjects != 1)}')
     if words.endswith(' better'):
         win = words.removesuffix(' better')
         return f'{about}, {win} is better than {names[win == names[0]]}{f" by less than the margin of {margin:g}"*small}: {facts}.'
     if words == 'equivalent': return f'{about}, {names[0]} and {names[1]} are equivalent within ±{margin:g} Dice: {facts}.'
     res = f'{about}, the data cannot tell whether {names[0]} or {names[1]} is better (inconclusive): {facts}.'
-    if (ci95[0] > 0 or ci95[1] < 0) and not agree: return res + ' The sign of the difference changes between folds or repeats: train more repeats.'
+    if (ci95[0] > 0 or ci95[1] < 0) and not agree:
+        return res + ' The sign of the difference changes between folds or repeats: train more repeats.'
     if needed is None: return res + ' Too few subjects to say how many would be needed.'
-    if needed <= n_subjects: return res + (f' The interval is already as narrow as ±{margin:g} ({needed} subjects suffice for that): the difference '
-                                           'itself is about as large as the margin.')
+    if needed <= n_subjects:
+        return res + f' The interval is already as narrow as ±{margin:g}: the difference itself is about as large as the margin.'
     return res + f' About {needed} test subjects would bring the half-width of the interval down to {margin:g}.'
 
-# %% ../nbs/03_statistics.ipynb #bea141de
+# %% ../nbs/03_statistics.ipynb #d8c90dcd
 def _gamma(skew): # standardised: mean 0, variance 1
     k = 4/skew**2
     return lambda r, size: np.sign(skew)*(r.gamma(k, size=size) - k)/np.sqrt(k)
@@ -192,9 +199,9 @@ GENERATORS = {
     't5':       lambda r, size: r.standard_t(5, size=size),                     # long tails on both sides
     'laplace':  lambda r, size: r.laplace(size=size),                           # most subjects alike, some far off
     'discrete': lambda r, size: np.round(r.normal(size=size)),                  # few distinct values, many ties
-    'shifted mixture': lambda r, size: np.where(r.random(size) < .2, 1.6, -.4) + .5*r.normal(size=size)} # a fifth gains, the rest loses
+    'shifted mixture': lambda r, size: np.where(r.random(size) < .2, 1.6, -.4) + .5*r.normal(size=size)} # a fifth gains
 
-# %% ../nbs/03_statistics.ipynb #c128750d
+# %% ../nbs/03_statistics.ipynb #e7cb1fa2
 def simulate_coverage(
     generator, # Name in `GENERATORS`, or a function of (random generator, size) with true mean 0
     n_subjects:int=20, # Subjects per study
@@ -216,7 +223,7 @@ def simulate_coverage(
     return dict(coverage=float(((low <= 0) & (high >= 0)).mean()), false_claims=float((p < 1 - level).mean()),
                 half_width=float(np.mean(high - low)/2))
 
-# %% ../nbs/03_statistics.ipynb #8159621f
+# %% ../nbs/03_statistics.ipynb #221de99e
 FAILED = .2     # a Dice below it is a complete failure
 MAX_SKEW = 2.   # the interval is tested up to this skewness of subject means
 
@@ -244,19 +251,17 @@ def failure_warning(
     gen = lambda r, size: bulk*r.normal(size=size) + (r.random(size) < rate)*r.choice(jumps, size) - rate*jumps.mean()
     images = max(1, round(len(d)/n))
     sim = simulate_coverage(lambda r, size: gen(r, (images, *size)).mean(0), n, (1, 1), n_sim, seed, n_boot=999, within=0)
-    return (f'Rare failures in {fail.sum()} of {len(d)} cases ({what}). For data like these, {n} subjects, the 95 % interval is expected to '
-            f'contain the true mean difference in {sim["coverage"]:.0%} of studies only.' if sim['coverage'] < .94 else
-            f'Rare failures in {fail.sum()} of {len(d)} cases ({what}). In simulated data like these, {n} subjects, the 95 % interval '
-            f'contains the true mean difference in {sim["coverage"]:.0%} of studies.')
+    return (f'Rare failures in {fail.sum()} of {len(d)} cases ({what}). In simulated studies like this one, {n} subjects, the 95 % '
+            f'interval contains the true mean difference in {sim["coverage"]:.0%} of studies{" only"*(sim["coverage"] < .94)}.')
 
-# %% ../nbs/03_statistics.ipynb #d9904a8c
+# %% ../nbs/03_statistics.ipynb #bd9917ae
 def same_input_control(
     scores:pd.DataFrame, # Score table, several seeds of one kind in a fold
     metric:str='dice', # Column to compare
     n_boot:int=9999, # Resamples
     seed:int=0, # Their seed
 )->dict|None: # `kind, seeds, n_subjects, difference, ci95, p_value`, or `None` without two trainings of one kind in one fold
-    "Difference between the second and the first training of the same input on the same test cases; the first kind that has both is used"
+    "Second minus first training of the same input on the same test cases, for the first kind that has both"
     for kind, s in scores.groupby('kind', sort=False) if {'kind', 'seed'} <= set(scores) else ():
         s = s.assign(fold=s['fold'] if 'fold' in s else 0)
         pairs = {f: sorted(o.unique())[:2] for f, o in s.groupby('fold')['seed'] if o.nunique() > 1}
@@ -264,10 +269,10 @@ def same_input_control(
         first, second = (pd.concat([s[(s.fold == f) & (s.seed == p[i])] for f, p in pairs.items()]) for i in (0, 1))
         x = subject_means(paired_differences(second, first, metric))
         low, high, p = bootstrap_t(x, .95, n_boot, seed)
-        return dict(kind=str(kind), seeds=[[int(o) for o in p] for p in pairs.values()], n_subjects=len(x), difference=float(x.mean()),
-                    ci95=[low, high], p_value=p)
+        return dict(kind=str(kind), seeds=[[int(o) for o in p] for p in pairs.values()], n_subjects=len(x),
+                    difference=float(x.mean()), ci95=[low, high], p_value=p)
 
-# %% ../nbs/03_statistics.ipynb #d51c676a
+# %% ../nbs/03_statistics.ipynb #6ead46e4
 def _plain(o):
     "`o` with plain numbers for JSON; what is not finite becomes `None`"
     if isinstance(o, dict): return {str(k): _plain(v) for k, v in o.items()}
@@ -305,7 +310,7 @@ class Comparison:
     def to_json(self): return json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
     def __str__(self): return '\n'.join([self.sentence, *self.warnings])
 
-# %% ../nbs/03_statistics.ipynb #c071635c
+# %% ../nbs/03_statistics.ipynb #b5faf6c1
 SHOWN_AS = {'orig': 'full skull'} # what a kind is called in words
 
 def _wilcoxon(x):
@@ -318,7 +323,7 @@ def _means(scores, diff):
     s = scores.assign(**_prepare(scores, 'dice', 'an input').drop(columns='value')).merge(diff[keys], on=keys)
     return {m: float(s.groupby('subject')[m].mean().mean()) for m in METRICS if m in s} | dict(pooled_dice=pooled_dice(s))
 
-# %% ../nbs/03_statistics.ipynb #d56018f7
+# %% ../nbs/03_statistics.ipynb #21007f4f
 def compare_scores(
     a:pd.DataFrame, # Score table of the first input: its test rows
     b:pd.DataFrame, # Score table of the second, same test cases
@@ -342,21 +347,23 @@ def compare_scores(
     sentence = verdict_sentence(words, small, x.mean(), ci95, margin, len(x), needed, len(each) == 1, agree, shown)
     keys = [k for k in ('subject', 'scan', 'slice') if k in diff]
     units = sorted({u for s in (a, b) if 'unit' in s for u in s.unit.unique()})
-    return Comparison(words, sentence, small, ESTIMAND, shown, len(x), int(len(diff[keys].drop_duplicates())),
-        {n: _means(s, diff) for n, s in zip(names, (a, b))}, ' and '.join(units), float(x.mean()), ci95, ci90, p, _wilcoxon(x), margin, needed,
-        diff.fold.nunique(), diff.repeat.nunique(), each, same_input_control(pd.concat([a, b]) if control is None else control, n_boot=n_boot, seed=seed),
-        simulated, _warnings(a, b, diff, len(x), units, seed))
+    control = same_input_control(pd.concat([a, b]) if control is None else control, n_boot=n_boot, seed=seed)
+    return Comparison(verdict=words, sentence=sentence, by_less_than_margin=small, estimand=ESTIMAND, names=shown, n_subjects=len(x),
+        n_images=len(diff[keys].drop_duplicates()), metrics={n: _means(s, diff) for n, s in zip(names, (a, b))}, unit=' and '.join(units),
+        difference=float(x.mean()), ci95=ci95, ci90=ci90, p_value=p, wilcoxon_p=_wilcoxon(x), margin=margin, subjects_needed=needed,
+        folds=diff.fold.nunique(), repeats=diff.repeat.nunique(), by_training=each, control=control, simulated=simulated,
+        warnings=_warnings(a, b, diff, len(x), units, seed))
 
 def _warnings(a, b, diff, n, units, seed):
     "What a reader of the comparison must know beside it"
     lost = len(a) + len(b) - 2*len(diff)
     return [o for o in (
-        f'{lost} scored case{"s"*(lost > 1)} without a partner under the other input {"were" if lost > 1 else "was"} left out.' if lost else None,
-        f'Only {n} test subjects: the interval rests on few people.' if n < 10 else None,
+        f'Left out, without a partner under the other input: {lost} scored case{"s"*(lost > 1)}.' if lost else None,
+        f'Only {n} test subject{"s"*(n != 1)}: the interval rests on few people.' if n < 10 else None,
         f'HD95 and areas mix the units {" and ".join(units)}: compare Dice alone.' if len(units) > 1 else None,
         failure_warning(diff.a, diff.b, diff.subject, seed=seed)) if o]
 
-# %% ../nbs/03_statistics.ipynb #63eb3bfb
+# %% ../nbs/03_statistics.ipynb #0c2f641d
 WORTHWHILE = .005 # a gain in validation Dice worth training longer for
 
 def _gain(y):
@@ -367,20 +374,21 @@ def _gain(y):
     noise = np.std(np.diff(y[-2*k:]))/np.sqrt(2)     # jitter from epoch to epoch, whatever the trend
     return last.mean() - before.mean(), noise*np.sqrt(2/k), int(np.argmax(y)) + 1
 
-# %% ../nbs/03_statistics.ipynb #4305b41f
+# %% ../nbs/03_statistics.ipynb #a2afec34
 def training_longer(
     curves:pd.DataFrame, # Curve table: `kind, fold, seed, epoch, valid_dice`
 )->pd.DataFrame: # Per kind: `answer` ('yes', 'no', 'cannot tell'), `gain`, `error`, `best_epoch`, `epochs`, `trainings`, `sentence`
     "Would training longer help, judged by the validation curves of each kind?"
     out = {}
     for kind, s in curves.groupby('kind', sort=False):
-        runs = [o.sort_values('epoch').valid_dice.to_numpy(float) for _, o in s.groupby([k for k in ('fold', 'seed') if k in s] or (lambda i: 0))]
+        each = s.groupby([k for k in ('fold', 'seed') if k in s] or (lambda i: 0))
+        runs = [o.sort_values('epoch').valid_dice.to_numpy(float) for _, o in each]
         gains, errors, best = map(np.array, zip(*[_gain(y) for y in runs]))
         gain, error = gains.mean(), np.sqrt((errors**2).sum())/len(runs)
         answer = 'yes' if gain > max(2*error, WORTHWHILE/2) else 'no' if gain + 2*error < WORTHWHILE else 'cannot tell'
         epochs, at = max(map(len, runs)), float(np.median(best))
-        found = (f'over the last fifth of {epochs} epochs the mean validation Dice changed by {gain:+.4f} ± {2*error:.4f}' if np.isfinite(gain)
-                 else f'{epochs} epochs are too few to see a trend')
+        found = f'over the last fifth of {epochs} epochs the mean validation Dice changed by {gain:+.4f} ± {2*error:.4f}'
+        if not np.isfinite(gain): found = f'{epochs} epochs are too few to see a trend'
         words = dict(yes='training longer would probably help', no='training longer with this schedule would not help')
         out[kind] = dict(answer=answer, gain=gain, error=error, best_epoch=at, epochs=epochs, trainings=len(runs),
             sentence=f"{SHOWN_AS.get(kind, kind)}: {words.get(answer, 'the curves cannot tell whether training longer would help')} "
