@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['EXAMPLES', 'parser', 'check', 'compare', 'demo', 'train', 'main']
 
-# %% ../nbs/05_commands.ipynb #d0094204
+# %% ../nbs/05_commands.ipynb #41001cce
 import argparse, sys
 from pathlib import Path
 
 from . import __version__
 
-# %% ../nbs/05_commands.ipynb #f66646b9
+# %% ../nbs/05_commands.ipynb #ac5af18f
 EXAMPLES = """examples:
   brainseg demo                                     the whole job on a simulated cohort
   brainseg check slices                             is this folder fit for training?
@@ -79,7 +79,7 @@ def parser()->argparse.ArgumentParser:
     q.add_argument('--out', type=Path, required=True, metavar='DIR', help='folder for the results')
     return p
 
-# %% ../nbs/05_commands.ipynb #45f1b946
+# %% ../nbs/05_commands.ipynb #7c49a54f
 def _settings(a):
     "Arguments for the training functions, after setting the threads"
     import shlex, torch
@@ -127,7 +127,7 @@ def train(a):
     m = r['summary'].loc['dice']
     _finish(r, f'Mean per-image Dice on {int(m["n"])} unseen subjects: {m["mean"]:.3f} (95 % interval {m["low"]:.3f} to {m["high"]:.3f})')
 
-# %% ../nbs/05_commands.ipynb #eeb18071
+# %% ../nbs/05_commands.ipynb #761749e8
 def main(argv=None)->int: # Exit code
     "The command `brainseg`"
     for stream in (sys.stdout, sys.stderr):

@@ -6,7 +6,7 @@
 __all__ = ['RESULTS', 'prepare', 'both_kinds', 'check_out', 'result_folder', 'Announce', 'swap_table', 'train_kinds',
            'compare_inputs', 'train_input']
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #7a86d26d
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #0f91cd82
 import json, os, shutil, time
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .scores import EMPTY_POLICY, TOLERANCE_POLICY, summarise_scores
 from .segmentation import split_cases, train_folds, train_run, write_csv, write_json
 from .stats import compare_scores, training_longer
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #1476176d
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #b50e965f
 def prepare(
     root,             # Data folder
     kinds,            # Kinds of image to use
@@ -49,7 +49,7 @@ def both_kinds(
     raise DataError(f'{root}: found only images of the kind {", ".join(ks)}; a comparison needs brain and orig. '
                     f'To train one model: brainseg train {root} --kind {one} --out DIR')
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #3f728c9e
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #fda29b1e
 RESULTS = ('settings.json','split.csv','scores.csv','curves.csv','swap.csv','external.csv','control.csv','comparison.json','summary.json','report.html')
 
 def check_out(
@@ -94,7 +94,7 @@ class Announce:
         self.say(f'Training {self.n} of {self.total}: {kind_name(kind).lower()}, fold {fold+1}, seed {seed}' +
                  ('' if left is None else f' (about {left/60:.0f} min left)'))
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #e0086bda
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #df5b7c86
 def swap_table(
     scores:pd.DataFrame # Score table with `kind` (trained on) and `tested_on`
 )->pd.DataFrame: # trained_on, tested_on, n_subjects, dice, low, high
@@ -163,7 +163,7 @@ def train_kinds(
     return dict(**both, **ready, out=out, control=again, settings=settings, simulated=is_simulated(root), root=Path(root).resolve(),
                 info=_info(settings, ready, runs, both['curves'], command, began))
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #f4ec0735
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #819fdea6
 def _external_table(scores):
     "Scores on the external folder by kind, or None"
     ext = scores.query('tested_on=="external"')

@@ -11,7 +11,7 @@ __all__ = ['ENOUGH_SUBJECTS', 'RECIPES', 'data_folder', 'closest_subset', 'asser
            'fit_recipe', 'predict_cases', 'score_cases', 'environment', 'make_learner', 'train_run', 'load_run',
            'train_folds', 'plot_curves', 'image_split']
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #7405d809
+# %% ../nbs/1_segmentation_on_brain.ipynb #138a4587
 import contextlib, hashlib, json, os, random, shutil, sys, time, warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,7 @@ from .cases import (DataError, adni_cases, check_cases, data_fingerprint, is_sim
                                    read_image, read_mask, refuse_errors, show_cases, subject_id)
 from .scores import score_mask
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #f2fd9224
+# %% ../nbs/1_segmentation_on_brain.ipynb #16081246
 def data_folder(
     default='adni_like' # Subfolder to use where `BRAINSEG_DATA` names a folder of data sets
 )->Path: # Folder with `mask` and at least one kind of image
@@ -39,7 +39,7 @@ def data_folder(
     root = Path(os.environ['BRAINSEG_DATA']).expanduser().resolve()
     return root/default if (root/default/'mask').is_dir() else root
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #f4722219
+# %% ../nbs/1_segmentation_on_brain.ipynb #cea4f237
 def closest_subset(
     counts:dict,   # Images per subject
     target:float   # Number of images wanted
@@ -57,7 +57,7 @@ def closest_subset(
     while s: i = last[s]; res.add(names[i]); s -= ns[i]
     return res
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #2ee57bf7
+# %% ../nbs/1_segmentation_on_brain.ipynb #59d32c68
 def assert_apart(split):
     "Assert that no subject of a split table (or of one fold of it) is on two sides"
     sides = split.groupby(['fold','subject'] if 'fold' in split else 'subject')['split'].nunique()
@@ -78,7 +78,7 @@ def read_split(
 
 def _subjects(items): return list(items['subject']) if isinstance(items, pd.DataFrame) else [subject_id(o) for o in items]
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #9f33219e
+# %% ../nbs/1_segmentation_on_brain.ipynb #92920cd0
 class SubjectSplitter:
     "Split paths or a case table by subject; test items are in neither part that a `DataBlock` gets"
     def __init__(self,
@@ -120,7 +120,7 @@ class SubjectSplitter:
         parts = self.split(items)
         return L(np.flatnonzero(parts=='train').tolist()), L(np.flatnonzero(parts=='valid').tolist())
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #c0d08a0b
+# %% ../nbs/1_segmentation_on_brain.ipynb #bd620e74
 class PrefixSplitter:
     "Validation subjects are those whose ID starts with `prefix`"
     def __init__(self, prefix): self.prefix = prefix
@@ -128,7 +128,7 @@ class PrefixSplitter:
         valid = [s.startswith(self.prefix) for s in _subjects(items)]
         return L(np.flatnonzero(~np.array(valid)).tolist()), L(np.flatnonzero(valid).tolist())
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #04dd19b7
+# %% ../nbs/1_segmentation_on_brain.ipynb #7640ff32
 ENOUGH_SUBJECTS = 10 # fewer test subjects than this cannot carry a verdict
 
 def split_cases(
@@ -185,7 +185,7 @@ def with_split(
     parts = dict(split.loc[split['fold']==fold, ['subject','split']].itertuples(index=False))
     return cases.assign(split=cases['subject'].map(parts))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #db6a200e
+# %% ../nbs/1_segmentation_on_brain.ipynb #2a527ce6
 class ReadImage:
     "Grey levels of a case's image, three times over if `rgb`"
     def __init__(self, rgb=False): self.rgb = rgb
@@ -220,7 +220,7 @@ def split_column(items):
     if 'split' not in items: return SubjectSplitter()(items)
     return tuple(L(np.flatnonzero(items['split']==o).tolist()) for o in ('train','valid'))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #838f241a
+# %% ../nbs/1_segmentation_on_brain.ipynb #5cd5e1ed
 @delegates(aug_transforms)
 def brainseg_block(
     kind='brain',     # 'brain' (skull-stripped) or 'orig' (full skull)
@@ -241,7 +241,7 @@ def brainseg_block(
                      get_x=ReadImage(rgb), get_y=ReadMask(codes), splitter=splitter, batch_tfms=[*aug, norm],
                      item_tfms=Resize(size, method=ResizeMethod.Pad, pad_mode=PadMode.Zeros))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #7e5dd2fb
+# %% ../nbs/1_segmentation_on_brain.ipynb #bef55e7a
 class LightUnet(nn.Module):
     "ResNet encoder, MONAI's `UpCat` blocks up to half resolution, and a sub-pixel convolution for the last step"
     def __init__(self,
@@ -271,7 +271,7 @@ def light_splitter(m):
     "Parameter groups of a `LightUnet`: encoder, and the rest"
     return L(m.body, nn.ModuleList([m.ups, m.head])).map(params)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #fe55f166
+# %% ../nbs/1_segmentation_on_brain.ipynb #5e9520d2
 class DiceCE(nn.Module):
     "MONAI's `DiceCELoss` for fastai: class scores (N,C,H,W) against classes (N,H,W)"
     def __init__(self):
@@ -290,7 +290,7 @@ def dice_per_image(
     both,total = (p&t).sum((1,2)), p.sum((1,2))+t.sum((1,2))
     return torch.where(total==0, torch.ones_like(total, dtype=torch.float), 2*both/total.clamp(min=1)).mean()
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #af64203a
+# %% ../nbs/1_segmentation_on_brain.ipynb #abfc4890
 def fast_bf16(
     device # torch device
 )->bool:
@@ -321,7 +321,7 @@ class FastBatches(Callback):
         self.cast.__enter__()
     def after_pred(self): self.cast.__exit__(None, None, None)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #3fe81b76
+# %% ../nbs/1_segmentation_on_brain.ipynb #58708b3f
 def imagenet_weights(
     arch # torchvision ResNet
 )->bool:
@@ -338,7 +338,7 @@ def imagenet_weights(
                       'training starts from random weights, which needs more images.', stacklevel=2)
         return False
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #211e584d
+# %% ../nbs/1_segmentation_on_brain.ipynb #c5c5a927
 RECIPES = dict(
     light     = dict(rgb=False, bs=4,  lr=2e-3, wd=1e-2, views=1000, min_epochs=5), # epochs: so many that `views` images are seen
     published = dict(rgb=True,  bs=16, lr=5e-5, wd=None, epochs=16))                # half of them frozen, half unfrozen
@@ -374,7 +374,7 @@ def brainseg_learner(
     learn.create_opt()
     return learn.add_cb(FastBatches())
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #56e0bee9
+# %% ../nbs/1_segmentation_on_brain.ipynb #13a6d413
 @contextlib.contextmanager
 def written_beside(
     path # File to write
@@ -442,7 +442,7 @@ class Checkpoint(Callback):
 
     def after_fit(self): self.state = None
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #8fc691f0
+# %% ../nbs/1_segmentation_on_brain.ipynb #3b1f2704
 def fit_recipe(
     learn:Learner,
     recipe='light',
@@ -461,7 +461,7 @@ def fit_recipe(
         ck.phase = i
         learn.fit_one_cycle(n, lr, cbs=ck, start_epoch=ck.start_epoch)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #9ee47e1b
+# %% ../nbs/1_segmentation_on_brain.ipynb #cf82b1e3
 def _own_pixels(logits, h, w):
     "Class scores (C,S,S) of a padded and scaled square back in the image's own h × w pixels: the inverse of fastai's padding `Resize`"
     m = max(h, w)
@@ -491,7 +491,7 @@ def score_cases(
     save_to=None        # Folder for the predicted masks (PNG with classes 0..n-1), if wanted
 )->pd.DataFrame: # One row per case: subject, scan, slice, image, dice, jaccard, hd95, nsd, areas, unit, counts, prediction
     "Predict and score every case against its mask"
-    codes = tuple(learn.dls.vocab)
+    codes = tuple(int(o) for o in learn.dls.after_item.vocab)
     def row(case, pred):
         d = dict(subject=case.subject, scan=case.scan, slice=case.slice, image=case_name(case))
         d |= score_mask(pred, read_mask(case.mask, codes), spacing=case.spacing, tolerance=tolerance, n_codes=len(codes))
@@ -504,7 +504,7 @@ def _save_mask(pred, path):
     with written_beside(path) as tmp: Image.fromarray(pred).save(tmp)
     return str(path)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #bb135dc6
+# %% ../nbs/1_segmentation_on_brain.ipynb #d842fbea
 def environment(device=None)->dict:
     "What the numbers depend on beside the data: versions, processor, threads"
     names = ('brainseg_fastai','fastai','torch','torchvision','monai','numpy','pandas','scipy')
@@ -598,7 +598,7 @@ def load_run(
     learn.model.load_state_dict(load_file(folder/'model.safetensors'))
     return learn
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #51a06c47
+# %% ../nbs/1_segmentation_on_brain.ipynb #60b8bae6
 @delegates(train_run, but='folder,test_sets,seed')
 def train_folds(
     cases:pd.DataFrame, # Case table of one kind
@@ -632,7 +632,7 @@ def train_folds(
     own = scores['tested_on']==kind
     return dict(scores=scores[own].drop(columns='tested_on').reset_index(drop=True), all_scores=scores, curves=curves, runs=runs)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #d818c5b5
+# %% ../nbs/1_segmentation_on_brain.ipynb #764462c4
 def plot_curves(
     curves:pd.DataFrame, # Curve table: kind, fold, seed, epoch, valid_dice
     ax=None
@@ -646,7 +646,7 @@ def plot_curves(
     ax.set(xlabel='epoch', ylabel='per-image Dice, validation', ylim=(0,1))
     return ax
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #8a91e5b1
+# %% ../nbs/1_segmentation_on_brain.ipynb #7ef38df3
 def image_split(
     cases:pd.DataFrame, # Case table
     split:pd.DataFrame, # Split by subject
