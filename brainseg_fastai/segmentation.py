@@ -11,7 +11,7 @@ __all__ = ['ENOUGH_SUBJECTS', 'RECIPES', 'data_folder', 'closest_subset', 'asser
            'fit_recipe', 'predict_cases', 'score_cases', 'environment', 'make_learner', 'train_run', 'load_run',
            'train_folds', 'plot_curves', 'image_split']
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #c47ec7a3
+# %% ../nbs/1_segmentation_on_brain.ipynb #28cae5b2
 import contextlib, hashlib, json, os, random, shutil, sys, time, warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,7 @@ from .cases import (DataError, adni_cases, check_cases, data_fingerprint, is_sim
                                    read_image, read_mask, refuse_errors, show_cases, subject_id)
 from .scores import score_mask
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #671ecc0a
+# %% ../nbs/1_segmentation_on_brain.ipynb #678aea3a
 def data_folder(
     default='adni_like' # Subfolder to use where `BRAINSEG_DATA` names a folder of data sets
 )->Path: # Folder with `mask` and at least one kind of image
@@ -39,7 +39,7 @@ def data_folder(
     root = Path(os.environ['BRAINSEG_DATA']).expanduser().resolve()
     return root/default if (root/default/'mask').is_dir() else root
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #cfb6b140
+# %% ../nbs/1_segmentation_on_brain.ipynb #160bd03d
 def closest_subset(
     counts:dict,   # Images per subject
     target:float   # Number of images wanted
@@ -57,7 +57,7 @@ def closest_subset(
     while s: i = last[s]; res.add(names[i]); s -= ns[i]
     return res
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #df833db0
+# %% ../nbs/1_segmentation_on_brain.ipynb #3d0de001
 def assert_apart(split):
     "Assert that no subject of a split table (or of one fold of it) is on two sides"
     sides = split.groupby(['fold','subject'] if 'fold' in split else 'subject')['split'].nunique()
@@ -78,7 +78,7 @@ def read_split(
 
 def _subjects(items): return list(items['subject']) if isinstance(items, pd.DataFrame) else [subject_id(o) for o in items]
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #32719341
+# %% ../nbs/1_segmentation_on_brain.ipynb #40f9fc30
 class SubjectSplitter:
     "Split paths or a case table by subject; test items are in neither part that a `DataBlock` gets"
     def __init__(self,
@@ -120,7 +120,7 @@ class SubjectSplitter:
         parts = self.split(items)
         return L(np.flatnonzero(parts=='train').tolist()), L(np.flatnonzero(parts=='valid').tolist())
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #69ed644b
+# %% ../nbs/1_segmentation_on_brain.ipynb #9932b8a3
 class PrefixSplitter:
     "Validation subjects are those whose ID starts with `prefix`"
     def __init__(self, prefix): self.prefix = prefix
@@ -128,7 +128,7 @@ class PrefixSplitter:
         valid = [s.startswith(self.prefix) for s in _subjects(items)]
         return L(np.flatnonzero(~np.array(valid)).tolist()), L(np.flatnonzero(valid).tolist())
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #537f5cce
+# %% ../nbs/1_segmentation_on_brain.ipynb #7ce034c0
 ENOUGH_SUBJECTS = 10 # fewer test subjects than this cannot carry a verdict
 
 def split_cases(
@@ -185,7 +185,7 @@ def with_split(
     parts = dict(split.loc[split['fold']==fold, ['subject','split']].itertuples(index=False))
     return cases.assign(split=cases['subject'].map(parts))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #8bd08432
+# %% ../nbs/1_segmentation_on_brain.ipynb #9853f3cd
 class ReadImage:
     "Grey levels of a case's image, three times over if `rgb`"
     def __init__(self, rgb=False): self.rgb = rgb
@@ -220,7 +220,7 @@ def split_column(items):
     if 'split' not in items: return SubjectSplitter()(items)
     return tuple(L(np.flatnonzero(items['split']==o).tolist()) for o in ('train','valid'))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #4f39832a
+# %% ../nbs/1_segmentation_on_brain.ipynb #53d201cd
 @delegates(aug_transforms)
 def brainseg_block(
     kind='brain',     # 'brain' (skull-stripped) or 'orig' (full skull)
@@ -241,38 +241,40 @@ def brainseg_block(
                      get_x=ReadImage(rgb), get_y=ReadMask(codes), splitter=splitter, batch_tfms=[*aug, norm],
                      item_tfms=Resize(size, method=ResizeMethod.Pad, pad_mode=PadMode.Zeros))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #993a4cf3
+# %% ../nbs/1_segmentation_on_brain.ipynb #4eb624c6
 class LightUnet(nn.Module):
-    "ResNet encoder, MONAI's `UpCat` blocks up to half resolution, and a sub-pixel convolution for the last step"
+    "ResNet encoder, MONAI's `UpCat` blocks up to half resolution, fastai's sub-pixel step to the full one, and the image itself once more"
     def __init__(self,
         body,                    # Encoder, as made by fastai's `create_body`
         n_out:int,               # Number of classes
-        widths=(128,64,32)       # Channels of the decoder's blocks, from the deepest
+        widths=(128,64,32,16)    # Channels of the decoder's steps, from the deepest
     ):
         super().__init__()
         sizes = model_sizes(body, (64,64))
         self.skips = [i for i in range(len(sizes)-1) if sizes[i][-1]!=sizes[i+1][-1]] # the last layers before each halving
         skip_chs = [sizes[i][1] for i in self.skips][::-1]
-        assert len(skip_chs)==len(widths), f'the encoder halves its input {len(skip_chs)+1} times, which needs {len(skip_chs)} widths, not {len(widths)}'
-        self.body,ins = body, [sizes[-1][1], *widths[:-1]]
+        *ups,full = widths
+        assert len(skip_chs)==len(ups), f'the encoder halves its input {len(skip_chs)+1} times, which needs {len(skip_chs)+1} widths, not {len(widths)}'
+        self.body = body
         self.ups = nn.ModuleList(UpCat(2, i, s, w, ('relu', {'inplace':True}), ('batch', {}), False, upsample='nontrainable',
-                                       interp_mode='nearest', align_corners=None) for i,s,w in zip(ins, skip_chs, widths))
-        self.head = nn.Sequential(nn.Conv2d(widths[-1], 4*n_out, 3, padding=1), nn.PixelShuffle(2))
+                                       interp_mode='nearest', align_corners=None) for i,s,w in zip([sizes[-1][1], *ups], skip_chs, ups))
+        self.shuffle = PixelShuffle_ICNR(ups[-1], full, act_cls=nn.ReLU)
+        self.head = nn.Sequential(ConvLayer(full+in_channels(body), full), ConvLayer(full, n_out, ks=1, act_cls=None, norm_type=None))
 
-    def forward(self, x):
-        h,w = x.shape[-2:]
-        skips = []
+    def forward(self, image):
+        x,skips = image,[]
         for i,layer in enumerate(self.body):
             x = layer(x)
             if i in self.skips: skips.append(x)
         for up,skip in zip(self.ups, reversed(skips)): x = up(x, skip)
-        return self.head(x)[..., :h, :w]
+        x = self.shuffle(x)[..., :image.shape[-2], :image.shape[-1]]
+        return self.head(torch.cat([x, image], dim=1))
 
 def light_splitter(m):
     "Parameter groups of a `LightUnet`: encoder, and the rest"
-    return L(m.body, nn.ModuleList([m.ups, m.head])).map(params)
+    return L(m.body, nn.ModuleList([m.ups, m.shuffle, m.head])).map(params)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #b29cf3b9
+# %% ../nbs/1_segmentation_on_brain.ipynb #9bc998d7
 class DiceCE(nn.Module):
     "MONAI's `DiceCELoss` for fastai: class scores (N,C,H,W) against classes (N,H,W)"
     def __init__(self):
@@ -291,7 +293,7 @@ def dice_per_image(
     both,total = (p&t).sum((1,2)), p.sum((1,2))+t.sum((1,2))
     return torch.where(total==0, torch.ones_like(total, dtype=torch.float), 2*both/total.clamp(min=1)).mean()
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #7cd03b66
+# %% ../nbs/1_segmentation_on_brain.ipynb #e0cb1d97
 def fast_bf16(
     device # torch device
 )->bool:
@@ -322,7 +324,7 @@ class FastBatches(Callback):
         self.cast.__enter__()
     def after_pred(self): self.cast.__exit__(None, None, None)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #5a76ca59
+# %% ../nbs/1_segmentation_on_brain.ipynb #15c9d1de
 def imagenet_weights(
     arch # torchvision ResNet
 )->bool:
@@ -339,7 +341,7 @@ def imagenet_weights(
                       'training starts from random weights, which needs more images.', stacklevel=2)
         return False
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #9d225cc5
+# %% ../nbs/1_segmentation_on_brain.ipynb #6eeaaa66
 RECIPES = dict(
     light     = dict(rgb=False, bs=4,  lr=3e-3, wd=1e-2, views=1000, min_epochs=5), # epochs: so many that `views` images are seen
     published = dict(rgb=True,  bs=16, lr=5e-5, wd=None, epochs=16))                # half of them frozen, half unfrozen
@@ -375,7 +377,7 @@ def brainseg_learner(
     learn.create_opt()
     return learn.add_cb(FastBatches())
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #7a5020bb
+# %% ../nbs/1_segmentation_on_brain.ipynb #30a18c19
 @contextlib.contextmanager
 def written_beside(
     path # File to write
@@ -443,7 +445,7 @@ class Checkpoint(Callback):
 
     def after_fit(self): self.state = None
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #8c52b601
+# %% ../nbs/1_segmentation_on_brain.ipynb #03e6b471
 def fit_recipe(
     learn:Learner,
     recipe='light',
@@ -462,7 +464,7 @@ def fit_recipe(
         ck.phase = i
         learn.fit_one_cycle(n, lr, cbs=ck, start_epoch=ck.start_epoch)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #505af4e9
+# %% ../nbs/1_segmentation_on_brain.ipynb #7ad39a75
 def _own_pixels(logits, h, w):
     "Class scores (C,S,S) of a padded and scaled square back in the image's own h × w pixels: the inverse of fastai's padding `Resize`"
     m = max(h, w)
@@ -505,7 +507,7 @@ def _save_mask(pred, path):
     with written_beside(path) as tmp: Image.fromarray(pred).save(tmp)
     return str(path)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #b1fd0238
+# %% ../nbs/1_segmentation_on_brain.ipynb #639d489b
 def environment(device=None)->dict:
     "What the numbers depend on beside the data: versions, processor, threads"
     names = ('brainseg_fastai','fastai','torch','torchvision','monai','numpy','pandas','scipy')
@@ -599,7 +601,7 @@ def load_run(
     learn.model.load_state_dict(load_file(folder/'model.safetensors'))
     return learn
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #bafd89ac
+# %% ../nbs/1_segmentation_on_brain.ipynb #352ac9ff
 @delegates(train_run, but='folder,test_sets,seed')
 def train_folds(
     cases:pd.DataFrame, # Case table of one kind
@@ -633,7 +635,7 @@ def train_folds(
     own = scores['tested_on']==kind
     return dict(scores=scores[own].drop(columns='tested_on').reset_index(drop=True), all_scores=scores, curves=curves, runs=runs)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #f02485f0
+# %% ../nbs/1_segmentation_on_brain.ipynb #906d3e18
 def plot_curves(
     curves:pd.DataFrame, # Curve table: kind, fold, seed, epoch, valid_dice
     ax=None
@@ -647,7 +649,7 @@ def plot_curves(
     ax.set(xlabel='epoch', ylabel='per-image Dice, validation', ylim=(0,1))
     return ax
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #f34d25b1
+# %% ../nbs/1_segmentation_on_brain.ipynb #87f601b0
 def image_split(
     cases:pd.DataFrame, # Case table
     split:pd.DataFrame, # Split by subject
