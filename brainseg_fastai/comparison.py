@@ -6,7 +6,7 @@
 __all__ = ['RESULTS', 'FEW', 'prepare', 'both_kinds', 'check_out', 'result_folder', 'Announce', 'swap_table', 'train_kinds',
            'compare_inputs', 'train_input']
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #a212db57
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #5045997c
 import json, os, shutil, time
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .scores import EMPTY_POLICY, TOLERANCE_POLICY, summarise_scores
 from .segmentation import ENOUGH_SUBJECTS, split_cases, train_folds, train_run, write_csv, write_json
 from .stats import compare_scores, training_longer
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #dd45865f
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #8d09abce
 def prepare(
     root,             # Data folder
     kinds,            # Kinds of image to use
@@ -50,7 +50,7 @@ def both_kinds(
     raise DataError(f'{root}: found only images of the kind {", ".join(ks)}; a comparison needs brain and orig. '
                     f'To train one model: brainseg train {root} --kind {one} --out DIR')
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #a074e115
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #2801f0a9
 RESULTS = ('settings.json','split.csv','scores.csv','curves.csv','swap.csv','external.csv','control.csv','comparison.json','summary.json','report.html')
 
 def check_out(
@@ -95,7 +95,7 @@ class Announce:
         self.say(f'Training {self.n} of {self.total}: {kind_name(kind).lower()}, fold {fold+1}, seed {seed}' +
                  ('' if left is None else f' (about {left/60:.0f} min left)'))
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #4153b4ab
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #861ec9a0
 def swap_table(
     scores:pd.DataFrame # Score table with `kind` (trained on) and `tested_on`
 )->pd.DataFrame: # trained_on, tested_on, n_subjects, dice, low, high
@@ -115,7 +115,7 @@ def _info(settings, ready, runs, curves, command, began):
         encoder_weights='ImageNet' if envs[0]['imagenet'] else 'random', environment=envs[0]['environment'],
         wall_time=f'{(time.time()-began)/60:.1f} min (this call)')
 
-def _external(root, kind, subject, known):
+def _external(root, kind, subject, known, codes):
     "Case table of another folder for a model trained on `kind`, without subjects that are known from training"
     if root is None: return None
     ks = kinds_in(root)
@@ -123,6 +123,8 @@ def _external(root, kind, subject, known):
     t = adni_cases(root, kind if kind in ks else ks[0], subject)
     t = t[~t['subject'].isin(known)].reset_index(drop=True)
     if not len(t): raise DataError(f'{root}: all subjects are also in the training folder; expected other people.')
+    other = sorted(set(mask_codes(t['mask'])) - set(codes))
+    if other: raise DataError(f'{root}: the masks hold the values {other}; expected only {list(codes)}, as in the training folder. Write them with the same codes.')
     return t
 
 FEW = (f'One split would test fewer than {ENOUGH_SUBJECTS} subjects, too few for a verdict. So every subject is tested once, in three folds.')
@@ -139,7 +141,7 @@ def train_kinds(
 )->dict: # out, scores, all_scores, curves, control, info, …
     "Prepare, train and score every kind on the same split; writes settings, split, scores and curves"
     ready,began = prepare(root, kinds, folds, seed, subject, previous, progress), time.time()
-    ext = {k: _external(external, k, subject, set(ready['tables'][k]['subject'])) for k in kinds}
+    ext = {k: _external(external, k, subject, set(ready['tables'][k]['subject']), ready['codes']) for k in kinds}
     plain = {k: getattr(v, '__name__', v) for k,v in kwargs.items()}
     settings = dict(data=Path(root).resolve().name, kinds=list(kinds), folds=int(ready['split'].fold.nunique()), repeats=repeats, seed=seed,
                     subject=subject, external=external and Path(external).resolve().name, control=control, **plain,
@@ -166,7 +168,7 @@ def train_kinds(
     return dict(**both, **ready, out=out, control=again, settings=settings, simulated=is_simulated(root), root=Path(root).resolve(),
                 info=_info(settings, ready, runs, both['curves'], command, began))
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #d13c87f6
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #28441aa1
 def _external_table(scores):
     "Scores on the external folder by kind, or None"
     ext = scores.query('tested_on=="external"')

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['ENOUGH_SUBJECTS', 'RECIPES', 'data_folder', 'closest_subset', 'assert_apart', 'read_split', 'SubjectSplitter',
            'PrefixSplitter', 'split_cases', 'case_name', 'with_split', 'ReadImage', 'ReadMask', 'ReadCases',
-           'ImageZScore', 'split_column', 'brainseg_block', 'LightUnet', 'light_splitter', 'DiceCE', 'dice_per_image',
-           'fast_bf16', 'plain_batch', 'autocast_of', 'FastBatches', 'imagenet_weights', 'recipe_settings',
+           'ImageZScore', 'split_column', 'brainseg_block', 'fast_bf16', 'plain_batch', 'autocast_of', 'LightUnet',
+           'light_splitter', 'DiceCE', 'dice_per_image', 'FastBatches', 'imagenet_weights', 'recipe_settings',
            'default_epochs', 'brainseg_learner', 'written_beside', 'write_json', 'write_csv', 'Checkpoint',
            'fit_recipe', 'predict_cases', 'score_cases', 'environment', 'make_learner', 'train_run', 'load_run',
            'train_folds', 'plot_curves', 'image_split']
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #28cae5b2
+# %% ../nbs/1_segmentation_on_brain.ipynb #d0d5d118
 import contextlib, hashlib, json, os, random, shutil, sys, time, warnings
 from importlib.metadata import version
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch, torchvision
@@ -28,7 +29,7 @@ from .cases import (DataError, adni_cases, check_cases, data_fingerprint, is_sim
                                    read_image, read_mask, refuse_errors, show_cases, subject_id)
 from .scores import score_mask
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #678aea3a
+# %% ../nbs/1_segmentation_on_brain.ipynb #11d0fc7d
 def data_folder(
     default='adni_like' # Subfolder to use where `BRAINSEG_DATA` names a folder of data sets
 )->Path: # Folder with `mask` and at least one kind of image
@@ -39,7 +40,7 @@ def data_folder(
     root = Path(os.environ['BRAINSEG_DATA']).expanduser().resolve()
     return root/default if (root/default/'mask').is_dir() else root
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #160bd03d
+# %% ../nbs/1_segmentation_on_brain.ipynb #d4ecdf20
 def closest_subset(
     counts:dict,   # Images per subject
     target:float   # Number of images wanted
@@ -57,7 +58,12 @@ def closest_subset(
     while s: i = last[s]; res.add(names[i]); s -= ns[i]
     return res
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #3d0de001
+# %% ../nbs/1_segmentation_on_brain.ipynb #d3120efb
+def _closest_but(counts, target, k):
+    "`closest_subset` that leaves out at least `k` subjects"
+    parts = (closest_subset({s: n for s,n in counts.items() if s not in out}, target) for out in combinations(counts, k))
+    return min(parts, key=lambda p: abs(sum(counts[s] for s in p)-target))
+
 def assert_apart(split):
     "Assert that no subject of a split table (or of one fold of it) is on two sides"
     sides = split.groupby(['fold','subject'] if 'fold' in split else 'subject')['split'].nunique()
@@ -67,18 +73,19 @@ def read_split(
     split # Split table (subject, split, …) or the path of a CSV file with these columns
 )->pd.DataFrame:
     "A split made earlier, checked"
+    name = 'split table' if isinstance(split, pd.DataFrame) else str(split)
     if not isinstance(split, pd.DataFrame):
-        try: split = pd.read_csv(split, dtype={'subject':str})
+        try: split = pd.read_csv(split, dtype={'subject':str}, keep_default_na=False, encoding='utf-8-sig')
         except (OSError, ValueError) as e: raise DataError(f'{split}: {e}; expected a CSV file with the columns image, subject, split') from e
     bad = {'subject','split'}-set(split.columns) or set(split['split'])-{'train','valid','test'}
-    if bad: raise DataError(f'split table: expected the columns subject, split with train, valid or test; problem with {sorted(map(str, bad))}')
+    if bad: raise DataError(f'{name}: expected the columns subject, split with train, valid or test; problem with {sorted(map(str, bad))}')
     try: assert_apart(split)
-    except AssertionError as e: raise DataError(f'split table: {e}. Give every image of a subject the same split.') from e
+    except AssertionError as e: raise DataError(f'{name}: {e}. Give every image of a subject the same split.') from e
     return split
 
 def _subjects(items): return list(items['subject']) if isinstance(items, pd.DataFrame) else [subject_id(o) for o in items]
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #40f9fc30
+# %% ../nbs/1_segmentation_on_brain.ipynb #828ea18a
 class SubjectSplitter:
     "Split paths or a case table by subject; test items are in neither part that a `DataBlock` gets"
     def __init__(self,
@@ -92,7 +99,10 @@ class SubjectSplitter:
         subjects # Subject of each image
     )->dict: # Subject to 'train', 'valid' or 'test'
         counts = pd.Series(list(subjects)).value_counts().sort_index()
-        old = {} if self.previous is None else dict(read_split(self.previous)[['subject','split']].itertuples(index=False))
+        old = {} if self.previous is None else read_split(self.previous)
+        if len(old) and 'fold' in old and old['fold'].nunique()>1:
+            raise DataError(f'the earlier split has {old["fold"].nunique()} folds, expected one; choose the rows of one fold')
+        old = dict(old[['subject','split']].itertuples(index=False)) if len(old) else {}
         res = {s: old[s] for s in counts.index if s in old}
         new = [s for s in counts.index if s not in old]
         np.random.default_rng(self.seed).shuffle(new)
@@ -105,9 +115,10 @@ class SubjectSplitter:
             if have and target < .5*min(left.values(), default=1): continue
             if spare < 1:
                 if have: continue
-                raise DataError(f'{len(counts)} subjects are too few for a split into {len(parts)+1} parts; add subjects or use folds')
+                raise DataError(f'{len(counts)} subjects are too few for a split into {len(parts)+1} parts: none is left for {part}; '
+                                'add subjects or use folds')
             take = closest_subset(left, max(target, 1))
-            if len(take) > spare: take = {min(left, key=lambda s: abs(left[s]-target))}
+            if len(take) > spare: take = _closest_but(left, target, len(left)-spare)
             res.update(dict.fromkeys(take, part))
         return {s: res.get(s, 'train') for s in counts.index}
 
@@ -120,7 +131,7 @@ class SubjectSplitter:
         parts = self.split(items)
         return L(np.flatnonzero(parts=='train').tolist()), L(np.flatnonzero(parts=='valid').tolist())
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #9932b8a3
+# %% ../nbs/1_segmentation_on_brain.ipynb #db1e790d
 class PrefixSplitter:
     "Validation subjects are those whose ID starts with `prefix`"
     def __init__(self, prefix): self.prefix = prefix
@@ -128,7 +139,7 @@ class PrefixSplitter:
         valid = [s.startswith(self.prefix) for s in _subjects(items)]
         return L(np.flatnonzero(~np.array(valid)).tolist()), L(np.flatnonzero(valid).tolist())
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #7ce034c0
+# %% ../nbs/1_segmentation_on_brain.ipynb #8a164fb3
 ENOUGH_SUBJECTS = 10 # fewer test subjects than this cannot carry a verdict
 
 def split_cases(
@@ -140,18 +151,20 @@ def split_cases(
     previous=None       # Earlier split table or CSV file whose subjects stay where they are
 )->pd.DataFrame: # Split table: image, subject, split, fold
     "Who is trained, validated and tested on, by subject"
-    if folds is None:
-        one = split_cases(cases, 1, valid_pct, test_pct, seed, previous) if cases['subject'].nunique()>=ENOUGH_SUBJECTS else None
-        if one is not None and one.loc[one['split']=='test', 'subject'].nunique()>=ENOUGH_SUBJECTS: return one
-        folds = 3
     old = None if previous is None else read_split(previous)
     if old is not None and 'fold' not in old: old = old.assign(fold=0)
+    if folds is None and old is not None: folds = int(old['fold'].max())+1
+    if folds is None:
+        one = split_cases(cases, 1, valid_pct, test_pct, seed) if cases['subject'].nunique()>=ENOUGH_SUBJECTS else None
+        if one is not None and one.loc[one['split']=='test', 'subject'].nunique()>=ENOUGH_SUBJECTS: return one
+        folds = 3
+    if old is not None and sorted(old['fold'].unique())!=list(range(folds)):
+        raise DataError(f'the earlier split has the folds {sorted(old["fold"].unique())}, asked for are {folds}; keep to the same number of folds')
     old_of = lambda f: None if old is None else old[old['fold']==f]
     counts = cases['subject'].value_counts().sort_index()
     if folds > 1:
         if len(counts) < max(3, folds): raise DataError(f'{len(counts)} subjects cannot fill {folds} folds; expected at least {max(3, folds)}')
         home = {} if old is None else dict(old.loc[old['split']=='test', ['subject','fold']].itertuples(index=False))
-        if home and max(home.values()) >= folds: raise DataError(f'the earlier split has {max(home.values())+1} folds, asked for are {folds}')
         home = {s: f for s,f in home.items() if s in counts.index}
         new = np.random.default_rng(seed).permutation([s for s in counts.index if s not in home])
         for s in sorted(new, key=lambda s: -counts[s]): # the largest first, each to the emptiest fold
@@ -160,6 +173,8 @@ def split_cases(
     def one(f):
         if folds==1: return SubjectSplitter(valid_pct, test_pct, seed, old_of(0)).assign(cases['subject'])
         rest = cases['subject'][cases['subject'].map(home)!=f]
+        if rest.nunique() < 2:
+            raise DataError(f'fold {f+1} of {folds} would leave one subject for training and validation; expected two or more. Use more folds.')
         previous = None if old is None else old_of(f)[lambda t: t['split']!='test']
         return {**SubjectSplitter(valid_pct, 0, seed+f, previous).assign(rest), **{s:'test' for s,g in home.items() if g==f}}
     names = [case_name(o) for o in cases.itertuples()]
@@ -183,9 +198,11 @@ def with_split(
 )->pd.DataFrame: # Case table with the column `split`
     "Case table with what the split table says of each subject"
     parts = dict(split.loc[split['fold']==fold, ['subject','split']].itertuples(index=False))
+    lost = sorted(set(cases['subject']) - set(parts))
+    if lost: raise DataError(f'split table: fold {fold} does not name the subjects {", ".join(lost[:5])}; expected every subject of the cases')
     return cases.assign(split=cases['subject'].map(parts))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #9853f3cd
+# %% ../nbs/1_segmentation_on_brain.ipynb #2fdabb50
 class ReadImage:
     "Grey levels of a case's image, three times over if `rgb`"
     def __init__(self, rgb=False): self.rgb = rgb
@@ -203,7 +220,9 @@ class ReadCases:
     def __init__(self, kind, subject=None): self.kind,self.subject = kind,subject
     def __call__(self, source):
         if not isinstance(source, pd.DataFrame): return adni_cases(source, self.kind, self.subject)
-        return source[source['kind']==self.kind].reset_index(drop=True)
+        res = source[source['kind']==self.kind].reset_index(drop=True)
+        if not len(res): raise DataError(f'case table: found no images of the kind {self.kind}; it has {", ".join(source["kind"].unique())}.')
+        return res
 
 class ImageZScore(DisplayedTransform):
     "Bring every image of a batch to mean 0 and standard deviation 1"
@@ -220,7 +239,7 @@ def split_column(items):
     if 'split' not in items: return SubjectSplitter()(items)
     return tuple(L(np.flatnonzero(items['split']==o).tolist()) for o in ('train','valid'))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #53d201cd
+# %% ../nbs/1_segmentation_on_brain.ipynb #1a5a733c
 @delegates(aug_transforms)
 def brainseg_block(
     kind='brain',     # 'brain' (skull-stripped) or 'orig' (full skull)
@@ -241,7 +260,22 @@ def brainseg_block(
                      get_x=ReadImage(rgb), get_y=ReadMask(codes), splitter=splitter, batch_tfms=[*aug, norm],
                      item_tfms=Resize(size, method=ResizeMethod.Pad, pad_mode=PadMode.Zeros))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #4eb624c6
+# %% ../nbs/1_segmentation_on_brain.ipynb #655fd5b6
+def fast_bf16(
+    device # torch device
+)->bool:
+    "Does this processor compute in bfloat16 natively? Asked of the hardware, never timed, so that runs repeat"
+    if device.type=='cuda': return torch.cuda.is_bf16_supported()
+    asks = [getattr(torch.cpu, o, None) for o in ('_is_amx_tile_supported', '_is_avx512_bf16_supported')]
+    return device.type=='cpu' and any(f() for f in asks if f)
+
+def plain_batch(x):
+    "Image batch as a plain channels-last tensor, without the cost of fastai's subclasses"
+    return x.as_subclass(torch.Tensor).contiguous(memory_format=torch.channels_last)
+
+def autocast_of(device): return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast_bf16(device))
+
+# %% ../nbs/1_segmentation_on_brain.ipynb #1cf40387
 class LightUnet(nn.Module):
     "ResNet encoder, MONAI's `UpCat` blocks up to half resolution, fastai's sub-pixel step to the full one, and the image itself once more"
     def __init__(self,
@@ -262,6 +296,9 @@ class LightUnet(nn.Module):
         self.head = nn.Sequential(ConvLayer(full+in_channels(body), full), ConvLayer(full, n_out, ks=1, act_cls=None, norm_type=None))
 
     def forward(self, image):
+        with autocast_of(image.device): return self.scores(image)
+
+    def scores(self, image):
         x,skips = image,[]
         for i,layer in enumerate(self.body):
             x = layer(x)
@@ -274,7 +311,7 @@ def light_splitter(m):
     "Parameter groups of a `LightUnet`: encoder, and the rest"
     return L(m.body, nn.ModuleList([m.ups, m.shuffle, m.head])).map(params)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #9bc998d7
+# %% ../nbs/1_segmentation_on_brain.ipynb #12844d0d
 class DiceCE(nn.Module):
     "MONAI's `DiceCELoss` for fastai: class scores (N,C,H,W) against classes (N,H,W)"
     def __init__(self):
@@ -289,25 +326,11 @@ def dice_per_image(
     targ  # Classes, (N,H,W)
 ): # Mean over images
     "Foreground Dice of each image, then the mean; an image where truth and prediction are both empty counts 1"
-    p,t = pred.argmax(1)>0, targ>0
+    p,t = (o.as_subclass(torch.Tensor)>0 for o in (pred.argmax(1), targ))
     both,total = (p&t).sum((1,2)), p.sum((1,2))+t.sum((1,2))
     return torch.where(total==0, torch.ones_like(total, dtype=torch.float), 2*both/total.clamp(min=1)).mean()
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #e0cb1d97
-def fast_bf16(
-    device # torch device
-)->bool:
-    "Does this processor compute in bfloat16 natively? Asked of the hardware, never timed, so that runs repeat"
-    if device.type=='cuda': return torch.cuda.is_bf16_supported()
-    asks = [getattr(torch.cpu, o, None) for o in ('_is_amx_tile_supported', '_is_avx512_bf16_supported')]
-    return device.type=='cpu' and any(f() for f in asks if f)
-
-def plain_batch(x):
-    "Image batch as a plain channels-last tensor, without the cost of fastai's subclasses"
-    return x.as_subclass(torch.Tensor).contiguous(memory_format=torch.channels_last)
-
-def autocast_of(device): return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast_bf16(device))
-
+# %% ../nbs/1_segmentation_on_brain.ipynb #02f5d2e9
 class FastBatches(Callback):
     "Plain channels-last batches, bfloat16 where the processor has it, and half the resolution for the first part of training"
     order = 11
@@ -318,13 +341,10 @@ class FastBatches(Callback):
         y = [o.as_subclass(torch.Tensor) for o in self.yb]
         if self.training and self.pct_train < self.half_until:
             x = F.avg_pool2d(x, 2).contiguous(memory_format=torch.channels_last)
-            y = [o[:, ::2, ::2].contiguous() for o in y]
+            y = [F.avg_pool2d(F.one_hot(o).movedim(-1, 1).float(), 2).argmax(1) for o in y] # the majority of four pixels
         self.learn.xb,self.learn.yb = (x,), tuple(y)
-        self.cast = autocast_of(x.device)
-        self.cast.__enter__()
-    def after_pred(self): self.cast.__exit__(None, None, None)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #15c9d1de
+# %% ../nbs/1_segmentation_on_brain.ipynb #ae027aa6
 def imagenet_weights(
     arch # torchvision ResNet
 )->bool:
@@ -341,7 +361,7 @@ def imagenet_weights(
                       'training starts from random weights, which needs more images.', stacklevel=2)
         return False
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #6eeaaa66
+# %% ../nbs/1_segmentation_on_brain.ipynb #45cf1a9e
 RECIPES = dict(
     light     = dict(rgb=False, bs=4,  lr=3e-3, wd=1e-2, views=1000, min_epochs=5), # epochs: so many that `views` images are seen
     published = dict(rgb=True,  bs=16, lr=5e-5, wd=None, epochs=16))                # half of them frozen, half unfrozen
@@ -377,7 +397,7 @@ def brainseg_learner(
     learn.create_opt()
     return learn.add_cb(FastBatches())
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #30a18c19
+# %% ../nbs/1_segmentation_on_brain.ipynb #9e4ec545
 @contextlib.contextmanager
 def written_beside(
     path # File to write
@@ -410,14 +430,15 @@ class Checkpoint(Callback):
     "Keep the validation curve, and save all that is needed to go on exactly where an interrupted training stopped"
     order = 65
     def __init__(self,
-        path,    # Checkpoint file
+        path=None, # Checkpoint file; None: only the curve is kept
         every=30 # Seconds between two saves, at the least
     ):
-        self.path,self.every,self.saved,self.phase,self.state = Path(path),every,0,0,None
+        self.path,self.every,self.saved,self.phase,self.state = path and Path(path),every,0,0,None
         self.curve = []
-        if self.path.exists():
-            self.state = torch.load(self.path, map_location='cpu', weights_only=True) # tensors and numbers only, nothing is executed
-            self.phase,self.curve = self.state['phase'], self.state['curve']
+        if self.path and self.path.exists():
+            try: self.state = torch.load(self.path, map_location='cpu', weights_only=True) # tensors and numbers only, nothing is executed
+            except Exception as e: warnings.warn(f'{self.path}: a damaged checkpoint ({type(e).__name__}); this training starts anew.', stacklevel=2)
+            else: self.phase,self.curve = self.state['phase'], self.state['curve']
 
     @property
     def start_epoch(self): return 0 if self.state is None else self.state['epoch']+1
@@ -427,6 +448,8 @@ class Checkpoint(Callback):
         if self.state is None: return
         self.learn.model.load_state_dict(self.state['model'])
         self.learn.opt.load_state_dict(dict(state=self.state['opt']['state'], hypers=L(self.state['opt']['hypers'])))
+        smooth = self.recorder.smooth_loss
+        smooth.count,smooth.val = self.state['smooth'][0], tensor(self.state['smooth'][1])
         _set_random_state(self.dls, self.state['random'])
 
     def after_epoch(self):
@@ -434,18 +457,20 @@ class Checkpoint(Callback):
         train_loss,valid_loss,valid_dice = (float(o) for o in self.recorder.values[-1][:3])
         self.curve.append(dict(epoch=len(self.curve), seconds=round(time.time()-self.began, 2), train_loss=train_loss,
                                valid_loss=valid_loss, valid_dice=valid_dice))
-        if time.time()-self.saved > self.every: self.save()
+        if self.path and time.time()-self.saved > self.every: self.save()
 
     def save(self):
         opt = self.learn.opt.state_dict()
-        d = dict(model=self.learn.model.state_dict(), opt=dict(state=list(opt['state']), hypers=[dict(h) for h in opt['hypers']]),
-                 epoch=self.epoch, phase=self.phase, curve=self.curve, random=_random_state(self.dls))
+        hypers = [{k: v.item() if isinstance(v, np.generic) else v for k,v in h.items()} for h in opt['hypers']]
+        d = dict(model=self.learn.model.state_dict(), opt=dict(state=list(opt['state']), hypers=hypers),
+                 epoch=self.epoch, phase=self.phase, curve=self.curve, random=_random_state(self.dls),
+                 smooth=(self.recorder.smooth_loss.count, float(self.recorder.smooth_loss.val)))
         with written_beside(self.path) as tmp: torch.save(d, tmp)
         self.saved = time.time()
 
     def after_fit(self): self.state = None
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #03e6b471
+# %% ../nbs/1_segmentation_on_brain.ipynb #88a4091e
 def fit_recipe(
     learn:Learner,
     recipe='light',
@@ -453,7 +478,7 @@ def fit_recipe(
     checkpoint=None  # `Checkpoint` to record in and to go on from
 ):
     "Train as the recipe says: one cycle, or frozen and then unfrozen cycles for the published one"
-    r,ck = recipe_settings(recipe), checkpoint or Checkpoint(os.devnull, every=float('inf'))
+    r,ck = recipe_settings(recipe), checkpoint or Checkpoint()
     epochs = epochs or default_epochs(recipe, len(learn.dls.train_ds))
     lr = slice(r['lr']/10, r['lr']) if learn.pretrained else r['lr']
     phases = [(False, epochs, lr)]
@@ -464,7 +489,7 @@ def fit_recipe(
         ck.phase = i
         learn.fit_one_cycle(n, lr, cbs=ck, start_epoch=ck.start_epoch)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #7ad39a75
+# %% ../nbs/1_segmentation_on_brain.ipynb #e83f1629
 def _own_pixels(logits, h, w):
     "Class scores (C,S,S) of a padded and scaled square back in the image's own h × w pixels: the inverse of fastai's padding `Resize`"
     m = max(h, w)
@@ -483,7 +508,7 @@ def predict_cases(
     model,res = learn.model.eval(), L()
     with torch.inference_mode():
         for xb, in dl:
-            with autocast_of(xb.device): logits = model(plain_batch(xb)).float().cpu()
+            logits = model(plain_batch(xb)).float().cpu()
             res += [_own_pixels(o, h, w).argmax(0).byte().numpy() for o,(w,h) in zip(logits, sizes[len(res):])]
     return res
 
@@ -498,7 +523,7 @@ def score_cases(
     def row(case, pred):
         d = dict(subject=case.subject, scan=case.scan, slice=case.slice, image=case_name(case))
         d |= score_mask(pred, read_mask(case.mask, codes), spacing=case.spacing, tolerance=tolerance, n_codes=len(codes))
-        if save_to: d['prediction'] = _save_mask(pred, (Path(save_to)/d['image'].partition('/')[2]).with_suffix('.png'))
+        if save_to: d['prediction'] = _save_mask(pred, (Path(save_to)/d['image']).with_suffix('.png'))
         return d
     return pd.DataFrame([row(c, p) for c,p in zip(cases.itertuples(), predict_cases(learn, cases))])
 
@@ -507,7 +532,7 @@ def _save_mask(pred, path):
     with written_beside(path) as tmp: Image.fromarray(pred).save(tmp)
     return str(path)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #639d489b
+# %% ../nbs/1_segmentation_on_brain.ipynb #e69a74ff
 def environment(device=None)->dict:
     "What the numbers depend on beside the data: versions, processor, threads"
     names = ('brainseg_fastai','fastai','torch','torchvision','monai','numpy','pandas','scipy')
@@ -560,11 +585,16 @@ def train_run(
 )->dict: # scores (test_sets, one table), curve, settings, folder
     "Train one model and score it; goes on where it was interrupted, and does nothing if it is complete"
     folder,kind = Path(folder), cases['kind'].iloc[0]
-    s = _run_settings(cases, kind, seed, recipe, arch, epochs, size, codes or mask_codes(cases['mask']), pretrained, bs)
     test_sets = test_sets or {kind: cases[cases['split']=='test']}
-    s['tests'] = {k: _digest([str(o) for o in t['image']]) for k,t in test_sets.items()}
+    have = dict(train=(cases['split']=='train').any(), valid=(cases['split']=='valid').any(), test=any(map(len, test_sets.values())))
+    if not all(have.values()):
+        raise DataError(f'no {kind} images with the split {", ".join(k for k,v in have.items() if not v)}; expected some for each. See split_cases.')
+    s = _run_settings(cases, kind, seed, recipe, arch, epochs, size, codes or mask_codes(cases['mask']), pretrained, bs)
+    s['tests'] = {k: _digest(data_fingerprint(t), list(map(str, t['spacing']))) for k,t in test_sets.items()}
     done,key = folder/'run.json', _digest(s)
-    if folder.exists() and not _same_run(folder, key): shutil.rmtree(folder)
+    if folder.exists() and any(folder.iterdir()) and not _same_run(folder, key):
+        if not (folder/'key.json').exists(): raise DataError(f'{folder}: found other files; expected an empty folder or an earlier run. Choose another.')
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not done.exists():
         write_json(folder/'key.json', dict(key=key))
@@ -579,10 +609,14 @@ def train_run(
         with written_beside(folder/'model.safetensors') as tmp: save_file({k: v.contiguous() for k,v in learn.model.state_dict().items()}, tmp)
         write_csv(folder/'curve.csv', pd.DataFrame(ck.curve))
         scores = [score_cases(learn, t, save_to=folder/'predictions'/k).assign(kind=kind, tested_on=k) for k,t in test_sets.items() if len(t)]
-        write_csv(folder/'scores.csv', pd.concat(scores, ignore_index=True))
+        scores = pd.concat(scores, ignore_index=True)
+        scores['prediction'] = [Path(o).relative_to(folder).as_posix() for o in scores['prediction']]
+        write_csv(folder/'scores.csv', scores)
         write_json(done, {**s, 'imagenet': learn.pretrained, 'environment': environment(learn.dls.device)})
         (folder/'checkpoint.pt').unlink(missing_ok=True)
-    return dict(scores=_read_scores(folder/'scores.csv'), curve=pd.read_csv(folder/'curve.csv'),
+    scores = _read_scores(folder/'scores.csv')
+    scores['prediction'] = [str(folder/o) for o in scores['prediction']]
+    return dict(scores=scores, curve=pd.read_csv(folder/'curve.csv', float_precision='round_trip'),
                 settings=json.loads(done.read_text(encoding='utf-8')), folder=folder)
 
 def _same_run(folder, key):
@@ -601,7 +635,7 @@ def load_run(
     learn.model.load_state_dict(load_file(folder/'model.safetensors'))
     return learn
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #352ac9ff
+# %% ../nbs/1_segmentation_on_brain.ipynb #ef8417d6
 @delegates(train_run, but='folder,test_sets,seed')
 def train_folds(
     cases:pd.DataFrame, # Case table of one kind
@@ -635,7 +669,7 @@ def train_folds(
     own = scores['tested_on']==kind
     return dict(scores=scores[own].drop(columns='tested_on').reset_index(drop=True), all_scores=scores, curves=curves, runs=runs)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #906d3e18
+# %% ../nbs/1_segmentation_on_brain.ipynb #665291c1
 def plot_curves(
     curves:pd.DataFrame, # Curve table: kind, fold, seed, epoch, valid_dice
     ax=None
@@ -649,7 +683,7 @@ def plot_curves(
     ax.set(xlabel='epoch', ylabel='per-image Dice, validation', ylim=(0,1))
     return ax
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #87f601b0
+# %% ../nbs/1_segmentation_on_brain.ipynb #34b6baf6
 def image_split(
     cases:pd.DataFrame, # Case table
     split:pd.DataFrame, # Split by subject

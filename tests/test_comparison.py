@@ -37,7 +37,8 @@ def test_an_earlier_split_is_kept_when_people_are_added(root, tmp_path):
 def test_an_external_folder_of_the_same_people_is_refused(root):
     from brainseg_fastai.comparison import _external
     with pytest.raises(DataError, match='all subjects are also in the training folder'):
-        _external(root, 'brain', None, {f'{i:03d}_S_{1000+i}' for i in range(6)})
+        _external(root, 'brain', None, {f'{i:03d}_S_{1000+i}' for i in range(6)}, (0,255))
+    with pytest.raises(DataError, match='same codes'): _external(root, 'brain', None, set(), (0,1))
 
 def test_one_kind_alone(tmp_path):
     with pytest.raises(DataError, match='brainseg train'): both_kinds(make_folder(tmp_path/'o', 3, 1, kinds=('orig',)))
