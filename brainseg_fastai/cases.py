@@ -6,7 +6,7 @@
 __all__ = ['DataError', 'subject_id', 'kinds_in', 'is_simulated', 'adni_cases', 'pair_cases', 'read_image', 'mask_codes',
            'read_mask', 'check_cases', 'refuse_errors', 'format_problems', 'data_fingerprint', 'show_cases']
 
-# %% ../nbs/00_cases.ipynb #bbe96389
+# %% ../nbs/00_cases.ipynb #09ac0459
 import hashlib, json, os, re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
 
-# %% ../nbs/00_cases.ipynb #975caa66
+# %% ../nbs/00_cases.ipynb #d073880a
 class DataError(ValueError):
     "Bad input; the message says which file, what was found, what was expected and what to do"
     parts = None
@@ -37,7 +37,7 @@ def _few(xs, n=5):
     xs = list(xs)
     return ', '.join(map(str, xs[:n])) + (f', … {len(xs)} in all' if len(xs)>n else '')
 
-# %% ../nbs/00_cases.ipynb #4ae7c8bf
+# %% ../nbs/00_cases.ipynb #9ae20d8a
 def subject_id(
     path # File name or path, such as `brain/027_S_0307-I34159-brain-ax3.png`
 )->str: # Subject, such as `027_S_0307`
@@ -47,7 +47,7 @@ def subject_id(
     raise DataError.of(path, 'a name without a subject', 'SUBJECT-SCAN-KIND-SLICE.png',
                        'Rename the file, or say with --subject where the subject is in the name.')
 
-# %% ../nbs/00_cases.ipynb #7dfc61c0
+# %% ../nbs/00_cases.ipynb #d66ee762
 def _token(kind): return re.compile(rf'(?<![A-Za-z0-9]){re.escape(kind)}(?![A-Za-z0-9])')
 
 def _sub_last(stem, kind, to):
@@ -61,7 +61,7 @@ def _rest(stem, kind):
 
 def _stem(rel): return Path(rel).with_suffix('').as_posix()
 
-# %% ../nbs/00_cases.ipynb #6b74b7fb
+# %% ../nbs/00_cases.ipynb #78924d16
 def _csv_rule(file, kinds):
     "Subjects from a CSV file with the columns `image` and `subject`; one row serves every kind of the same image"
     try: t = pd.read_csv(file, dtype=str, encoding='utf-8-sig', keep_default_na=False)
@@ -105,7 +105,7 @@ def _subject_rule(subject, kinds):
         return m and m[1] or None
     return regex, f'a name that fits the expression {_plain(subject)}'
 
-# %% ../nbs/00_cases.ipynb #2ebd5edd
+# %% ../nbs/00_cases.ipynb #b81bd43e
 def _scan_slice(stem, kind, subject):
     "Scan and slice from a name, the last part being the slice"
     m = re.fullmatch(rf'[^-]+-([^-]+)-{re.escape(kind)}-(.+)', stem)
@@ -115,7 +115,7 @@ def _scan_slice(stem, kind, subject):
     m = re.fullmatch(r'(.*?)[-_/ ]*([^-_/ ]*)', rest)
     return m[1] or '-', m[2] or '-'
 
-# %% ../nbs/00_cases.ipynb #5e70a980
+# %% ../nbs/00_cases.ipynb #0048457c
 _suffixes = {'.png','.tif','.tiff','.bmp','.jpg','.jpeg'}
 
 def _files(folder):
@@ -138,7 +138,7 @@ def kinds_in(
     ds = [d.name for d in _subfolders(root) if d.name!='mask' and _has_images(d)] if Path(root).is_dir() else []
     return sorted(ds, key=lambda d: (d!='brain', d!='orig', d))
 
-# %% ../nbs/00_cases.ipynb #0448de9e
+# %% ../nbs/00_cases.ipynb #31baf04b
 def _wrong_folder(root, kinds=()):
     "A `DataError` for a folder that cannot hold cases, or None"
     def bad(found, remedy):
@@ -167,7 +167,7 @@ def _scan_folder(root, kinds, subject):
         return dict(subject=s, scan=scan, slice=slic, kind=kind, image=p, mask=mask)
     return [row(p, k) for k in kinds for p in _images(root/k)]
 
-# %% ../nbs/00_cases.ipynb #af2dc45e
+# %% ../nbs/00_cases.ipynb #6b38f195
 def _cohort(root):
     "What the folder's `cohort.json` says, if it has one"
     f = Path(root)/'cohort.json'
@@ -198,11 +198,13 @@ def adni_cases(
         expected = _subject_rule(subject, [kind])[1].format(kind=kind)
         raise DataError.of(root/kind, 'no image whose name tells a subject and that has a mask',
                            f'{expected} and the same name in mask', 'See `brainseg check`, and --subject for other ways of naming.')
-    spacing = _cohort(root).get('spacing')
-    df = pd.DataFrame([{**o, 'spacing': float('nan') if spacing is None else float(spacing)} for o in rows], columns=_columns)
+    known = _cohort(root)
+    each = {(o.get('subject'), o.get('scan')): o.get('spacing') for o in known.get('scans', [])}
+    def mm(o): return each.get((o['subject'], o['scan'])) or known.get('spacing') or float('nan')
+    df = pd.DataFrame([{**o, 'spacing': float(mm(o))} for o in rows], columns=_columns)
     return df.sort_values(['subject','scan','slice'], kind='stable', ignore_index=True)
 
-# %% ../nbs/00_cases.ipynb #0632e4d0
+# %% ../nbs/00_cases.ipynb #945fa86c
 def pair_cases(
     a:pd.DataFrame, # Case table
     b:pd.DataFrame  # Case table, usually of another kind
@@ -216,7 +218,7 @@ def pair_cases(
     both = a[on].merge(b[on], on=on).sort_values(on)
     return tuple(both.merge(t, on=on, how='left')[list(t.columns)] for t in (a, b))
 
-# %% ../nbs/00_cases.ipynb #71d22357
+# %% ../nbs/00_cases.ipynb #9466ff83
 def _pixels(path, mask=False):
     "Decoded grey levels of an image, or codes of a mask, in the file's own range; two-dimensional"
     what = 'a mask' if mask else 'an image'
@@ -251,7 +253,7 @@ def read_image(
     if a.max()>255 or real and a.max()>0: a *= 255/a.max()
     return np.round(a).astype(np.uint8)
 
-# %% ../nbs/00_cases.ipynb #47187dd1
+# %% ../nbs/00_cases.ipynb #8dab9cb8
 def _inside(a):
     "True for pixels whose eight neighbours all have the same value as they have (the border never does)"
     row = np.zeros(a.shape, bool); row[:,1:-1] = (a[:,1:-1]==a[:,:-2]) & (a[:,1:-1]==a[:,2:])
@@ -292,7 +294,7 @@ def _look_all(jobs, progress=False):
             if callable(progress): progress(i, len(jobs))
     return facts
 
-# %% ../nbs/00_cases.ipynb #5e7453bf
+# %% ../nbs/00_cases.ipynb #51a78dc9
 _way_out = 'Real classes that look like this must be stored as 0, 1, 2, … without gaps.'
 
 def _code_problem(facts):
@@ -339,7 +341,7 @@ def read_mask(
                                'See `brainseg check`; a model can only be used on masks with the codes that it was trained on.')
     return i.astype(np.uint8)
 
-# %% ../nbs/00_cases.ipynb #80851de3
+# %% ../nbs/00_cases.ipynb #20ab0818
 def _row(level, file, found, expected, remedy):
     return dict(level=level, file=str(file), found=found, expected=expected, remedy=remedy)
 
@@ -357,7 +359,7 @@ def _name_problems(rows, rel, expected):
             yield _row('error', file, f'the same subject, scan and slice as {first}', 'one image per case',
                        'Delete or rename one of them.')
 
-# %% ../nbs/00_cases.ipynb #7fe7dfd9
+# %% ../nbs/00_cases.ipynb #4c9b1777
 def _match_problems(rows, rel, kinds, masks):
     "Images without a mask or without their partner in another kind, and masks without an image"
     have = {}
@@ -380,7 +382,7 @@ def _match_problems(rows, rel, kinds, masks):
         yield _row('warning', rel(p), 'a mask without an image', f'an image of the same name in {" or ".join(kinds)}',
                    'Add the image or delete the mask, which is not used.')
 
-# %% ../nbs/00_cases.ipynb #04c7dcdf
+# %% ../nbs/00_cases.ipynb #043cc566
 def _file_problems(rows, rel, facts):
     "Files that cannot be read (a mere warning where no case uses them), and masks of another size than their image"
     used = {p for o in rows if o['mask'] for p in (o['image'], o['mask'])}
@@ -407,7 +409,7 @@ def _mask_problems(rows, rel, facts):
         yield _row('note', empty[0], f'{len(empty)} of {len(facts)} masks empty: {_few(empty, 3)}',
                    'empty masks only where there is nothing to find', 'Nothing need be done if that is so.')
 
-# %% ../nbs/00_cases.ipynb #baec985a
+# %% ../nbs/00_cases.ipynb #48d20182
 def _duplicate_problems(rows, rel, facts):
     "The same pixels twice in one kind; constant slices are no duplicates"
     groups = {}
@@ -439,7 +441,7 @@ def _other_files(root, kinds):
         if ps: yield _row('note', d, f'{len(ps)} file{"s"*(len(ps)!=1)} of another type: {_few(ps, 3)}',
                           'images in PNG, TIFF, BMP or JPEG format', 'Nothing need be done: they are passed over.')
 
-# %% ../nbs/00_cases.ipynb #2b7df93a
+# %% ../nbs/00_cases.ipynb #2a8d924b
 _levels = ['error','warning','note']
 
 def _problems(rows):
@@ -473,7 +475,7 @@ def check_cases(
                'Nothing need be done: the folder is passed over.')
           for k in odd)])
 
-# %% ../nbs/00_cases.ipynb #f6fd7bbd
+# %% ../nbs/00_cases.ipynb #71f83afe
 def refuse_errors(
     problems:pd.DataFrame # From `check_cases`
 ):
@@ -500,7 +502,7 @@ def format_problems(
         res.append(f'  -> {remedy}')
     return '\n'.join(res)
 
-# %% ../nbs/00_cases.ipynb #4f894ea1
+# %% ../nbs/00_cases.ipynb #462c66a8
 def data_fingerprint(
     cases:pd.DataFrame # Case table
 )->str: # 64 hexadecimal digits
@@ -513,7 +515,7 @@ def data_fingerprint(
     lines = sorted(f'{p.relative_to(root).as_posix()} {f["sha"]}' for p,f in facts.items())
     return hashlib.sha256('\n'.join(lines).encode()).hexdigest()
 
-# %% ../nbs/00_cases.ipynb #99aac7e5
+# %% ../nbs/00_cases.ipynb #c16548ff
 def show_cases(
     cases:pd.DataFrame, # Case table
     n=6                 # How many, evenly spread over the table

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['EXAMPLES', 'parser', 'check', 'compare', 'demo', 'train', 'main']
 
-# %% ../nbs/05_commands.ipynb #d0094204
-import argparse, sys
+# %% ../nbs/05_commands.ipynb #821074ad
+import argparse, sys, warnings
 from pathlib import Path
 
 from . import __version__
 
-# %% ../nbs/05_commands.ipynb #f66646b9
+# %% ../nbs/05_commands.ipynb #4ca6fa80
 EXAMPLES = """examples:
   brainseg demo                                     the whole job on a simulated cohort
   brainseg check slices                             is this folder fit for training?
@@ -79,7 +79,7 @@ def parser()->argparse.ArgumentParser:
     q.add_argument('--out', type=Path, required=True, metavar='DIR', help='folder for the results')
     return p
 
-# %% ../nbs/05_commands.ipynb #45f1b946
+# %% ../nbs/05_commands.ipynb #a3a56af8
 def _settings(a):
     "Arguments for the training functions, after setting the threads"
     import shlex, torch
@@ -127,7 +127,11 @@ def train(a):
     m = r['summary'].loc['dice']
     _finish(r, f'Mean per-image Dice on {int(m["n"])} unseen subjects: {m["mean"]:.3f} (95 % interval {m["low"]:.3f} to {m["high"]:.3f})')
 
-# %% ../nbs/05_commands.ipynb #eeb18071
+# %% ../nbs/05_commands.ipynb #228c8ab5
+def _say_warning(message, category, *args, **kwargs):
+    "Our own warnings in one line; those of other libraries about their future are not the user's business"
+    if category is UserWarning: print(f'brainseg: {message}', file=sys.stderr)
+
 def main(argv=None)->int: # Exit code
     "The command `brainseg`"
     for stream in (sys.stdout, sys.stderr):
@@ -135,7 +139,10 @@ def main(argv=None)->int: # Exit code
     argv = sys.argv[1:] if argv is None else list(argv)
     a = parser().parse_args(argv)
     a.argv = argv
-    try: return a.run(a) or 0
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _say_warning
+            return a.run(a) or 0
     except KeyboardInterrupt:
         print(f'\nStopped. To go on: {" ".join(["brainseg", *(o for o in argv if o!="--overwrite")])} --resume' if a.command!='check' else '\nStopped.', file=sys.stderr)
         return 130

@@ -6,7 +6,7 @@
 __all__ = ['RESULTS', 'prepare', 'both_kinds', 'check_out', 'result_folder', 'Announce', 'swap_table', 'train_kinds',
            'compare_inputs', 'train_input']
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #7a86d26d
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #8941d27a
 import json, os, shutil, time
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .scores import EMPTY_POLICY, TOLERANCE_POLICY, summarise_scores
 from .segmentation import split_cases, train_folds, train_run, write_csv, write_json
 from .stats import compare_scores, training_longer
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #1476176d
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #160de8f8
 def prepare(
     root,             # Data folder
     kinds,            # Kinds of image to use
@@ -49,7 +49,7 @@ def both_kinds(
     raise DataError(f'{root}: found only images of the kind {", ".join(ks)}; a comparison needs brain and orig. '
                     f'To train one model: brainseg train {root} --kind {one} --out DIR')
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #3f728c9e
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #f4a09b44
 RESULTS = ('settings.json','split.csv','scores.csv','curves.csv','swap.csv','external.csv','control.csv','comparison.json','summary.json','report.html')
 
 def check_out(
@@ -94,7 +94,7 @@ class Announce:
         self.say(f'Training {self.n} of {self.total}: {kind_name(kind).lower()}, fold {fold+1}, seed {seed}' +
                  ('' if left is None else f' (about {left/60:.0f} min left)'))
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #e0086bda
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #f94823ca
 def swap_table(
     scores:pd.DataFrame # Score table with `kind` (trained on) and `tested_on`
 )->pd.DataFrame: # trained_on, tested_on, n_subjects, dice, low, high
@@ -109,7 +109,6 @@ def _info(settings, ready, runs, curves, command, began):
     envs = [r['settings'] for r in runs]
     table = next(iter(ready['tables'].values()))
     return dict(command=command, training_longer=training_longer(curves),
-        fingerprint={k: data_fingerprint(t) for k,t in ready['tables'].items()},
         definitions={'Empty masks': EMPTY_POLICY, 'Surface tolerance': TOLERANCE_POLICY}, **{k: v for k,v in settings.items() if v is not None},
         cases=len(table), subjects=int(table['subject'].nunique()), epochs_trained=envs[0]['epochs'],
         encoder_weights='ImageNet' if envs[0]['imagenet'] else 'random', environment=envs[0]['environment'],
@@ -163,7 +162,7 @@ def train_kinds(
     return dict(**both, **ready, out=out, control=again, settings=settings, simulated=is_simulated(root), root=Path(root).resolve(),
                 info=_info(settings, ready, runs, both['curves'], command, began))
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #f4ec0735
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #a4a3f599
 def _external_table(scores):
     "Scores on the external folder by kind, or None"
     ext = scores.query('tested_on=="external"')

@@ -8,7 +8,7 @@ __all__ = ['version', 'z_lo', 'z_hi', 'Template', 'noise_origin', 'mni_maps', 'v
            'head_signal', 'slice_tag', 'make_scan', 'cache_dir', 'wanted', 'png_name', 'is_complete', 'make_subject',
            'write_cohort', 'demo_cohort']
 
-# %% ../nbs/01_demo_cohort.ipynb #cb600215
+# %% ../nbs/01_demo_cohort.ipynb #e4b3c20d
 import json,math,os,shutil,sys,uuid
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +18,8 @@ from PIL import Image
 from scipy import ndimage as ndi
 from .cases import DataError
 
-# %% ../nbs/01_demo_cohort.ipynb #9b93dc34
-version = 1 # goes up whenever the same seed would give other pixels
+# %% ../nbs/01_demo_cohort.ipynb #b6cb5522
+version = 2 # goes up whenever the same seed gives other pixels than before
 z_lo,z_hi = -24,58 # the slab of the template that the slices can reach, mm in MNI space
 Template = namedtuple('Template', 'maps flow origin') # maps: csf, gm, wm, detail, brain, ventricles
 
@@ -33,7 +33,7 @@ def mni_maps():
     csf = np.where(t1>0, np.clip(1-gm-wm, 0, 1), 0).astype(np.float32)
     return t1,gm,wm,csf,np.array([aff[0,3], aff[1,3], z_lo])
 
-# %% ../nbs/01_demo_cohort.ipynb #6a2008fa
+# %% ../nbs/01_demo_cohort.ipynb #14c1d407
 def ventricle_label(
     t1, # T1 of the template, 0 to 1
     csf, # its CSF map, 0 to 1
@@ -58,7 +58,7 @@ def ventricle_label(
     out[box] = ndi.watershed_ift(grey, np.ascontiguousarray(seed[box]), structure=np.ones((3,3,3)))==2
     return out
 
-# %% ../nbs/01_demo_cohort.ipynb #daf91db1
+# %% ../nbs/01_demo_cohort.ipynb #25776fd9
 def outward_flow(
     label, # boolean array of the ventricles, 1 mm voxels
     reach=14., # distance in mm over which the push fades to 1/e
@@ -79,7 +79,7 @@ def load_template():
     maps = np.concatenate([tissue, np.stack([detail, brain, ndi.gaussian_filter(lab.astype(np.float32), .6)])])
     return Template(maps.astype(np.float32), outward_flow(lab).astype(np.float32), origin)
 
-# %% ../nbs/01_demo_cohort.ipynb #47c34731
+# %% ../nbs/01_demo_cohort.ipynb #6817144b
 def sample(
     vols, # array (channels, x, y, z)
     pts, # array (3, ...): positions in mm
@@ -90,7 +90,7 @@ def sample(
     ijk = (pts-np.reshape(origin, (3,)+(1,)*(pts.ndim-1)))/step
     return np.stack([ndi.map_coordinates(v, ijk, order=1, mode='nearest') for v in vols])
 
-# %% ../nbs/01_demo_cohort.ipynb #a6acfae3
+# %% ../nbs/01_demo_cohort.ipynb #d49b3f14
 def smooth_noise(
     rng, # numpy random generator
     n, # number of fields
@@ -104,7 +104,7 @@ def smooth_noise(
 
 noise_origin = np.array([-104.,-142.,-33.])
 
-# %% ../nbs/01_demo_cohort.ipynb #17dcbf7d
+# %% ../nbs/01_demo_cohort.ipynb #65fbe619
 def draw_subject(
     i, # subject's number in the cohort
     seed=42, # cohort's seed
@@ -117,7 +117,8 @@ def draw_subject(
         growth=max(-1.3, -1.2 + 5.4*age**1.3 + .5*rng.standard_normal()), atrophy=.75 + 1.1*age + .15*rng.standard_normal(),
         scale=rng.normal([.97,.96,.98], [.03,.035,.03]), coarse=3.*smooth_noise(rng, 3, 22), fine=1.3*smooth_noise(rng, 3, 7),
         texture=np.concatenate([smooth_noise(rng, 2, 5), smooth_noise(rng, 4, 25)]), gap=rng.uniform(.6,1.5)+1.2*age,
-        diploe=rng.uniform(1.,3.5), fat=rng.uniform(2.5,6.5), rate=rng.uniform(.05,.35), n_scans=int(rng.choice(4, p=[.15,.3,.3,.25]))+1, z=rng.uniform(7,23))
+        diploe=rng.uniform(1.,3.5), fat=rng.uniform(2.5,6.5), rate=rng.uniform(.05,.35),
+        n_scans=int(rng.choice(4, p=[.15,.3,.3,.25]))+1, z=rng.uniform(6.5,21.5))
 
 def draw_scan(
     s, # dict from `draw_subject`
@@ -125,12 +126,12 @@ def draw_scan(
 ): # dict of what belongs to one scan
     "Draw one visit: where the slice lies, how the machine sees the tissues, how noisy it is"
     r = s['rng']
-    return dict(scan=f"I{s['first']+9*k:05d}", growth=s['growth']+k*s['rate'], z=float(np.clip(s['z']+r.normal(0,2), 5, 25)),
+    return dict(scan=f"I{s['first']+9*k:05d}", growth=s['growth']+k*s['rate'], z=float(np.clip(s['z']+r.normal(0,2), 5, 23)),
         turn=r.normal(0,3), tilt=r.normal(0,.03,2), shift=r.normal([0,-4], 4), spacing=r.uniform(.92,1.06),
         mu=(r.uniform(.14,.36), r.uniform(.62,.8), 1.), detail=r.uniform(.6,1.1), bias=r.uniform(.05,.22)*smooth_noise(r, 1, 45),
         noise=r.uniform(.02,.06), white=r.uniform(135,185), blur=r.uniform(.35,.7), grain=r.integers(2**32))
 
-# %% ../nbs/01_demo_cohort.ipynb #5bfa0ae8
+# %% ../nbs/01_demo_cohort.ipynb #4d8a4f74
 def slice_points(
     c, # dict from `draw_scan`
     size=256, # pixels per side
@@ -157,7 +158,7 @@ def to_template(
     for _ in range(steps): p -= growth/steps*sample(t.flow, p, t.origin)
     return p
 
-# %% ../nbs/01_demo_cohort.ipynb #748eab20
+# %% ../nbs/01_demo_cohort.ipynb #67cf85ea
 def tissue_signal(
     m, # maps sampled at the slice, (6, size, size)
     s, # subject
@@ -195,14 +196,14 @@ def head_signal(
         sig = sig + (v1-v0)/(1+np.exp(-(d-edge)/.35))
     return sig
 
-# %% ../nbs/01_demo_cohort.ipynb #0df1ef9d
+# %% ../nbs/01_demo_cohort.ipynb #f6bf3c7d
 def slice_tag(
     z, # height of the slice in MNI space, mm
 ): # ax1 (lowest) to ax5
-    "Name of a slice by its height, in steps of 4 mm from 5 mm upwards"
-    return f'ax{min(max(int((z-5)//4), 0), 4)+1}'
+    "Name of a slice by its height, in steps of 3.6 mm from 5 mm upwards"
+    return f'ax{min(max(int((z-5)/3.6), 0), 4)+1}'
 
-# %% ../nbs/01_demo_cohort.ipynb #fc49abba
+# %% ../nbs/01_demo_cohort.ipynb #f14568fc
 def make_scan(
     s, # dict from `draw_subject`
     c, # dict from `draw_scan`
@@ -223,7 +224,7 @@ def make_scan(
     orig = np.clip(c['white']*np.hypot(sig+g[0], g[1]), 0, 255).round().astype(np.uint8)
     return dict(brain=orig*brain, orig=orig, mask=(mask*255).astype(np.uint8)), mm
 
-# %% ../nbs/01_demo_cohort.ipynb #59fc792a
+# %% ../nbs/01_demo_cohort.ipynb #6f4cd919
 def cache_dir():
     "The user's folder for things that can be made again: BRAINSEG_CACHE, else XDG_CACHE_HOME, else what the system uses"
     e = os.environ
@@ -234,7 +235,7 @@ def cache_dir():
     else: base = Path.home()/'.cache'
     return base/'brainseg_fastai'
 
-# %% ../nbs/01_demo_cohort.ipynb #04675738
+# %% ../nbs/01_demo_cohort.ipynb #65f9f52f
 def wanted(n_subjects, seed, size):
     "What `cohort.json` must say for a folder to be this cohort"
     for name,v,lo,hi in [('n_subjects',n_subjects,1,9000), ('seed',seed,0,2**63), ('size',size,64,1024)]:
@@ -256,7 +257,7 @@ def is_complete(
     if any(got.get(k)!=v for k,v in want.items()): return False
     return all((path/png_name(r, k)).is_file() for r in got['scans'] for k in ('brain','orig','mask'))
 
-# %% ../nbs/01_demo_cohort.ipynb #03c72f5e
+# %% ../nbs/01_demo_cohort.ipynb #a35b5f02
 def make_subject(
     i, # subject's number
     want, # dict from `wanted`
@@ -291,7 +292,7 @@ def write_cohort(
     finally: ex.shutdown(cancel_futures=True)
     with open(out/'cohort.json', 'w', encoding='utf-8', newline='\n') as f: json.dump({**want, 'scans':rows}, f, indent=1)
 
-# %% ../nbs/01_demo_cohort.ipynb #71a58a24
+# %% ../nbs/01_demo_cohort.ipynb #e6818021
 def demo_cohort(
     n_subjects=48, # people, each with 1 to 4 scans
     seed=42, # another seed, another cohort
@@ -305,8 +306,8 @@ def demo_cohort(
     path = Path(path).expanduser() if path else cache_dir()/f'demo-v{version}-{n_subjects}-{seed}-{size}'
     if is_complete(path, want): return path
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise DataError(f'{path}: found something that is not the complete demo cohort asked for; expected a new or an empty folder. '
-                        'Remove it or name another.')
+        raise DataError(f'{path}: found something that is not the complete demo cohort asked for; '
+                        'expected a new or an empty folder. Remove it or name another.')
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.parent/f'.{path.name}-{uuid.uuid4().hex[:12]}' # beside it, so that the rename stays on one disk
     try:

@@ -11,7 +11,7 @@ __all__ = ['ENOUGH_SUBJECTS', 'RECIPES', 'data_folder', 'closest_subset', 'asser
            'fit_recipe', 'predict_cases', 'score_cases', 'environment', 'make_learner', 'train_run', 'load_run',
            'train_folds', 'plot_curves', 'image_split']
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #7405d809
+# %% ../nbs/1_segmentation_on_brain.ipynb #185f080b
 import contextlib, hashlib, json, os, random, shutil, sys, time, warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,7 @@ from .cases import (DataError, adni_cases, check_cases, data_fingerprint, is_sim
                                    read_image, read_mask, refuse_errors, show_cases, subject_id)
 from .scores import score_mask
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #f2fd9224
+# %% ../nbs/1_segmentation_on_brain.ipynb #6e63f1d3
 def data_folder(
     default='adni_like' # Subfolder to use where `BRAINSEG_DATA` names a folder of data sets
 )->Path: # Folder with `mask` and at least one kind of image
@@ -39,7 +39,7 @@ def data_folder(
     root = Path(os.environ['BRAINSEG_DATA']).expanduser().resolve()
     return root/default if (root/default/'mask').is_dir() else root
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #f4722219
+# %% ../nbs/1_segmentation_on_brain.ipynb #2454960b
 def closest_subset(
     counts:dict,   # Images per subject
     target:float   # Number of images wanted
@@ -57,7 +57,7 @@ def closest_subset(
     while s: i = last[s]; res.add(names[i]); s -= ns[i]
     return res
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #2ee57bf7
+# %% ../nbs/1_segmentation_on_brain.ipynb #0344cbcc
 def assert_apart(split):
     "Assert that no subject of a split table (or of one fold of it) is on two sides"
     sides = split.groupby(['fold','subject'] if 'fold' in split else 'subject')['split'].nunique()
@@ -78,7 +78,7 @@ def read_split(
 
 def _subjects(items): return list(items['subject']) if isinstance(items, pd.DataFrame) else [subject_id(o) for o in items]
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #9f33219e
+# %% ../nbs/1_segmentation_on_brain.ipynb #8af31379
 class SubjectSplitter:
     "Split paths or a case table by subject; test items are in neither part that a `DataBlock` gets"
     def __init__(self,
@@ -120,7 +120,7 @@ class SubjectSplitter:
         parts = self.split(items)
         return L(np.flatnonzero(parts=='train').tolist()), L(np.flatnonzero(parts=='valid').tolist())
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #c0d08a0b
+# %% ../nbs/1_segmentation_on_brain.ipynb #5f281784
 class PrefixSplitter:
     "Validation subjects are those whose ID starts with `prefix`"
     def __init__(self, prefix): self.prefix = prefix
@@ -128,7 +128,7 @@ class PrefixSplitter:
         valid = [s.startswith(self.prefix) for s in _subjects(items)]
         return L(np.flatnonzero(~np.array(valid)).tolist()), L(np.flatnonzero(valid).tolist())
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #04dd19b7
+# %% ../nbs/1_segmentation_on_brain.ipynb #33450ecc
 ENOUGH_SUBJECTS = 10 # fewer test subjects than this cannot carry a verdict
 
 def split_cases(
@@ -185,7 +185,7 @@ def with_split(
     parts = dict(split.loc[split['fold']==fold, ['subject','split']].itertuples(index=False))
     return cases.assign(split=cases['subject'].map(parts))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #db6a200e
+# %% ../nbs/1_segmentation_on_brain.ipynb #c4eadf03
 class ReadImage:
     "Grey levels of a case's image, three times over if `rgb`"
     def __init__(self, rgb=False): self.rgb = rgb
@@ -220,7 +220,7 @@ def split_column(items):
     if 'split' not in items: return SubjectSplitter()(items)
     return tuple(L(np.flatnonzero(items['split']==o).tolist()) for o in ('train','valid'))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #838f241a
+# %% ../nbs/1_segmentation_on_brain.ipynb #4062ad04
 @delegates(aug_transforms)
 def brainseg_block(
     kind='brain',     # 'brain' (skull-stripped) or 'orig' (full skull)
@@ -230,29 +230,30 @@ def brainseg_block(
     rgb=False,        # Three channels with ImageNet statistics, for the published recipe
     augment=True,     # Random flips, affine and lighting changes, on whole batches
     subject=None,     # How subjects are named, as in `adni_cases`
-    max_rotate=15., min_zoom=.85, max_zoom=1.2, max_lighting=.3, max_warp=.1, p_affine=.9,
+    max_rotate=8., min_zoom=.9, max_zoom=1.1, max_lighting=.15, max_warp=.05,
     **kwargs
 )->DataBlock: # For a data folder or a case table
     "DataBlock of slices and masks, the same for every kind of image"
     aug = aug_transforms(max_rotate=max_rotate, min_zoom=min_zoom, max_zoom=max_zoom, max_lighting=max_lighting, max_warp=max_warp,
-                         p_affine=p_affine, **kwargs) if augment else []
+                         **kwargs) if augment else []
     norm = Normalize.from_stats(*imagenet_stats) if rgb else ImageZScore()
     return DataBlock(blocks=(ImageBlock(PILImage if rgb else PILImageBW), MaskBlock(codes=np.array(codes))), get_items=ReadCases(kind, subject),
                      get_x=ReadImage(rgb), get_y=ReadMask(codes), splitter=splitter, batch_tfms=[*aug, norm],
                      item_tfms=Resize(size, method=ResizeMethod.Pad, pad_mode=PadMode.Zeros))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #7e5dd2fb
+# %% ../nbs/1_segmentation_on_brain.ipynb #3e292f42
 class LightUnet(nn.Module):
     "ResNet encoder, MONAI's `UpCat` blocks up to half resolution, and a sub-pixel convolution for the last step"
     def __init__(self,
         body,                    # Encoder, as made by fastai's `create_body`
         n_out:int,               # Number of classes
-        widths=(256,128,64,32)   # Channels of the decoder's blocks, from the deepest
+        widths=(128,64,32)       # Channels of the decoder's blocks, from the deepest
     ):
         super().__init__()
         sizes = model_sizes(body, (64,64))
         self.skips = [i for i in range(len(sizes)-1) if sizes[i][-1]!=sizes[i+1][-1]] # the last layers before each halving
         skip_chs = [sizes[i][1] for i in self.skips][::-1]
+        assert len(skip_chs)==len(widths), f'the encoder halves its input {len(skip_chs)+1} times, which needs {len(skip_chs)} widths, not {len(widths)}'
         self.body,ins = body, [sizes[-1][1], *widths[:-1]]
         self.ups = nn.ModuleList(UpCat(2, i, s, w, ('relu', {'inplace':True}), ('batch', {}), False, upsample='nontrainable',
                                        interp_mode='nearest', align_corners=None) for i,s,w in zip(ins, skip_chs, widths))
@@ -271,7 +272,7 @@ def light_splitter(m):
     "Parameter groups of a `LightUnet`: encoder, and the rest"
     return L(m.body, nn.ModuleList([m.ups, m.head])).map(params)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #fe55f166
+# %% ../nbs/1_segmentation_on_brain.ipynb #d534fa25
 class DiceCE(nn.Module):
     "MONAI's `DiceCELoss` for fastai: class scores (N,C,H,W) against classes (N,H,W)"
     def __init__(self):
@@ -290,7 +291,7 @@ def dice_per_image(
     both,total = (p&t).sum((1,2)), p.sum((1,2))+t.sum((1,2))
     return torch.where(total==0, torch.ones_like(total, dtype=torch.float), 2*both/total.clamp(min=1)).mean()
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #af64203a
+# %% ../nbs/1_segmentation_on_brain.ipynb #e4c6c33d
 def fast_bf16(
     device # torch device
 )->bool:
@@ -308,7 +309,7 @@ def autocast_of(device): return torch.autocast(device.type, dtype=torch.bfloat16
 class FastBatches(Callback):
     "Plain channels-last batches, bfloat16 where the processor has it, and half the resolution for the first part of training"
     order = 11
-    def __init__(self, half_until=.5): self.half_until = half_until # share of training at half the resolution
+    def __init__(self, half_until=.35): self.half_until = half_until # share of training at half the resolution
     def before_fit(self): self.learn.model.to(memory_format=torch.channels_last)
     def before_batch(self):
         x = plain_batch(self.x)
@@ -321,7 +322,7 @@ class FastBatches(Callback):
         self.cast.__enter__()
     def after_pred(self): self.cast.__exit__(None, None, None)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #3fe81b76
+# %% ../nbs/1_segmentation_on_brain.ipynb #5f49883e
 def imagenet_weights(
     arch # torchvision ResNet
 )->bool:
@@ -338,9 +339,9 @@ def imagenet_weights(
                       'training starts from random weights, which needs more images.', stacklevel=2)
         return False
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #211e584d
+# %% ../nbs/1_segmentation_on_brain.ipynb #2530659b
 RECIPES = dict(
-    light     = dict(rgb=False, bs=4,  lr=2e-3, wd=1e-2, views=1000, min_epochs=5), # epochs: so many that `views` images are seen
+    light     = dict(rgb=False, bs=4,  lr=3e-3, wd=1e-2, views=1000, min_epochs=5), # epochs: so many that `views` images are seen
     published = dict(rgb=True,  bs=16, lr=5e-5, wd=None, epochs=16))                # half of them frozen, half unfrozen
 
 def recipe_settings(recipe):
@@ -356,7 +357,7 @@ def default_epochs(recipe, n_train):
 @delegates(unet_learner, but='dls,arch')
 def brainseg_learner(
     dls,              # DataLoaders from `brainseg_block`, with `rgb=True` for the published recipe
-    arch=resnet18,    # Encoder: a torchvision ResNet
+    arch=resnet34,    # Encoder: a torchvision ResNet
     recipe='light',   # 'light' or 'published'
     pretrained=True,  # Use ImageNet weights if they can be had; `learn.pretrained` tells
     **kwargs
@@ -367,14 +368,14 @@ def brainseg_learner(
     if recipe=='published':
         return unet_learner(dls, arch, pretrained=weights, **merge(dict(self_attention=True, act_cls=Mish, metrics=dice_per_image,
                             loss_func=CrossEntropyLossFlat(axis=1)), kwargs))
-    learn = unet_learner(dls, arch, n_in=1, normalize=False, pretrained=weights, **merge(dict(loss_func=DiceCE(), metrics=dice_per_image,
+    learn = unet_learner(dls, arch, n_in=1, cut=-3, normalize=False, pretrained=weights, **merge(dict(loss_func=DiceCE(), metrics=dice_per_image,
                          wd=r['wd']), kwargs))
     learn.model = LightUnet(learn.model[0], learn.n_out).to(dls.device)
     learn.splitter = light_splitter
     learn.create_opt()
     return learn.add_cb(FastBatches())
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #56e0bee9
+# %% ../nbs/1_segmentation_on_brain.ipynb #70d9c45c
 @contextlib.contextmanager
 def written_beside(
     path # File to write
@@ -442,7 +443,7 @@ class Checkpoint(Callback):
 
     def after_fit(self): self.state = None
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #8fc691f0
+# %% ../nbs/1_segmentation_on_brain.ipynb #9ac76637
 def fit_recipe(
     learn:Learner,
     recipe='light',
@@ -461,7 +462,7 @@ def fit_recipe(
         ck.phase = i
         learn.fit_one_cycle(n, lr, cbs=ck, start_epoch=ck.start_epoch)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #9ee47e1b
+# %% ../nbs/1_segmentation_on_brain.ipynb #ed489719
 def _own_pixels(logits, h, w):
     "Class scores (C,S,S) of a padded and scaled square back in the image's own h × w pixels: the inverse of fastai's padding `Resize`"
     m = max(h, w)
@@ -491,7 +492,7 @@ def score_cases(
     save_to=None        # Folder for the predicted masks (PNG with classes 0..n-1), if wanted
 )->pd.DataFrame: # One row per case: subject, scan, slice, image, dice, jaccard, hd95, nsd, areas, unit, counts, prediction
     "Predict and score every case against its mask"
-    codes = tuple(learn.dls.vocab)
+    codes = tuple(int(o) for o in learn.dls.after_item.vocab)
     def row(case, pred):
         d = dict(subject=case.subject, scan=case.scan, slice=case.slice, image=case_name(case))
         d |= score_mask(pred, read_mask(case.mask, codes), spacing=case.spacing, tolerance=tolerance, n_codes=len(codes))
@@ -504,7 +505,7 @@ def _save_mask(pred, path):
     with written_beside(path) as tmp: Image.fromarray(pred).save(tmp)
     return str(path)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #bb135dc6
+# %% ../nbs/1_segmentation_on_brain.ipynb #06875c73
 def environment(device=None)->dict:
     "What the numbers depend on beside the data: versions, processor, threads"
     names = ('brainseg_fastai','fastai','torch','torchvision','monai','numpy','pandas','scipy')
@@ -598,7 +599,7 @@ def load_run(
     learn.model.load_state_dict(load_file(folder/'model.safetensors'))
     return learn
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #51a06c47
+# %% ../nbs/1_segmentation_on_brain.ipynb #c8e36ecc
 @delegates(train_run, but='folder,test_sets,seed')
 def train_folds(
     cases:pd.DataFrame, # Case table of one kind
@@ -632,7 +633,7 @@ def train_folds(
     own = scores['tested_on']==kind
     return dict(scores=scores[own].drop(columns='tested_on').reset_index(drop=True), all_scores=scores, curves=curves, runs=runs)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #d818c5b5
+# %% ../nbs/1_segmentation_on_brain.ipynb #4e3cb6c3
 def plot_curves(
     curves:pd.DataFrame, # Curve table: kind, fold, seed, epoch, valid_dice
     ax=None
@@ -646,7 +647,7 @@ def plot_curves(
     ax.set(xlabel='epoch', ylabel='per-image Dice, validation', ylim=(0,1))
     return ax
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #8a91e5b1
+# %% ../nbs/1_segmentation_on_brain.ipynb #c192833e
 def image_split(
     cases:pd.DataFrame, # Case table
     split:pd.DataFrame, # Split by subject
