@@ -352,7 +352,8 @@ def test_bad_recipe(cases, tmp_path):
 def test_folds(folder, tmp_path):
     cases,orig = adni_cases(folder), adni_cases(folder, 'orig')
     split,lines = split_cases(cases, 3, seed=2), []
-    r = train_folds(cases, split, tmp_path/'out', seed=5, others={'orig': orig}, announce=lambda *a: lines.append(a), epochs=1, size=64, pretrained=False)
+    r = train_folds(cases, split, tmp_path/'out', seed=5, others={'orig': orig}, announce=lambda *a: lines.append(a), epochs=1, size=64, arch=resnet18,
+                    pretrained=False)
     s = r['scores']
     assert list(s.columns[:14])==['kind','fold','seed','subject','scan','slice','image','dice','jaccard','hd95','nsd','area_true','area_pred','unit']
     assert sorted(s.image)==sorted(split.image[split.split=='test']) and set(s.kind)=={'brain'}
@@ -423,5 +424,5 @@ def test_cached_imagenet_weights(cases, hub, recipe):
     torch.save(weights, hub/ResNet18_Weights.DEFAULT.url.rsplit('/', 1)[-1])
     learn = make_learner(cases, settings(recipe=recipe, pretrained=True))
     have = [p for p in learn.model.parameters()]
-    inside = [k for k,w in weights.items() if k.startswith('layer') and k.endswith('conv2.weight')]
+    inside = [k for k,w in weights.items() if k.startswith(('layer1','layer2')) and k.endswith('conv2.weight')]
     assert learn.pretrained and inside and all(any(p.shape==weights[k].shape and torch.equal(p, weights[k]) for p in have) for k in inside)
