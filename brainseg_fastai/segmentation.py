@@ -11,7 +11,7 @@ __all__ = ['ENOUGH_SUBJECTS', 'RECIPES', 'data_folder', 'closest_subset', 'asser
            'fit_recipe', 'predict_cases', 'score_cases', 'environment', 'make_learner', 'train_run', 'load_run',
            'train_folds', 'plot_curves', 'image_split']
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #d0d5d118
+# %% ../nbs/1_segmentation_on_brain.ipynb #6a9e05ae
 import contextlib, hashlib, json, os, random, shutil, sys, time, warnings
 from importlib.metadata import version
 from itertools import combinations
@@ -29,7 +29,7 @@ from .cases import (DataError, adni_cases, check_cases, data_fingerprint, is_sim
                                    read_image, read_mask, refuse_errors, show_cases, subject_id)
 from .scores import score_mask
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #11d0fc7d
+# %% ../nbs/1_segmentation_on_brain.ipynb #7853f151
 def data_folder(
     default='adni_like' # Subfolder to use where `BRAINSEG_DATA` names a folder of data sets
 )->Path: # Folder with `mask` and at least one kind of image
@@ -40,7 +40,7 @@ def data_folder(
     root = Path(os.environ['BRAINSEG_DATA']).expanduser().resolve()
     return root/default if (root/default/'mask').is_dir() else root
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #d4ecdf20
+# %% ../nbs/1_segmentation_on_brain.ipynb #2066e587
 def closest_subset(
     counts:dict,   # Images per subject
     target:float   # Number of images wanted
@@ -58,7 +58,7 @@ def closest_subset(
     while s: i = last[s]; res.add(names[i]); s -= ns[i]
     return res
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #d3120efb
+# %% ../nbs/1_segmentation_on_brain.ipynb #0c6b1ef5
 def _closest_but(counts, target, k):
     "`closest_subset` that leaves out at least `k` subjects"
     parts = (closest_subset({s: n for s,n in counts.items() if s not in out}, target) for out in combinations(counts, k))
@@ -85,7 +85,7 @@ def read_split(
 
 def _subjects(items): return list(items['subject']) if isinstance(items, pd.DataFrame) else [subject_id(o) for o in items]
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #828ea18a
+# %% ../nbs/1_segmentation_on_brain.ipynb #4f5eadd5
 class SubjectSplitter:
     "Split paths or a case table by subject; test items are in neither part that a `DataBlock` gets"
     def __init__(self,
@@ -131,7 +131,7 @@ class SubjectSplitter:
         parts = self.split(items)
         return L(np.flatnonzero(parts=='train').tolist()), L(np.flatnonzero(parts=='valid').tolist())
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #db1e790d
+# %% ../nbs/1_segmentation_on_brain.ipynb #ff45ed5e
 class PrefixSplitter:
     "Validation subjects are those whose ID starts with `prefix`"
     def __init__(self, prefix): self.prefix = prefix
@@ -139,7 +139,7 @@ class PrefixSplitter:
         valid = [s.startswith(self.prefix) for s in _subjects(items)]
         return L(np.flatnonzero(~np.array(valid)).tolist()), L(np.flatnonzero(valid).tolist())
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #8a164fb3
+# %% ../nbs/1_segmentation_on_brain.ipynb #4bc659dc
 ENOUGH_SUBJECTS = 10 # fewer test subjects than this cannot carry a verdict
 
 def split_cases(
@@ -202,7 +202,7 @@ def with_split(
     if lost: raise DataError(f'split table: fold {fold} does not name the subjects {", ".join(lost[:5])}; expected every subject of the cases')
     return cases.assign(split=cases['subject'].map(parts))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #2fdabb50
+# %% ../nbs/1_segmentation_on_brain.ipynb #1d042d3f
 class ReadImage:
     "Grey levels of a case's image, three times over if `rgb`"
     def __init__(self, rgb=False): self.rgb = rgb
@@ -239,7 +239,7 @@ def split_column(items):
     if 'split' not in items: return SubjectSplitter()(items)
     return tuple(L(np.flatnonzero(items['split']==o).tolist()) for o in ('train','valid'))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #1a5a733c
+# %% ../nbs/1_segmentation_on_brain.ipynb #b20d87b8
 @delegates(aug_transforms)
 def brainseg_block(
     kind='brain',     # 'brain' (skull-stripped) or 'orig' (full skull)
@@ -260,7 +260,7 @@ def brainseg_block(
                      get_x=ReadImage(rgb), get_y=ReadMask(codes), splitter=splitter, batch_tfms=[*aug, norm],
                      item_tfms=Resize(size, method=ResizeMethod.Pad, pad_mode=PadMode.Zeros))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #655fd5b6
+# %% ../nbs/1_segmentation_on_brain.ipynb #37ab8a10
 def fast_bf16(
     device # torch device
 )->bool:
@@ -275,7 +275,7 @@ def plain_batch(x):
 
 def autocast_of(device): return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast_bf16(device))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #1cf40387
+# %% ../nbs/1_segmentation_on_brain.ipynb #40ebb2c0
 class LightUnet(nn.Module):
     "ResNet encoder, MONAI's `UpCat` blocks up to half resolution, fastai's sub-pixel step to the full one, and the image itself once more"
     def __init__(self,
@@ -311,7 +311,7 @@ def light_splitter(m):
     "Parameter groups of a `LightUnet`: encoder, and the rest"
     return L(m.body, nn.ModuleList([m.ups, m.shuffle, m.head])).map(params)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #12844d0d
+# %% ../nbs/1_segmentation_on_brain.ipynb #f1669382
 class DiceCE(nn.Module):
     "MONAI's `DiceCELoss` for fastai: class scores (N,C,H,W) against classes (N,H,W)"
     def __init__(self):
@@ -330,7 +330,7 @@ def dice_per_image(
     both,total = (p&t).sum((1,2)), p.sum((1,2))+t.sum((1,2))
     return torch.where(total==0, torch.ones_like(total, dtype=torch.float), 2*both/total.clamp(min=1)).mean()
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #02f5d2e9
+# %% ../nbs/1_segmentation_on_brain.ipynb #6c419490
 class FastBatches(Callback):
     "Plain channels-last batches, bfloat16 where the processor has it, and half the resolution for the first part of training"
     order = 11
@@ -344,7 +344,7 @@ class FastBatches(Callback):
             y = [F.avg_pool2d(F.one_hot(o).movedim(-1, 1).float(), 2).argmax(1) for o in y] # the majority of four pixels
         self.learn.xb,self.learn.yb = (x,), tuple(y)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #ae027aa6
+# %% ../nbs/1_segmentation_on_brain.ipynb #484b4304
 def imagenet_weights(
     arch # torchvision ResNet
 )->bool:
@@ -361,7 +361,7 @@ def imagenet_weights(
                       'training starts from random weights, which needs more images.', stacklevel=2)
         return False
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #45cf1a9e
+# %% ../nbs/1_segmentation_on_brain.ipynb #ef4bff8b
 RECIPES = dict(
     light     = dict(rgb=False, bs=4,  lr=3e-3, wd=1e-2, views=1000, min_epochs=5), # epochs: so many that `views` images are seen
     published = dict(rgb=True,  bs=16, lr=5e-5, wd=None, epochs=16))                # half of them frozen, half unfrozen
@@ -397,7 +397,7 @@ def brainseg_learner(
     learn.create_opt()
     return learn.add_cb(FastBatches())
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #9e4ec545
+# %% ../nbs/1_segmentation_on_brain.ipynb #f72e9429
 @contextlib.contextmanager
 def written_beside(
     path # File to write
@@ -470,7 +470,7 @@ class Checkpoint(Callback):
 
     def after_fit(self): self.state = None
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #88a4091e
+# %% ../nbs/1_segmentation_on_brain.ipynb #df184524
 def fit_recipe(
     learn:Learner,
     recipe='light',
@@ -489,7 +489,7 @@ def fit_recipe(
         ck.phase = i
         learn.fit_one_cycle(n, lr, cbs=ck, start_epoch=ck.start_epoch)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #e83f1629
+# %% ../nbs/1_segmentation_on_brain.ipynb #260667e3
 def _own_pixels(logits, h, w):
     "Class scores (C,S,S) of a padded and scaled square back in the image's own h × w pixels: the inverse of fastai's padding `Resize`"
     m = max(h, w)
@@ -532,7 +532,7 @@ def _save_mask(pred, path):
     with written_beside(path) as tmp: Image.fromarray(pred).save(tmp)
     return str(path)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #e69a74ff
+# %% ../nbs/1_segmentation_on_brain.ipynb #88c29c11
 def environment(device=None)->dict:
     "What the numbers depend on beside the data: versions, processor, threads"
     names = ('brainseg_fastai','fastai','torch','torchvision','monai','numpy','pandas','scipy')
@@ -616,14 +616,14 @@ def train_run(
         (folder/'checkpoint.pt').unlink(missing_ok=True)
     scores = _read_scores(folder/'scores.csv')
     scores['prediction'] = [str(folder/o) for o in scores['prediction']]
-    return dict(scores=scores, curve=pd.read_csv(folder/'curve.csv', float_precision='round_trip'),
+    return dict(scores=scores, curve=pd.read_csv(folder/'curve.csv'),
                 settings=json.loads(done.read_text(encoding='utf-8')), folder=folder)
 
 def _same_run(folder, key):
     try: return json.loads((folder/'key.json').read_text(encoding='utf-8')).get('key')==key
     except (OSError, ValueError): return False
 
-def _read_scores(path): return pd.read_csv(path, dtype={o: str for o in ('subject','scan','slice')}, float_precision='round_trip')
+def _read_scores(path): return pd.read_csv(path, dtype={o: str for o in ('subject','scan','slice')})
 
 def load_run(
     folder,            # Folder of a complete run
@@ -635,7 +635,7 @@ def load_run(
     learn.model.load_state_dict(load_file(folder/'model.safetensors'))
     return learn
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #ef8417d6
+# %% ../nbs/1_segmentation_on_brain.ipynb #4b28c1d2
 @delegates(train_run, but='folder,test_sets,seed')
 def train_folds(
     cases:pd.DataFrame, # Case table of one kind
@@ -669,7 +669,7 @@ def train_folds(
     own = scores['tested_on']==kind
     return dict(scores=scores[own].drop(columns='tested_on').reset_index(drop=True), all_scores=scores, curves=curves, runs=runs)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #665291c1
+# %% ../nbs/1_segmentation_on_brain.ipynb #a8e9ee37
 def plot_curves(
     curves:pd.DataFrame, # Curve table: kind, fold, seed, epoch, valid_dice
     ax=None
@@ -683,7 +683,7 @@ def plot_curves(
     ax.set(xlabel='epoch', ylabel='per-image Dice, validation', ylim=(0,1))
     return ax
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #34b6baf6
+# %% ../nbs/1_segmentation_on_brain.ipynb #e64a88a0
 def image_split(
     cases:pd.DataFrame, # Case table
     split:pd.DataFrame, # Split by subject
