@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['EXAMPLES', 'parser', 'check', 'compare', 'demo', 'train', 'main']
 
-# %% ../nbs/05_commands.ipynb #821074ad
+# %% ../nbs/05_commands.ipynb #c091dbfd
 import argparse, sys, warnings
 from pathlib import Path
 
 from . import __version__
 
-# %% ../nbs/05_commands.ipynb #4ca6fa80
+# %% ../nbs/05_commands.ipynb #0f3fab72
 EXAMPLES = """examples:
   brainseg demo                                     the whole job on a simulated cohort
   brainseg check slices                             is this folder fit for training?
@@ -22,7 +22,7 @@ EXAMPLES = """examples:
 def _data(p):
     "Arguments that say what the data are"
     p.add_argument('data', type=Path, nargs='?' if p.prog.endswith('compare') else None,
-                   help='folder with mask and brain or orig (or both), see data_README.md' + ('; left out: the demo cohort' if p.prog.endswith('compare') else ''))
+                   help='folder with mask and brain or orig (or both), see data_README.md; compare takes the demo cohort if left out')
     p.add_argument('--subject', metavar='REGEX|folder|CSV', help='how subjects are named: a regular expression with one group, "folder" for a '
                    'folder per subject, or a CSV file with the columns image, subject; left out: ID before the first dash')
 
@@ -31,12 +31,13 @@ def _training(p):
     p.add_argument('--epochs', type=_count, metavar='N', help='epochs of each training; left out: as many as suit the number of images')
     p.add_argument('--size', type=_size, default=256, metavar='PX', help='side of the images in pixels (default 256)')
     p.add_argument('--seed', type=int, default=42, metavar='N', help='same seed, data and threads: same scores (default 42)')
-    p.add_argument('--folds', type=_count, metavar='K', help='test every subject once, in K folds; left out: one split if it tests ten subjects, else 3')
+    p.add_argument('--folds', type=_count, metavar='K',
+                   help='test every subject once, in K folds; left out: one split if it tests ten subjects, else 3 folds')
     p.add_argument('--repeats', type=_count, default=1, metavar='R', help='trainings per fold, each with its own seed (default 1)')
     p.add_argument('--split', type=Path, metavar='CSV', help='an earlier split.csv: its subjects stay where they were')
     p.add_argument('--external', type=Path, metavar='DIR', help='another folder to score the models on as well')
     p.add_argument('--arch', default='resnet18', choices=['resnet18','resnet34','resnet50'], help='encoder (default resnet18)')
-    p.add_argument('--recipe', default='light', choices=['light','published'], help='published: the original notebooks\' training, slow (default light)')
+    p.add_argument('--recipe', default='light', choices=['light','published'], help='published: as in the original notebooks, slow (default light)')
     p.add_argument('--no-pretrained', dest='pretrained', action='store_false', help='random instead of ImageNet weights')
     p.add_argument('--threads', type=_count, metavar='N', help='processor threads')
     again = p.add_mutually_exclusive_group()
@@ -55,8 +56,8 @@ def _size(s):
 
 def parser()->argparse.ArgumentParser:
     "The command line of `brainseg`"
-    p = argparse.ArgumentParser(prog='brainseg', description='Segment brain structures in MRI slices, and find out whether the skull has to go first.',
-                                epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(prog='brainseg', epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                description='Segment brain structures in MRI slices, and find out whether the skull has to go first.')
     p.add_argument('--version', action='version', version=f'brainseg {__version__}')
     sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND')
     def add(name, run, text, example):
@@ -68,18 +69,20 @@ def parser()->argparse.ArgumentParser:
     _training(q)
     q = add('check', check, 'is a folder fit for training? Exit code 1 if not', 'brainseg check slices')
     _data(q)
-    q = add('compare', compare, 'train on skull-stripped and on full-skull slices and compare them on unseen subjects', 'brainseg compare slices --out report --folds 3')
+    q = add('compare', compare, 'train on skull-stripped and on full-skull slices and compare them on unseen subjects',
+            'brainseg compare slices --out report --folds 3')
     _data(q); _training(q)
     q.add_argument('--out', type=Path, required=True, metavar='DIR', help='folder for the results')
     q.add_argument('--margin', type=float, default=.01, metavar='DICE', help='differences below it do not matter (default 0.01)')
     q.add_argument('--no-control', dest='control', action='store_false', help='without the extra training of the same input with another seed')
-    q = add('train', train, 'train one model and report how well it does on unseen subjects', 'brainseg train slices --kind brain --out model')
+    q = add('train', train, 'train one model and report how well it does on unseen subjects',
+            'brainseg train slices --kind brain --out model')
     _data(q); _training(q)
     q.add_argument('--kind', required=True, help='folder of the images: brain, orig, …')
     q.add_argument('--out', type=Path, required=True, metavar='DIR', help='folder for the results')
     return p
 
-# %% ../nbs/05_commands.ipynb #a3a56af8
+# %% ../nbs/05_commands.ipynb #ba7e6e94
 def _settings(a):
     "Arguments for the training functions, after setting the threads"
     import shlex, torch
@@ -127,7 +130,7 @@ def train(a):
     m = r['summary'].loc['dice']
     _finish(r, f'Mean per-image Dice on {int(m["n"])} unseen subjects: {m["mean"]:.3f} (95 % interval {m["low"]:.3f} to {m["high"]:.3f})')
 
-# %% ../nbs/05_commands.ipynb #228c8ab5
+# %% ../nbs/05_commands.ipynb #181b883e
 def _say_warning(message, category, *args, **kwargs):
     "Our own warnings in one line; those of other libraries about their future are not the user's business"
     if category is UserWarning: print(f'brainseg: {message}', file=sys.stderr)
@@ -144,7 +147,8 @@ def main(argv=None)->int: # Exit code
             warnings.showwarning = _say_warning
             return a.run(a) or 0
     except KeyboardInterrupt:
-        print(f'\nStopped. To go on: {" ".join(["brainseg", *(o for o in argv if o!="--overwrite")])} --resume' if a.command!='check' else '\nStopped.', file=sys.stderr)
+        again = ' '.join(['brainseg', *(o for o in argv if o not in ('--overwrite','--resume')), '--resume'])
+        print('\nStopped.' + ('' if a.command=='check' else f' To go on: {again}'), file=sys.stderr)
         return 130
     except BrokenPipeError: return 1
     except Exception as e:

@@ -6,7 +6,7 @@
 __all__ = ['RESULTS', 'FEW', 'prepare', 'both_kinds', 'check_out', 'result_folder', 'Announce', 'swap_table', 'train_kinds',
            'compare_inputs', 'train_input']
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #5045997c
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #4605ae56
 import json, os, shutil, time
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .scores import EMPTY_POLICY, TOLERANCE_POLICY, summarise_scores
 from .segmentation import ENOUGH_SUBJECTS, split_cases, train_folds, train_run, write_csv, write_json
 from .stats import compare_scores, training_longer
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #8d09abce
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #ba7def1c
 def prepare(
     root,             # Data folder
     kinds,            # Kinds of image to use
@@ -50,8 +50,9 @@ def both_kinds(
     raise DataError(f'{root}: found only images of the kind {", ".join(ks)}; a comparison needs brain and orig. '
                     f'To train one model: brainseg train {root} --kind {one} --out DIR')
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #2801f0a9
-RESULTS = ('settings.json','split.csv','scores.csv','curves.csv','swap.csv','external.csv','control.csv','comparison.json','summary.json','report.html')
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #6ef075bb
+RESULTS = ('settings.json','split.csv','scores.csv','curves.csv','swap.csv','external.csv','control.csv','comparison.json','summary.json',
+           'report.html')
 
 def check_out(
     out,         # Folder for the results
@@ -63,7 +64,8 @@ def check_out(
     if out.exists() and any(out.iterdir()):
         if not (out/'settings.json').exists():
             raise DataError(f'{out}: a folder with other things in it; expected a new or empty one. Choose another --out.')
-        if not again: raise DataError(f'{out}: holds an earlier run. Choose another --out, go on with it (--resume) or replace it (--overwrite).')
+        if not again:
+            raise DataError(f'{out}: holds an earlier run. Choose another --out, go on with it (--resume) or replace it (--overwrite).')
     return out
 
 def result_folder(
@@ -80,7 +82,8 @@ def result_folder(
             for o in RESULTS: (out/o).unlink(missing_ok=True)
             shutil.rmtree(out/'runs', ignore_errors=True)
         elif diff := [k for k in new if old.get(k)!=new[k]]:
-            raise DataError(f'{out}: was begun with other settings ({", ".join(f"{k}: {old.get(k)}, now {new[k]}" for k in diff[:3])}). '
+            changes = ', '.join(f'{k}: {old.get(k)}, now {new[k]}' for k in diff[:3])
+            raise DataError(f'{out}: was begun with other settings ({changes}). '
                             'Resume with the same ones, or start anew with --overwrite.')
     out.mkdir(parents=True, exist_ok=True)
     write_json(out/'settings.json', settings)
@@ -95,7 +98,7 @@ class Announce:
         self.say(f'Training {self.n} of {self.total}: {kind_name(kind).lower()}, fold {fold+1}, seed {seed}' +
                  ('' if left is None else f' (about {left/60:.0f} min left)'))
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #861ec9a0
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #fe0141cb
 def swap_table(
     scores:pd.DataFrame # Score table with `kind` (trained on) and `tested_on`
 )->pd.DataFrame: # trained_on, tested_on, n_subjects, dice, low, high
@@ -109,9 +112,9 @@ def _info(settings, ready, runs, curves, command, began):
     "What a report tells about its making"
     envs = [r['settings'] for r in runs]
     table = next(iter(ready['tables'].values()))
-    return dict(command=command, training_longer=training_longer(curves),
-        definitions={'Empty masks': EMPTY_POLICY, 'Surface tolerance': TOLERANCE_POLICY}, **{k: v for k,v in settings.items() if v is not None},
-        design=FEW if ready['few'] else 'as asked for', cases=len(table), subjects=int(table['subject'].nunique()), epochs_trained=envs[0]['epochs'],
+    return dict(command=command, training_longer=training_longer(curves), **{k: v for k,v in settings.items() if v is not None},
+        definitions={'Empty masks': EMPTY_POLICY, 'Surface tolerance': TOLERANCE_POLICY}, design=FEW if ready['few'] else 'as asked for',
+        cases=len(table), subjects=int(table['subject'].nunique()), epochs_trained=envs[0]['epochs'],
         encoder_weights='ImageNet' if envs[0]['imagenet'] else 'random', environment=envs[0]['environment'],
         wall_time=f'{(time.time()-began)/60:.1f} min (this call)')
 
@@ -124,19 +127,29 @@ def _external(root, kind, subject, known, codes):
     t = t[~t['subject'].isin(known)].reset_index(drop=True)
     if not len(t): raise DataError(f'{root}: all subjects are also in the training folder; expected other people.')
     other = sorted(set(mask_codes(t['mask'])) - set(codes))
-    if other: raise DataError(f'{root}: the masks hold the values {other}; expected only {list(codes)}, as in the training folder. Write them with the same codes.')
+    if other:
+        raise DataError(f'{root}: the masks hold the values {other}; expected only {list(codes)}, as in the training folder. '
+                        'Write them with the same codes.')
     return t
 
-FEW = (f'One split would test fewer than {ENOUGH_SUBJECTS} subjects, too few for a verdict. So every subject is tested once, in three folds.')
+FEW = f'One split would test fewer than {ENOUGH_SUBJECTS} subjects, too few for a verdict: every subject is tested once, in three folds.'
 
 @delegates(train_run, but='folder,test_sets,codes')
 def train_kinds(
-    root, out, kinds,
-    folds=None, repeats=1, seed=42,
-    subject=None, previous=None,
+    root,            # Data folder
+    out,             # Folder for the results
+    kinds,           # Kinds of image, each of which is trained on
+    folds=None,      # None: one split if it tests ten subjects, else three folds
+    repeats=1,       # Trainings per fold and kind
+    seed=42,         # Of the split, and of the first training
+    subject=None,    # How subjects are named, as in `adni_cases`
+    previous=None,   # Earlier split (table or CSV file) to keep to
     external=None,   # Another data folder to score the models on
     control=True,    # One more training of the first kind, for scale
-    overwrite=False, resume=False, command='', progress=True,
+    overwrite=False, # Replace an earlier run in `out`
+    resume=False,    # Go on with it
+    command='',      # How to repeat this, for the report
+    progress=True,
     **kwargs
 )->dict: # out, scores, all_scores, curves, control, info, …
     "Prepare, train and score every kind on the same split; writes settings, split, scores and curves"
@@ -154,21 +167,23 @@ def train_kinds(
     def run(kind, seed, folds=slice(None), repeats=repeats):
         split = ready['split'][ready['split'].image.str.startswith(f'{kind}/')]
         others = {k: t for k,t in ready['tables'].items() if k!=kind}
-        return train_folds(ready['tables'][kind], split[split.fold.isin(sorted(split.fold.unique())[folds])], out, repeats, seed, others=others,
-                           external=ext[kind], announce=say, codes=ready['codes'], **kwargs)
+        split = split[split.fold.isin(sorted(split.fold.unique())[folds])]
+        return train_folds(ready['tables'][kind], split, out, repeats, seed, others=others, external=ext[kind], announce=say,
+                           codes=ready['codes'], **kwargs)
     parts = [run(k, seed) for k in kinds]
     both = {o: pd.concat([p[o] for p in parts], ignore_index=True) for o in ('scores','all_scores','curves')}
     write_csv(out/'scores.csv', both['scores']); write_csv(out/'curves.csv', both['curves'])
     again = None
     if control:
-        again = pd.concat([both['scores'].query('kind==@kinds[0] and fold==0'), run(kinds[0], seed+500, slice(1), 1)['scores']], ignore_index=True)
+        first = both['scores'].query('kind==@kinds[0] and fold==0')
+        again = pd.concat([first, run(kinds[0], seed+500, slice(1), 1)['scores']], ignore_index=True)
         write_csv(out/'control.csv', again)
     if external is not None: write_csv(out/'external.csv', both['all_scores'].query('tested_on=="external"'))
     runs = [r for p in parts for r in p['runs']]
     return dict(**both, **ready, out=out, control=again, settings=settings, simulated=is_simulated(root), root=Path(root).resolve(),
                 info=_info(settings, ready, runs, both['curves'], command, began))
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #28441aa1
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #55dd9a6b
 def _external_table(scores):
     "Scores on the external folder by kind, or None"
     ext = scores.query('tested_on=="external"')

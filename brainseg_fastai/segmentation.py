@@ -11,7 +11,7 @@ __all__ = ['ENOUGH_SUBJECTS', 'RECIPES', 'data_folder', 'closest_subset', 'asser
            'fit_recipe', 'predict_cases', 'score_cases', 'environment', 'make_learner', 'train_run', 'load_run',
            'train_folds', 'plot_curves', 'image_split']
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #6a9e05ae
+# %% ../nbs/1_segmentation_on_brain.ipynb #d64806d7
 import contextlib, hashlib, json, os, random, shutil, sys, time, warnings
 from importlib.metadata import version
 from itertools import combinations
@@ -29,7 +29,7 @@ from .cases import (DataError, adni_cases, check_cases, data_fingerprint, is_sim
                                    read_image, read_mask, refuse_errors, show_cases, subject_id)
 from .scores import score_mask
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #7853f151
+# %% ../nbs/1_segmentation_on_brain.ipynb #3a584e7a
 def data_folder(
     default='adni_like' # Subfolder to use where `BRAINSEG_DATA` names a folder of data sets
 )->Path: # Folder with `mask` and at least one kind of image
@@ -40,7 +40,7 @@ def data_folder(
     root = Path(os.environ['BRAINSEG_DATA']).expanduser().resolve()
     return root/default if (root/default/'mask').is_dir() else root
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #2066e587
+# %% ../nbs/1_segmentation_on_brain.ipynb #5b5bb485
 def closest_subset(
     counts:dict,   # Images per subject
     target:float   # Number of images wanted
@@ -58,7 +58,7 @@ def closest_subset(
     while s: i = last[s]; res.add(names[i]); s -= ns[i]
     return res
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #0c6b1ef5
+# %% ../nbs/1_segmentation_on_brain.ipynb #ba6a3a7e
 def _closest_but(counts, target, k):
     "`closest_subset` that leaves out at least `k` subjects"
     parts = (closest_subset({s: n for s,n in counts.items() if s not in out}, target) for out in combinations(counts, k))
@@ -76,16 +76,19 @@ def read_split(
     name = 'split table' if isinstance(split, pd.DataFrame) else str(split)
     if not isinstance(split, pd.DataFrame):
         try: split = pd.read_csv(split, dtype={'subject':str}, keep_default_na=False, encoding='utf-8-sig')
-        except (OSError, ValueError) as e: raise DataError(f'{split}: {e}; expected a CSV file with the columns image, subject, split') from e
+        except (OSError, ValueError) as e:
+            raise DataError(f'{split}: {e}; expected a CSV file with the columns image, subject, split') from e
     bad = {'subject','split'}-set(split.columns) or set(split['split'])-{'train','valid','test'}
-    if bad: raise DataError(f'{name}: expected the columns subject, split with train, valid or test; problem with {sorted(map(str, bad))}')
+    if bad: raise DataError(f'{name}: expected the columns subject, split with train, valid or test; problem with {_few(bad)}')
     try: assert_apart(split)
     except AssertionError as e: raise DataError(f'{name}: {e}. Give every image of a subject the same split.') from e
     return split
 
+def _few(xs): return ', '.join(sorted(map(str, xs))[:5])
+
 def _subjects(items): return list(items['subject']) if isinstance(items, pd.DataFrame) else [subject_id(o) for o in items]
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #4f5eadd5
+# %% ../nbs/1_segmentation_on_brain.ipynb #6cd47f26
 class SubjectSplitter:
     "Split paths or a case table by subject; test items are in neither part that a `DataBlock` gets"
     def __init__(self,
@@ -131,7 +134,7 @@ class SubjectSplitter:
         parts = self.split(items)
         return L(np.flatnonzero(parts=='train').tolist()), L(np.flatnonzero(parts=='valid').tolist())
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #ff45ed5e
+# %% ../nbs/1_segmentation_on_brain.ipynb #f9f8bb7d
 class PrefixSplitter:
     "Validation subjects are those whose ID starts with `prefix`"
     def __init__(self, prefix): self.prefix = prefix
@@ -139,12 +142,12 @@ class PrefixSplitter:
         valid = [s.startswith(self.prefix) for s in _subjects(items)]
         return L(np.flatnonzero(~np.array(valid)).tolist()), L(np.flatnonzero(valid).tolist())
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #4bc659dc
+# %% ../nbs/1_segmentation_on_brain.ipynb #4b39935c
 ENOUGH_SUBJECTS = 10 # fewer test subjects than this cannot carry a verdict
 
 def split_cases(
     cases:pd.DataFrame, # Case table
-    folds=None,         # 1: one split; more: every subject is tested in exactly one fold; None: one split if it tests ten subjects, else three folds
+    folds=None,         # 1: one split; K: every subject is tested in one of K folds; None: one split if it tests ten subjects, else 3 folds
     valid_pct=.15,      # Share of images for validation (of those not tested, when there are folds)
     test_pct=.25,       # Share of images for the test of a single split
     seed=42,
@@ -159,7 +162,7 @@ def split_cases(
         if one is not None and one.loc[one['split']=='test', 'subject'].nunique()>=ENOUGH_SUBJECTS: return one
         folds = 3
     if old is not None and sorted(old['fold'].unique())!=list(range(folds)):
-        raise DataError(f'the earlier split has the folds {sorted(old["fold"].unique())}, asked for are {folds}; keep to the same number of folds')
+        raise DataError(f'the earlier split has the folds {_few(old["fold"].unique())}, asked for are {folds}; keep to the same number of folds')
     old_of = lambda f: None if old is None else old[old['fold']==f]
     counts = cases['subject'].value_counts().sort_index()
     if folds > 1:
@@ -174,7 +177,7 @@ def split_cases(
         if folds==1: return SubjectSplitter(valid_pct, test_pct, seed, old_of(0)).assign(cases['subject'])
         rest = cases['subject'][cases['subject'].map(home)!=f]
         if rest.nunique() < 2:
-            raise DataError(f'fold {f+1} of {folds} would leave one subject for training and validation; expected two or more. Use more folds.')
+            raise DataError(f'fold {f+1} of {folds} would leave one subject for training and validation; use more folds or add subjects')
         previous = None if old is None else old_of(f)[lambda t: t['split']!='test']
         return {**SubjectSplitter(valid_pct, 0, seed+f, previous).assign(rest), **{s:'test' for s,g in home.items() if g==f}}
     names = [case_name(o) for o in cases.itertuples()]
@@ -198,11 +201,11 @@ def with_split(
 )->pd.DataFrame: # Case table with the column `split`
     "Case table with what the split table says of each subject"
     parts = dict(split.loc[split['fold']==fold, ['subject','split']].itertuples(index=False))
-    lost = sorted(set(cases['subject']) - set(parts))
-    if lost: raise DataError(f'split table: fold {fold} does not name the subjects {", ".join(lost[:5])}; expected every subject of the cases')
+    lost = set(cases['subject']) - set(parts)
+    if lost: raise DataError(f'split table: fold {fold} does not name the subjects {_few(lost)}; expected every subject of the cases')
     return cases.assign(split=cases['subject'].map(parts))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #1d042d3f
+# %% ../nbs/1_segmentation_on_brain.ipynb #9bea913b
 class ReadImage:
     "Grey levels of a case's image, three times over if `rgb`"
     def __init__(self, rgb=False): self.rgb = rgb
@@ -221,7 +224,7 @@ class ReadCases:
     def __call__(self, source):
         if not isinstance(source, pd.DataFrame): return adni_cases(source, self.kind, self.subject)
         res = source[source['kind']==self.kind].reset_index(drop=True)
-        if not len(res): raise DataError(f'case table: found no images of the kind {self.kind}; it has {", ".join(source["kind"].unique())}.')
+        if not len(res): raise DataError(f'case table: found no images of the kind {self.kind}; it has {_few(set(source["kind"]))}')
         return res
 
 class ImageZScore(DisplayedTransform):
@@ -239,7 +242,7 @@ def split_column(items):
     if 'split' not in items: return SubjectSplitter()(items)
     return tuple(L(np.flatnonzero(items['split']==o).tolist()) for o in ('train','valid'))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #b20d87b8
+# %% ../nbs/1_segmentation_on_brain.ipynb #a1640088
 @delegates(aug_transforms)
 def brainseg_block(
     kind='brain',     # 'brain' (skull-stripped) or 'orig' (full skull)
@@ -256,11 +259,11 @@ def brainseg_block(
     aug = aug_transforms(max_rotate=max_rotate, min_zoom=min_zoom, max_zoom=max_zoom, max_lighting=max_lighting, max_warp=max_warp,
                          **kwargs) if augment else []
     norm = Normalize.from_stats(*imagenet_stats) if rgb else ImageZScore()
-    return DataBlock(blocks=(ImageBlock(PILImage if rgb else PILImageBW), MaskBlock(codes=np.array(codes))), get_items=ReadCases(kind, subject),
-                     get_x=ReadImage(rgb), get_y=ReadMask(codes), splitter=splitter, batch_tfms=[*aug, norm],
-                     item_tfms=Resize(size, method=ResizeMethod.Pad, pad_mode=PadMode.Zeros))
+    blocks = ImageBlock(PILImage if rgb else PILImageBW), MaskBlock(codes=np.array(codes))
+    return DataBlock(blocks, get_items=ReadCases(kind, subject), get_x=ReadImage(rgb), get_y=ReadMask(codes), splitter=splitter,
+                     item_tfms=Resize(size, method=ResizeMethod.Pad, pad_mode=PadMode.Zeros), batch_tfms=[*aug, norm])
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #37ab8a10
+# %% ../nbs/1_segmentation_on_brain.ipynb #f7f62da8
 def fast_bf16(
     device # torch device
 )->bool:
@@ -275,7 +278,7 @@ def plain_batch(x):
 
 def autocast_of(device): return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast_bf16(device))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #40ebb2c0
+# %% ../nbs/1_segmentation_on_brain.ipynb #220d7cd8
 class LightUnet(nn.Module):
     "ResNet encoder, MONAI's `UpCat` blocks up to half resolution, fastai's sub-pixel step to the full one, and the image itself once more"
     def __init__(self,
@@ -288,7 +291,7 @@ class LightUnet(nn.Module):
         self.skips = [i for i in range(len(sizes)-1) if sizes[i][-1]!=sizes[i+1][-1]] # the last layers before each halving
         skip_chs = [sizes[i][1] for i in self.skips][::-1]
         *ups,full = widths
-        assert len(skip_chs)==len(ups), f'the encoder halves its input {len(skip_chs)+1} times, which needs {len(skip_chs)+1} widths, not {len(widths)}'
+        assert len(skip_chs)==len(ups), f'the encoder halves its input {len(skip_chs)+1} times; expected as many widths, not {len(widths)}'
         self.body = body
         self.ups = nn.ModuleList(UpCat(2, i, s, w, ('relu', {'inplace':True}), ('batch', {}), False, upsample='nontrainable',
                                        interp_mode='nearest', align_corners=None) for i,s,w in zip([sizes[-1][1], *ups], skip_chs, ups))
@@ -311,7 +314,7 @@ def light_splitter(m):
     "Parameter groups of a `LightUnet`: encoder, and the rest"
     return L(m.body, nn.ModuleList([m.ups, m.shuffle, m.head])).map(params)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #f1669382
+# %% ../nbs/1_segmentation_on_brain.ipynb #ca7c2b76
 class DiceCE(nn.Module):
     "MONAI's `DiceCELoss` for fastai: class scores (N,C,H,W) against classes (N,H,W)"
     def __init__(self):
@@ -330,11 +333,11 @@ def dice_per_image(
     both,total = (p&t).sum((1,2)), p.sum((1,2))+t.sum((1,2))
     return torch.where(total==0, torch.ones_like(total, dtype=torch.float), 2*both/total.clamp(min=1)).mean()
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #6c419490
+# %% ../nbs/1_segmentation_on_brain.ipynb #9067a114
 class FastBatches(Callback):
     "Plain channels-last batches, bfloat16 where the processor has it, and half the resolution for the first part of training"
     order = 11
-    def __init__(self, half_until=.35): self.half_until = half_until # share of training at half the resolution
+    def __init__(self, half_until=.45): self.half_until = half_until # share of training at half the resolution
     def before_fit(self): self.learn.model.to(memory_format=torch.channels_last)
     def before_batch(self):
         x = plain_batch(self.x)
@@ -344,7 +347,7 @@ class FastBatches(Callback):
             y = [F.avg_pool2d(F.one_hot(o).movedim(-1, 1).float(), 2).argmax(1) for o in y] # the majority of four pixels
         self.learn.xb,self.learn.yb = (x,), tuple(y)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #484b4304
+# %% ../nbs/1_segmentation_on_brain.ipynb #3847c765
 def imagenet_weights(
     arch # torchvision ResNet
 )->bool:
@@ -361,9 +364,9 @@ def imagenet_weights(
                       'training starts from random weights, which needs more images.', stacklevel=2)
         return False
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #ef4bff8b
+# %% ../nbs/1_segmentation_on_brain.ipynb #b98fc3f0
 RECIPES = dict(
-    light     = dict(rgb=False, bs=4,  lr=3e-3, wd=1e-2, views=1000, min_epochs=5), # epochs: so many that `views` images are seen
+    light     = dict(rgb=False, bs=4,  lr=3e-3, wd=1e-2, views=900, min_epochs=5), # epochs: so many that `views` images are seen
     published = dict(rgb=True,  bs=16, lr=5e-5, wd=None, epochs=16))                # half of them frozen, half unfrozen
 
 def recipe_settings(recipe):
@@ -388,16 +391,16 @@ def brainseg_learner(
     r = recipe_settings(recipe)
     weights = pretrained and imagenet_weights(arch)
     if recipe=='published':
-        return unet_learner(dls, arch, pretrained=weights, **merge(dict(self_attention=True, act_cls=Mish, metrics=dice_per_image,
-                            loss_func=CrossEntropyLossFlat(axis=1)), kwargs))
-    learn = unet_learner(dls, arch, n_in=1, cut=-3, normalize=False, pretrained=weights, **merge(dict(loss_func=DiceCE(), metrics=dice_per_image,
-                         wd=r['wd']), kwargs))
+        kwargs = dict(self_attention=True, act_cls=Mish, loss_func=CrossEntropyLossFlat(axis=1), metrics=dice_per_image) | kwargs
+        return unet_learner(dls, arch, pretrained=weights, **kwargs)
+    kwargs = dict(loss_func=DiceCE(), metrics=dice_per_image, wd=r['wd']) | kwargs
+    learn = unet_learner(dls, arch, n_in=1, cut=-3, normalize=False, pretrained=weights, **kwargs)
     learn.model = LightUnet(learn.model[0], learn.n_out).to(dls.device)
     learn.splitter = light_splitter
     learn.create_opt()
     return learn.add_cb(FastBatches())
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #f72e9429
+# %% ../nbs/1_segmentation_on_brain.ipynb #56849ab9
 @contextlib.contextmanager
 def written_beside(
     path # File to write
@@ -423,7 +426,8 @@ def _random_state(dls): return dict(torch=torch.get_rng_state(), python=random.g
     cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
 
 def _set_random_state(dls, s):
-    torch.set_rng_state(s['torch']); random.setstate(s['python']); dls.train.rng.setstate(s['loader']); np.random.set_state(tuple(s['numpy']))
+    torch.set_rng_state(s['torch']); np.random.set_state(tuple(s['numpy']))
+    random.setstate(s['python']); dls.train.rng.setstate(s['loader'])
     if s['cuda']: torch.cuda.set_rng_state_all(s['cuda'])
 
 class Checkpoint(Callback):
@@ -437,7 +441,7 @@ class Checkpoint(Callback):
         self.curve = []
         if self.path and self.path.exists():
             try: self.state = torch.load(self.path, map_location='cpu', weights_only=True) # tensors and numbers only, nothing is executed
-            except Exception as e: warnings.warn(f'{self.path}: a damaged checkpoint ({type(e).__name__}); this training starts anew.', stacklevel=2)
+            except Exception as e: warnings.warn(f'{self.path}: a damaged checkpoint ({type(e).__name__}); this training starts anew.')
             else: self.phase,self.curve = self.state['phase'], self.state['curve']
 
     @property
@@ -470,7 +474,7 @@ class Checkpoint(Callback):
 
     def after_fit(self): self.state = None
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #df184524
+# %% ../nbs/1_segmentation_on_brain.ipynb #41293f42
 def fit_recipe(
     learn:Learner,
     recipe='light',
@@ -489,7 +493,7 @@ def fit_recipe(
         ck.phase = i
         learn.fit_one_cycle(n, lr, cbs=ck, start_epoch=ck.start_epoch)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #260667e3
+# %% ../nbs/1_segmentation_on_brain.ipynb #03836aad
 def _own_pixels(logits, h, w):
     "Class scores (C,S,S) of a padded and scaled square back in the image's own h × w pixels: the inverse of fastai's padding `Resize`"
     m = max(h, w)
@@ -532,7 +536,7 @@ def _save_mask(pred, path):
     with written_beside(path) as tmp: Image.fromarray(pred).save(tmp)
     return str(path)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #88c29c11
+# %% ../nbs/1_segmentation_on_brain.ipynb #c25126cd
 def environment(device=None)->dict:
     "What the numbers depend on beside the data: versions, processor, threads"
     names = ('brainseg_fastai','fastai','torch','torchvision','monai','numpy','pandas','scipy')
@@ -588,12 +592,13 @@ def train_run(
     test_sets = test_sets or {kind: cases[cases['split']=='test']}
     have = dict(train=(cases['split']=='train').any(), valid=(cases['split']=='valid').any(), test=any(map(len, test_sets.values())))
     if not all(have.values()):
-        raise DataError(f'no {kind} images with the split {", ".join(k for k,v in have.items() if not v)}; expected some for each. See split_cases.')
+        raise DataError(f'no {kind} images with the split {_few(k for k,v in have.items() if not v)}; expected some for each. See split_cases.')
     s = _run_settings(cases, kind, seed, recipe, arch, epochs, size, codes or mask_codes(cases['mask']), pretrained, bs)
     s['tests'] = {k: _digest(data_fingerprint(t), list(map(str, t['spacing']))) for k,t in test_sets.items()}
     done,key = folder/'run.json', _digest(s)
     if folder.exists() and any(folder.iterdir()) and not _same_run(folder, key):
-        if not (folder/'key.json').exists(): raise DataError(f'{folder}: found other files; expected an empty folder or an earlier run. Choose another.')
+        if not (folder/'key.json').exists():
+            raise DataError(f'{folder}: found other files; expected an empty folder or an earlier run. Choose another.')
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not done.exists():
@@ -603,13 +608,14 @@ def train_run(
         ck = Checkpoint(folder/'checkpoint.pt')
         try: fit_recipe(learn, recipe, s['epochs'], ck)
         except KeyboardInterrupt:
-            print(f'\nInterrupted. {f"The state after {len(ck.curve)} epochs or a little less is kept in {ck.path}" if ck.path.exists() else "Nothing to keep yet"}; '
-                  'the same call goes on from there (the command: with --resume).')
+            kept = f'A state not much older than this is kept in {ck.path}' if ck.path.exists() else 'There was nothing to keep yet'
+            print(f'\nInterrupted. {kept}; the same call goes on from there (the command: with --resume).')
             raise
-        with written_beside(folder/'model.safetensors') as tmp: save_file({k: v.contiguous() for k,v in learn.model.state_dict().items()}, tmp)
+        weights = {k: v.contiguous() for k,v in learn.model.state_dict().items()}
+        with written_beside(folder/'model.safetensors') as tmp: save_file(weights, tmp)
         write_csv(folder/'curve.csv', pd.DataFrame(ck.curve))
-        scores = [score_cases(learn, t, save_to=folder/'predictions'/k).assign(kind=kind, tested_on=k) for k,t in test_sets.items() if len(t)]
-        scores = pd.concat(scores, ignore_index=True)
+        scores = pd.concat([score_cases(learn, t, save_to=folder/'predictions'/k).assign(kind=kind, tested_on=k)
+                            for k,t in test_sets.items() if len(t)], ignore_index=True)
         scores['prediction'] = [Path(o).relative_to(folder).as_posix() for o in scores['prediction']]
         write_csv(folder/'scores.csv', scores)
         write_json(done, {**s, 'imagenet': learn.pretrained, 'environment': environment(learn.dls.device)})
@@ -635,7 +641,7 @@ def load_run(
     learn.model.load_state_dict(load_file(folder/'model.safetensors'))
     return learn
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #4b28c1d2
+# %% ../nbs/1_segmentation_on_brain.ipynb #7fdbc29f
 @delegates(train_run, but='folder,test_sets,seed')
 def train_folds(
     cases:pd.DataFrame, # Case table of one kind
@@ -669,7 +675,7 @@ def train_folds(
     own = scores['tested_on']==kind
     return dict(scores=scores[own].drop(columns='tested_on').reset_index(drop=True), all_scores=scores, curves=curves, runs=runs)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #a8e9ee37
+# %% ../nbs/1_segmentation_on_brain.ipynb #a176146a
 def plot_curves(
     curves:pd.DataFrame, # Curve table: kind, fold, seed, epoch, valid_dice
     ax=None
@@ -683,7 +689,7 @@ def plot_curves(
     ax.set(xlabel='epoch', ylabel='per-image Dice, validation', ylim=(0,1))
     return ax
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #e64a88a0
+# %% ../nbs/1_segmentation_on_brain.ipynb #44736fa8
 def image_split(
     cases:pd.DataFrame, # Case table
     split:pd.DataFrame, # Split by subject
