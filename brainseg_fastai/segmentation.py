@@ -11,7 +11,7 @@ __all__ = ['ENOUGH_SUBJECTS', 'RECIPES', 'data_folder', 'closest_subset', 'asser
            'fit_recipe', 'predict_cases', 'score_cases', 'environment', 'make_learner', 'train_run', 'load_run',
            'train_folds', 'plot_curves', 'image_split']
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #d64806d7
+# %% ../nbs/1_segmentation_on_brain.ipynb #8a490e69
 import contextlib, hashlib, json, os, random, shutil, sys, time, warnings
 from importlib.metadata import version
 from itertools import combinations
@@ -29,7 +29,7 @@ from .cases import (DataError, adni_cases, check_cases, data_fingerprint, is_sim
                                    read_image, read_mask, refuse_errors, show_cases, subject_id)
 from .scores import score_mask
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #3a584e7a
+# %% ../nbs/1_segmentation_on_brain.ipynb #138445a4
 def data_folder(
     default='adni_like' # Subfolder to use where `BRAINSEG_DATA` names a folder of data sets
 )->Path: # Folder with `mask` and at least one kind of image
@@ -40,7 +40,7 @@ def data_folder(
     root = Path(os.environ['BRAINSEG_DATA']).expanduser().resolve()
     return root/default if (root/default/'mask').is_dir() else root
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #5b5bb485
+# %% ../nbs/1_segmentation_on_brain.ipynb #a79d83b5
 def closest_subset(
     counts:dict,   # Images per subject
     target:float   # Number of images wanted
@@ -58,7 +58,7 @@ def closest_subset(
     while s: i = last[s]; res.add(names[i]); s -= ns[i]
     return res
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #ba6a3a7e
+# %% ../nbs/1_segmentation_on_brain.ipynb #51cded73
 def _closest_but(counts, target, k):
     "`closest_subset` that leaves out at least `k` subjects"
     parts = (closest_subset({s: n for s,n in counts.items() if s not in out}, target) for out in combinations(counts, k))
@@ -88,7 +88,7 @@ def _few(xs): return ', '.join(sorted(map(str, xs))[:5])
 
 def _subjects(items): return list(items['subject']) if isinstance(items, pd.DataFrame) else [subject_id(o) for o in items]
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #6cd47f26
+# %% ../nbs/1_segmentation_on_brain.ipynb #18f95dc0
 class SubjectSplitter:
     "Split paths or a case table by subject; test items are in neither part that a `DataBlock` gets"
     def __init__(self,
@@ -134,7 +134,7 @@ class SubjectSplitter:
         parts = self.split(items)
         return L(np.flatnonzero(parts=='train').tolist()), L(np.flatnonzero(parts=='valid').tolist())
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #f9f8bb7d
+# %% ../nbs/1_segmentation_on_brain.ipynb #0172fc4b
 class PrefixSplitter:
     "Validation subjects are those whose ID starts with `prefix`"
     def __init__(self, prefix): self.prefix = prefix
@@ -142,7 +142,7 @@ class PrefixSplitter:
         valid = [s.startswith(self.prefix) for s in _subjects(items)]
         return L(np.flatnonzero(~np.array(valid)).tolist()), L(np.flatnonzero(valid).tolist())
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #4b39935c
+# %% ../nbs/1_segmentation_on_brain.ipynb #3d8c02e4
 ENOUGH_SUBJECTS = 10 # fewer test subjects than this cannot carry a verdict
 
 def split_cases(
@@ -205,7 +205,7 @@ def with_split(
     if lost: raise DataError(f'split table: fold {fold} does not name the subjects {_few(lost)}; expected every subject of the cases')
     return cases.assign(split=cases['subject'].map(parts))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #9bea913b
+# %% ../nbs/1_segmentation_on_brain.ipynb #4192db5b
 class ReadImage:
     "Grey levels of a case's image, three times over if `rgb`"
     def __init__(self, rgb=False): self.rgb = rgb
@@ -242,7 +242,7 @@ def split_column(items):
     if 'split' not in items: return SubjectSplitter()(items)
     return tuple(L(np.flatnonzero(items['split']==o).tolist()) for o in ('train','valid'))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #a1640088
+# %% ../nbs/1_segmentation_on_brain.ipynb #279c474d
 @delegates(aug_transforms)
 def brainseg_block(
     kind='brain',     # 'brain' (skull-stripped) or 'orig' (full skull)
@@ -263,7 +263,7 @@ def brainseg_block(
     return DataBlock(blocks, get_items=ReadCases(kind, subject), get_x=ReadImage(rgb), get_y=ReadMask(codes), splitter=splitter,
                      item_tfms=Resize(size, method=ResizeMethod.Pad, pad_mode=PadMode.Zeros), batch_tfms=[*aug, norm])
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #f7f62da8
+# %% ../nbs/1_segmentation_on_brain.ipynb #9a4c25be
 def fast_bf16(
     device # torch device
 )->bool:
@@ -278,7 +278,7 @@ def plain_batch(x):
 
 def autocast_of(device): return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast_bf16(device))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #220d7cd8
+# %% ../nbs/1_segmentation_on_brain.ipynb #8614fb8b
 class LightUnet(nn.Module):
     "ResNet encoder, MONAI's `UpCat` blocks up to half resolution, fastai's sub-pixel step to the full one, and the image itself once more"
     def __init__(self,
@@ -314,7 +314,7 @@ def light_splitter(m):
     "Parameter groups of a `LightUnet`: encoder, and the rest"
     return L(m.body, nn.ModuleList([m.ups, m.shuffle, m.head])).map(params)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #ca7c2b76
+# %% ../nbs/1_segmentation_on_brain.ipynb #c4d5fc2c
 class DiceCE(nn.Module):
     "MONAI's `DiceCELoss` for fastai: class scores (N,C,H,W) against classes (N,H,W)"
     def __init__(self):
@@ -333,11 +333,11 @@ def dice_per_image(
     both,total = (p&t).sum((1,2)), p.sum((1,2))+t.sum((1,2))
     return torch.where(total==0, torch.ones_like(total, dtype=torch.float), 2*both/total.clamp(min=1)).mean()
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #9067a114
+# %% ../nbs/1_segmentation_on_brain.ipynb #e1548c14
 class FastBatches(Callback):
     "Plain channels-last batches, bfloat16 where the processor has it, and half the resolution for the first part of training"
     order = 11
-    def __init__(self, half_until=.45): self.half_until = half_until # share of training at half the resolution
+    def __init__(self, half_until=.35): self.half_until = half_until # share of training at half the resolution
     def before_fit(self): self.learn.model.to(memory_format=torch.channels_last)
     def before_batch(self):
         x = plain_batch(self.x)
@@ -347,7 +347,7 @@ class FastBatches(Callback):
             y = [F.avg_pool2d(F.one_hot(o).movedim(-1, 1).float(), 2).argmax(1) for o in y] # the majority of four pixels
         self.learn.xb,self.learn.yb = (x,), tuple(y)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #3847c765
+# %% ../nbs/1_segmentation_on_brain.ipynb #f659cd06
 def imagenet_weights(
     arch # torchvision ResNet
 )->bool:
@@ -364,10 +364,11 @@ def imagenet_weights(
                       'training starts from random weights, which needs more images.', stacklevel=2)
         return False
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #b98fc3f0
+# %% ../nbs/1_segmentation_on_brain.ipynb #cdac5581
 RECIPES = dict(
-    light     = dict(rgb=False, bs=4,  lr=3e-3, wd=1e-2, views=900, min_epochs=5), # epochs: so many that `views` images are seen
-    published = dict(rgb=True,  bs=16, lr=5e-5, wd=None, epochs=16))                # half of them frozen, half unfrozen
+    light     = dict(rgb=False, bs=4,  lr=3e-3, wd=1e-2, views=900, min_epochs=5,   # epochs: so many that `views` images are seen
+                     cycle=dict(pct_start=.1, div=5.)),                             # a short run is up to speed early
+    published = dict(rgb=True,  bs=16, lr=5e-5, wd=None, epochs=16, cycle={}))      # half of them frozen, half unfrozen
 
 def recipe_settings(recipe):
     "Settings of a named recipe"
@@ -400,7 +401,7 @@ def brainseg_learner(
     learn.create_opt()
     return learn.add_cb(FastBatches())
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #56849ab9
+# %% ../nbs/1_segmentation_on_brain.ipynb #bcb0d21d
 @contextlib.contextmanager
 def written_beside(
     path # File to write
@@ -474,7 +475,7 @@ class Checkpoint(Callback):
 
     def after_fit(self): self.state = None
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #41293f42
+# %% ../nbs/1_segmentation_on_brain.ipynb #25e7fa1b
 def fit_recipe(
     learn:Learner,
     recipe='light',
@@ -491,9 +492,9 @@ def fit_recipe(
         if i < ck.phase or not n: continue
         (learn.freeze if frozen else learn.unfreeze)()
         ck.phase = i
-        learn.fit_one_cycle(n, lr, cbs=ck, start_epoch=ck.start_epoch)
+        learn.fit_one_cycle(n, lr, cbs=ck, start_epoch=ck.start_epoch, **r['cycle'])
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #03836aad
+# %% ../nbs/1_segmentation_on_brain.ipynb #598defb1
 def _own_pixels(logits, h, w):
     "Class scores (C,S,S) of a padded and scaled square back in the image's own h × w pixels: the inverse of fastai's padding `Resize`"
     m = max(h, w)
@@ -536,7 +537,7 @@ def _save_mask(pred, path):
     with written_beside(path) as tmp: Image.fromarray(pred).save(tmp)
     return str(path)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #c25126cd
+# %% ../nbs/1_segmentation_on_brain.ipynb #6ecf7738
 def environment(device=None)->dict:
     "What the numbers depend on beside the data: versions, processor, threads"
     names = ('brainseg_fastai','fastai','torch','torchvision','monai','numpy','pandas','scipy')
@@ -641,7 +642,7 @@ def load_run(
     learn.model.load_state_dict(load_file(folder/'model.safetensors'))
     return learn
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #7fdbc29f
+# %% ../nbs/1_segmentation_on_brain.ipynb #b9043995
 @delegates(train_run, but='folder,test_sets,seed')
 def train_folds(
     cases:pd.DataFrame, # Case table of one kind
@@ -675,7 +676,7 @@ def train_folds(
     own = scores['tested_on']==kind
     return dict(scores=scores[own].drop(columns='tested_on').reset_index(drop=True), all_scores=scores, curves=curves, runs=runs)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #a176146a
+# %% ../nbs/1_segmentation_on_brain.ipynb #2c919fde
 def plot_curves(
     curves:pd.DataFrame, # Curve table: kind, fold, seed, epoch, valid_dice
     ax=None
@@ -689,7 +690,7 @@ def plot_curves(
     ax.set(xlabel='epoch', ylabel='per-image Dice, validation', ylim=(0,1))
     return ax
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #44736fa8
+# %% ../nbs/1_segmentation_on_brain.ipynb #06894cb1
 def image_split(
     cases:pd.DataFrame, # Case table
     split:pd.DataFrame, # Split by subject
