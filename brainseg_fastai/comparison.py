@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pandas as pd
 from fastcore.meta import delegates
+from torchvision.models import resnet18
 
 from .cases import (DataError, adni_cases, check_cases, data_fingerprint, is_simulated, kinds_in, mask_codes, pair_cases,
                                    refuse_errors)
 from .report import compare_report, kind_name, train_report
 from .scores import EMPTY_POLICY, TOLERANCE_POLICY, summarise_scores
-from .segmentation import ENOUGH_SUBJECTS, split_cases, train_folds, train_run, write_csv, write_json
+from .segmentation import ENOUGH_SUBJECTS, imagenet_weights, split_cases, train_folds, train_run, write_csv, write_json
 from .stats import compare_scores, training_longer
 
 # %% ../nbs/2_segmentation_on_full_skull.ipynb #ba7def1c
@@ -154,6 +155,7 @@ def train_kinds(
 )->dict: # out, scores, all_scores, curves, control, info, …
     "Prepare, train and score every kind on the same split; writes settings, split, scores and curves"
     ready,began = prepare(root, kinds, folds, seed, subject, previous, progress), time.time()
+    kwargs['pretrained'] = kwargs.get('pretrained', True) and imagenet_weights(kwargs.get('arch', resnet18)) # asked, and told, only once
     ext = {k: _external(external, k, subject, set(ready['tables'][k]['subject']), ready['codes']) for k in kinds}
     plain = {k: getattr(v, '__name__', v) for k,v in kwargs.items()}
     settings = dict(data=Path(root).resolve().name, kinds=list(kinds), folds=int(ready['split'].fold.nunique()), repeats=repeats, seed=seed,

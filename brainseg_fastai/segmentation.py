@@ -349,7 +349,7 @@ class FastBatches(Callback):
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #f659cd06
 def imagenet_weights(
-    arch # torchvision ResNet
+    arch # torchvision ResNet, or its name
 )->bool:
     "Can the ImageNet weights of `arch` be had, from the cache or the network? Warns if not"
     try: url = torchvision.models.get_model_weights(arch).DEFAULT.url
@@ -360,7 +360,8 @@ def imagenet_weights(
         from urllib.request import urlopen
         with urlopen(url, timeout=3): return True
     except (OSError, ValueError):
-        warnings.warn(f'The ImageNet weights of {arch.__name__} are not in {file.parent} and cannot be downloaded: '
+        name = arch if isinstance(arch, str) else arch.__name__
+        warnings.warn(f'The ImageNet weights of {name} are not in {file.parent} and cannot be downloaded: '
                       'training starts from random weights, which needs more images.', stacklevel=2)
         return False
 
