@@ -302,13 +302,15 @@ class LightUnet(nn.Module):
         with autocast_of(image.device): return self.scores(image)
 
     def scores(self, image):
+        h,w = image.shape[-2:]
+        step = 2**(len(self.ups)+1)
+        if h%step or w%step: image = F.pad(image, (0, -w%step, 0, -h%step)) # every halving must come out even
         x,skips = image,[]
         for i,layer in enumerate(self.body):
             x = layer(x)
             if i in self.skips: skips.append(x)
         for up,skip in zip(self.ups, reversed(skips)): x = up(x, skip)
-        x = self.shuffle(x)[..., :image.shape[-2], :image.shape[-1]]
-        return self.head(torch.cat([x, image], dim=1))
+        return self.head(torch.cat([self.shuffle(x), image], dim=1))[..., :h, :w]
 
 def light_splitter(m):
     "Parameter groups of a `LightUnet`: encoder, and the rest"
