@@ -2,7 +2,7 @@
 import os
 from pathlib import Path
 
-import numpy as np, pytest
+import numpy as np
 from PIL import Image
 
 def _ellipse(n, cx, cy, rx, ry):
@@ -29,6 +29,7 @@ def make_folder(root, n_subjects, scans, kinds=('brain','orig'), size=64, mask_v
 
 def dataset(name):
     "Folder of a development data set, below `BRAINSEG_DATA` or that folder itself; the test is skipped where there is none"
+    import pytest
     base = os.environ.get('BRAINSEG_DATA')
     if not base: pytest.skip('BRAINSEG_DATA does not point to the development data')
     root = next((d for d in (Path(base)/name, Path(base), Path(base).parent/name) if d.name==name and d.is_dir()), None)
