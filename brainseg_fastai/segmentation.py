@@ -655,7 +655,7 @@ def train_folds(
     seed=42,            # Seed of the first training
     others=None,        # More case tables of the same subjects, by name; the test subjects of each fold are scored
     external=None,      # Case table of other subjects, all of which are scored by every model
-    announce=print,     # Called with a line before each training
+    announce=None,      # Called with kind, fold and seed before each training
     **kwargs
 )->dict: # scores (own test rows), all_scores (with `tested_on`), curves, runs
     "Train and score one kind of input over all folds and repeats"
