@@ -369,7 +369,7 @@ def imagenet_weights(
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #cdac5581
 RECIPES = dict(
-    light     = dict(rgb=False, bs=4,  lr=3e-3, wd=1e-2, views=900, min_epochs=5,   # epochs: so many that `views` images are seen
+    light     = dict(rgb=False, bs=4,  lr=3e-3, wd=1e-2, views=840, min_epochs=5,   # epochs: so many that `views` images are seen
                      cycle=dict(pct_start=.1, div=5.)),                             # a short run is up to speed early
     published = dict(rgb=True,  bs=16, lr=5e-5, wd=None, epochs=16, cycle={}))      # half of them frozen, half unfrozen
 
@@ -381,7 +381,8 @@ def recipe_settings(recipe):
 def default_epochs(recipe, n_train):
     "Epochs that the recipe finds right for `n_train` training images"
     r = recipe_settings(recipe)
-    return r.get('epochs') or max(r['min_epochs'], round(r['views']/n_train))
+    seen = n_train - n_train % min(r['bs'], n_train) # an epoch leaves out the last, incomplete batch
+    return r.get('epochs') or max(r['min_epochs'], round(r['views']/seen))
 
 @delegates(unet_learner, but='dls,arch')
 def brainseg_learner(
