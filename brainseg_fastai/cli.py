@@ -44,6 +44,7 @@ def _training(p):
     again.add_argument('--resume', action='store_true', help='go on with the interrupted run in --out')
     again.add_argument('--overwrite', action='store_true', help='replace the earlier run in --out')
 
+# %% ../nbs/05_commands.ipynb #51534800
 def _count(s):
     n = int(s) if s.isascii() and s.isdigit() else 0
     if n < 1: raise argparse.ArgumentTypeError(f'{s!r}: expected a whole number from 1 up')
@@ -54,6 +55,7 @@ def _size(s):
     if n < 64 or n % 32: raise argparse.ArgumentTypeError(f'{s}: expected a multiple of 32 from 64 up, such as 128, 192 or 256')
     return n
 
+# %% ../nbs/05_commands.ipynb #36457149
 def parser()->argparse.ArgumentParser:
     "The command line of `brainseg`"
     p = argparse.ArgumentParser(prog='brainseg', epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -133,6 +133,7 @@ def _external(root, kind, subject, known, codes):
                         'Write them with the same codes.')
     return t
 
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #135cf9b7
 FEW = f'One split would test fewer than {ENOUGH_SUBJECTS} subjects, too few for a verdict: every subject is tested once, in three folds.'
 
 @delegates(train_run, but='folder,test_sets,codes')

@@ -186,6 +186,7 @@ def split_cases(
     assert_apart(res)
     return res
 
+# %% ../nbs/1_segmentation_on_brain.ipynb #c228ee23
 def case_name(
     case # Row of a case table
 )->str: # Such as `brain/027_S_0307-I34159-brain-ax3.png`
@@ -426,6 +427,7 @@ def write_csv(path, df):
     "Write a table as CSV, all or nothing"
     with written_beside(path) as tmp: df.to_csv(tmp, index=False, lineterminator='\n')
 
+# %% ../nbs/1_segmentation_on_brain.ipynb #3cdd7908
 def _random_state(dls): return dict(torch=torch.get_rng_state(), python=random.getstate(), loader=dls.train.rng.getstate(),
     numpy=[o.tolist() if isinstance(o, np.ndarray) else o for o in np.random.get_state()],
     cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
@@ -560,6 +562,7 @@ def _processor():
             if l.startswith('model name'): return l.split(':', 1)[1].strip()
     return platform.processor() or platform.machine()
 
+# %% ../nbs/1_segmentation_on_brain.ipynb #81d2272b
 def _digest(*parts): return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 def _run_settings(cases, kind, seed, recipe, arch, epochs, size, codes, pretrained, bs):
@@ -579,6 +582,7 @@ def make_learner(
     dls = block.dataloaders(cases, bs=s['bs'], val_bs=8, num_workers=0)
     return brainseg_learner(dls, getattr(torchvision.models, s['arch']), s['recipe'], pretrained=s['pretrained'])
 
+# %% ../nbs/1_segmentation_on_brain.ipynb #c1cde757
 def train_run(
     cases:pd.DataFrame, # Case table of one kind, with the column `split`
     folder,             # Folder of this run
@@ -630,6 +634,7 @@ def train_run(
     return dict(scores=scores, curve=pd.read_csv(folder/'curve.csv'),
                 settings=json.loads(done.read_text(encoding='utf-8')), folder=folder)
 
+# %% ../nbs/1_segmentation_on_brain.ipynb #ef8bc5f0
 def _same_run(folder, key):
     try: return json.loads((folder/'key.json').read_text(encoding='utf-8')).get('key')==key
     except (OSError, ValueError): return False
