@@ -150,11 +150,15 @@ def test_an_earlier_run_is_refused_and_other_settings_are_not_resumed(report, da
     assert main(['compare', str(data), '--out', str(report[0]), *TINY, '--seed', '9', '--resume'])==2
     assert 'other settings' in capsys.readouterr().err
 
-@pytest.mark.parametrize('args', [['compare','x','--out','o','--size','100'], ['compare','x','--out','o','--epochs','0'], ['compare','x'], ['train','x','--out','o'],
+@pytest.mark.parametrize('args', [['compare','x','--out','o','--size','100'], ['compare','x','--out','o','--epochs','0'], ['compare','x'], ['train','x'],
                                   ['nonsense'], ['compare','x','--out','o','--resume','--overwrite'], ['compare','x','--out','o','--seed','a']])
 def test_wrong_arguments(args, capsys):
     with pytest.raises(SystemExit) as e: main(args)
     assert e.value.code==2 and 'usage:' in capsys.readouterr().err
+
+def test_train_asks_for_the_kind(tmp_path, capsys):
+    assert main(['train', str(make_folder(tmp_path/'d', 3, 1)), '--out', str(tmp_path/'o')])==2
+    assert '--kind is missing' in (said := capsys.readouterr().err) and 'brain, orig' in said and not (tmp_path/'o').exists()
 
 def test_missing_folder(tmp_path, capsys):
     assert main(['compare', str(tmp_path/'nowhere'), '--out', str(tmp_path/'o')])==2

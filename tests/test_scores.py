@@ -121,3 +121,8 @@ def test_pooled_dice_and_summary_weigh_differently():
     out = summarise_scores(many)
     assert out.loc['dice', 'mean'] == .5 and out.loc['dice', 'n'] == 2 and np.isnan(out.loc['pooled_dice', 'low'])
     with pytest.raises(DataError, match='rows'): summarise_scores(s.iloc[:0])
+
+def test_intervals_stay_where_scores_can_be():
+    s = pd.DataFrame(dict(subject=list('abcde'), dice=[.01,.99,.99,1,1], jaccard=.5, hd95=[90,1,1,1,0.], nsd=[0,1,1,1,1.], dice_WT=[np.nan]*4+[.5]))
+    t = summarise_scores(s)
+    assert t.loc['dice','high']==1 and t.loc['hd95','low']>=0 and t.loc['dice_WT','n']==1

@@ -64,7 +64,7 @@ def test_batch(tmp_path, mask_value, raw):
     assert x.mean((1,2,3)).abs().max() < 1e-4 and x.std((1,2,3)).sub(1).abs().max() < 1e-2
     for loader in dls: assert set(torch.cat([b[1].flatten() for b in loader]).tolist()) <= set(range(len(codes)))
     for case,(img,mask) in zip(dls.valid.items.itertuples(), dls.valid_ds):
-        assert np.array_equal(np.array(mask), read_mask(case.mask, codes)) and np.array_equal(np.array(img), read_image(case.image))
+        assert np.array_equal(np.array(mask), read_mask(case.mask, codes)) and np.array_equal(np.array(img)[0], read_image(case.image))
     rgb = brainseg_block('brain', codes, 64, rgb=True).dataloaders(with_split(t, split_cases(t, 1)), bs=2, num_workers=0)
     assert rgb.one_batch()[0].shape==(2,3,64,64)
 
@@ -236,7 +236,7 @@ def interrupt(monkeypatch, stop):
     "Every learner made from now on is interrupted, and every epoch is saved"
     make,check = seg.make_learner, seg.Checkpoint
     monkeypatch.setattr(seg, 'make_learner', lambda *a, **k: make(*a, **k).add_cb(stop))
-    monkeypatch.setattr(seg, 'Checkpoint', lambda path: check(path, every=0))
+    monkeypatch.setattr(seg, 'Checkpoint', lambda path, **kwargs: check(path, every=0, **kwargs))
 
 @pytest.mark.parametrize('after,within', [(0,False), (1,True)])
 def test_interrupted_and_resumed(whole, cases, tmp_path, monkeypatch, capsys, after, within):
