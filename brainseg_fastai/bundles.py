@@ -206,7 +206,7 @@ def _blank(config, folder):
     return pd.DataFrame([dict(subject=o, scan='', slice='-' if slices else '', kind=s['kind'], image=image, mask=mask, spacing=1., split=o)
                          for o in ('train','valid')])
 
-# %% ../nbs/12_bundles.ipynb #2097aaee
+# %% ../nbs/12_bundles.ipynb #629e815e
 def load_bundle(
     path,       # Bundle
     device=None # torch device; None: as fastai chooses
@@ -224,11 +224,10 @@ def load_bundle(
         raise DataError.of(path/'model.safetensors', str(e).split('\n')[0], f"the weights of {s['arch']} as config.json describes it", 'Copy the bundle again.') from e
     if device is not None: learn.dls.device = torch.device(device)
     learn.model.to(learn.dls.device).eval()
-    if hasattr(learn, 'fast_batches'): learn.fast_batches.before_fit() # weights in the order that training left them in
     learn.bundle,learn.bundle_path = config,path
     return learn
 
-# %% ../nbs/12_bundles.ipynb #988372c9
+# %% ../nbs/12_bundles.ipynb #5841a19d
 class _InFloat32(torch.nn.Module):
     "A network without autocast"
     def __init__(self, model):
@@ -242,7 +241,7 @@ def export_onnx(
     path   # File to write, .onnx
 )->float: # Largest difference of class scores between ONNX Runtime and PyTorch
     "Write the network as ONNX, and check it against PyTorch"
-    need_package('onnx', 'onnx'); need_package('onnxscript', 'onnx')
+    need_package('onnx', 'onnx')
     ort,path,s = need_package('onnxruntime', 'onnx'), Path(path), learn.bundle['settings']
     if path.suffix!='.onnx': raise DataError.of(path, f'the ending {path.suffix!r}', '.onnx', 'Choose another name.')
     if not path.parent.is_dir(): raise DataError.of(path, 'a folder that does not exist', 'a folder', 'Make it first.')
