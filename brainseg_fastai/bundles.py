@@ -214,7 +214,8 @@ def load_bundle(
     "The learner of a bundle, ready to predict; nothing is unpickled"
     path = Path(path)
     config = read_config(path)
-    s = dict(config['settings'], steps_state=config['steps_state'], pretrained=False)
+    s = dict(config['settings'], steps_state=config['steps_state'], pretrained=False, bs=1, sampling='uniform')
+    if 'weighted' in (s['loss'] or ''): s['loss'] = None # its weights came from the training images
     try:
         check_settings(**{k: v for k,v in s.items() if k in training_defaults()})
         with tempfile.TemporaryDirectory() as d: learn = make_learner(_blank(config, Path(d)), s)
