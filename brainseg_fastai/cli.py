@@ -141,6 +141,16 @@ def _refuse_early(out, a):
     from brainseg_fastai.comparison import check_out
     check_out(out, a.overwrite or a.resume)
 
+def _refuse_unused(variants, a):
+    "A setting that both variants decide for themselves is not passed over in silence"
+    from brainseg_fastai.cases import DataError
+    usual = parser().parse_args(['compare','data','--out','out'])
+    for k in set.intersection(*map(set, variants.values())) & set(vars(usual)):
+        if getattr(a, k) != getattr(usual, k):
+            both = ' and '.join(f'{k}={v[k] or "none"}' for v in variants.values())
+            raise DataError(f'--{k} {getattr(a, k)}: would not be used, since the comparison is of {both}. '
+                            f'Leave it out, or say with --a and --b what to compare.')
+
 def _finish(r, *lines):
     for l in lines: print(l)
     print(f'Report: {r["out"]/"report.html"}\nNumbers: {", ".join(sorted(o.name for o in r["out"].glob("*.[cj]s*")))} beside it')
@@ -166,6 +176,7 @@ def compare(a):
         a.data = demo_cohort()
     first,second = (o and ' '.join(o) for o in (getattr(a, 'a', None), getattr(a, 'b', None)))
     variants = named_variants(a.data, getattr(a, 'layout', 'adni'), first, second)
+    _refuse_unused(variants, a)
     r = compare_variants(a.data, a.out, variants, margin=getattr(a, 'margin', .01), control=getattr(a, 'control', True), **_settings(a))
     _finish(r, 'Simulated cohort: these numbers say nothing about people.' if r['simulated'] else '', str(r['comparison']))
 
