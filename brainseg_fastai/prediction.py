@@ -8,10 +8,12 @@ __all__ = ['MOST_VOXELS', 'MOST_TILT', 'SCALP_AND_SKULL', 'DARK_RIM', 'Scan', 'r
            'predict_slices', 'predict_volume', 'brain_area', 'evans_index', 'Prediction', 'predict_pictures',
            'predict_scan', 'write_labels', 'mask_path', 'write_prediction', 'predict']
 
-# %% ../nbs/13_prediction.ipynb #aa1b6bc5
-import hashlib, json, os, re, time
+# %% ../nbs/13_prediction.ipynb #f22ad321
+import gzip, hashlib, json, os, re, time
 from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,7 +70,7 @@ def _canonical_grid(shape, affine):
     to = nib.io_orientation(affine); inv = nib.orientations.inv_ornt_aff(to, shape[:3])
     return tuple(shape[i] for i in np.argsort(to[:,0])), affine @ inv
 
-# %% ../nbs/13_prediction.ipynb #d372a072
+# %% ../nbs/13_prediction.ipynb #1ea70c8a
 MOST_VOXELS = 1024**3
 _compressed = '.gz','.mgz'
 
@@ -83,7 +85,6 @@ def _refuse_claim(path, im):
 
 def _load_volume(path):
     "nibabel image with its data in memory; nothing is cached, and no more is unpacked than the header says"
-    import gzip
     path = os.fspath(path); im = _header(path); need = _refuse_claim(path, im)
     try:
         if path.lower().endswith(_compressed):
@@ -99,7 +100,7 @@ def _load_volume(path):
                                'Export it again, or replace them, for example by 0 outside the head.')
     return _nifti(a, im.affine), im
 
-# %% ../nbs/13_prediction.ipynb #650a0ae6
+# %% ../nbs/13_prediction.ipynb #f2997b95
 def _is_dicom(path):
     try:
         with open(path, 'rb') as f: f.seek(128); return f.read(4)==b'DICM'
@@ -140,7 +141,8 @@ def _dicom_affine(heads, folder):
     ps = sorted(heads, key=lambda p: place[p]@normal); at = np.array([place[p]@normal for p in ps]); gaps = np.diff(at)
     if len(ps)>1 and (gaps.min()<1e-3 or np.ptp(gaps)>.1*np.median(gaps)):
         found = 'two images at one place' if gaps.min()<1e-3 else f'slices {gaps.min():g} to {gaps.max():g} mm apart'
-        raise DataError.of(folder, found, 'one slice after the other at equal distances', 'Is a file missing, or are there two volumes? Export it again.')
+        raise DataError.of(folder, found, 'one slice after the other at equal distances',
+                           'Is a file missing, or are there two volumes? Export it again.')
     step = (place[ps[-1]]-place[ps[0]])/(len(ps)-1) if len(ps)>1 else normal*float(h.get('SliceThickness') or 1)
     dy,dx = map(float, h.PixelSpacing)
     affine = np.eye(4); affine[:3] = np.stack([right*dx, down*dy, step, place[ps[0]]], 1)
@@ -199,7 +201,7 @@ def _one_grid(files, ims):
             raise DataError.of(f, f'{_times(im.shape)} voxels on another grid', f'the grid of {Path(files[0]).name}, {_times(ims[0].shape)}',
                                'Register and resample all sequences to one grid.')
 
-# %% ../nbs/13_prediction.ipynb #5734547d
+# %% ../nbs/13_prediction.ipynb #e50d9d85
 def _volume_scan(path, name, layout, channels):
     "A `Scan` from a volume, the volumes of a case folder, or a DICOM series"
     notes,oriented,header = [], True, None
@@ -226,12 +228,14 @@ def _volume_scan(path, name, layout, channels):
 
 def _known_spacing(path):
     "mm per pixel of a picture in a data folder whose `cohort.json` tells"
-    stem = _stem(path)
-    try: d = _cohort(Path(path).resolve().parent.parent)
+    try: d = _known_cohort(os.path.dirname(os.path.dirname(os.path.abspath(path))))
     except DataError: return None
-    for o in d.get('scans', []):
-        if stem.startswith(f'{o.get("subject")}-{o.get("scan")}-') and o.get('spacing'): return float(o['spacing'])
-    return d.get('spacing')
+    return d.get(tuple(_stem(path).split('-')[:2]), d.get(None))
+
+@lru_cache(maxsize=8)
+def _known_cohort(root):
+    d = _cohort(root)
+    return {None: d.get('spacing')} | {(str(o.get('subject')), str(o.get('scan'))): o['spacing'] for o in d.get('scans', []) if o.get('spacing')}
 
 # %% ../nbs/13_prediction.ipynb #2c28ac95
 _lgg_channels = 'pre','flair','post'
@@ -263,7 +267,7 @@ def read_scan(
     if _is_dicom(path): raise DataError.of(path, 'a single DICOM file', 'the folder of its series', f'Give {path.parent}.')
     raise DataError.of(path, f'the ending {path.suffix or "(none)"}', 'PNG, TIFF, BMP, JPEG, NIfTI, MGH or a folder', 'Convert it.')
 
-# %% ../nbs/13_prediction.ipynb #630645a9
+# %% ../nbs/13_prediction.ipynb #e5eb863c
 _no_scan = re.compile(r'[_-](d?seg|mask|segmentation|labels?)$', re.I)
 _other = {'func','dwi','fmap','perf','derivatives','mask'}
 
@@ -303,9 +307,9 @@ def scan_names(
     "What the outputs of scans are called: the name of the file, with that of its folder where two would be the same"
     paths = [Path(p) for p in paths]; names = [_stem(p) for p in paths]
     for up in range(1, 4):
-        twice = {n for n in names if names.count(n)>1} if len(set(names))<len(names) else ()
+        twice = {n for n,k in Counter(names).items() if k>1}
         names = [f'{p.parents[up-1].name}_{n}' if n in twice and len(p.parents)>=up else n for p,n in zip(paths, names)]
-    same = {n for n in names if names.count(n)>1} if len(set(names))<len(names) else ()
+    same = {n for n,k in Counter(names).items() if k>1}
     return [f'{n}-{hashlib.sha256(os.path.abspath(p).encode()).hexdigest()[:6]}' if n in same else n for p,n in zip(paths, names)]
 
 # %% ../nbs/13_prediction.ipynb #b8bffc46
@@ -358,7 +362,7 @@ def slab_slices(
     below = (top-np.arange(n))*mm; lo,hi = slab
     return np.flatnonzero((below>=lo-mm/2) & (below<=hi+mm/2)), bool(below.min()<=lo and below.max()>=hi)
 
-# %% ../nbs/13_prediction.ipynb #e3cf505f
+# %% ../nbs/13_prediction.ipynb #65720466
 @dataclass(frozen=True)
 class Fit:
     "How pictures of one size are fitted into the square of a model"
@@ -378,15 +382,16 @@ def _pair(mm): return None if mm is None else np.broadcast_to(np.atleast_1d(np.a
 def fit_of(
     pics,         # Pictures (N,H,W) or (N,H,W,C)
     spacing,      # Row and column in mm, or None
-    cfg           # Config of the bundle
+    cfg,          # Config of the bundle; `field`, if it is there, is the side of the training images in pixels
+    volume=False  # Are they slices of a volume? Else they are taken for pictures like those of the training
 )->Fit:
     "The `Fit` of pictures for a bundle"
     own = pics.shape[1:3]; size = cfg['settings']['size']; want = _pair(cfg.get('spacing')); field = cfg.get('field')
-    if spacing is None or want is None or not np.isfinite(want).all(): return Fit(own, own, max(own), size)
-    ratio = np.asarray(spacing, float)/want
-    at = tuple(max(1, round(o*r)) for o,r in zip(own, ratio)) if (abs(ratio-1)>.05).any() else own
+    ratio = np.ones(2) if spacing is None or want is None else np.asarray(spacing, float)/want
+    at = tuple(max(1, round(o*r)) for o,r in zip(own, ratio)) if (abs(ratio-1)>(.05 if volume else .1)).any() else own
+    if not volume and at==own: return Fit(own, own, max(own), size)
     if field: return Fit(own, at, max(int(np.max(field)), _needed(pics, own, at)), size)
-    return Fit(own, at, max(at) if at==own and not cfg.get('slab') else max(*at, size), size)
+    return Fit(own, at, max(*at, size), size)
 
 def _needed(pics, own, at):
     "Side of a centred square that cuts off nothing but background"
@@ -396,7 +401,7 @@ def _needed(pics, own, at):
         if len(on): res = max(res, int(np.ceil((2*max(mid-on[0], on[-1]-mid)+1)*at[axis]/own[axis])))
     return min(res, max(at))
 
-# %% ../nbs/13_prediction.ipynb #be68fb5c
+# %% ../nbs/13_prediction.ipynb #e6b0fce3
 def _resized(x, hw, antialias=False):
     "A batch (N,C,H,W) at another size"
     if tuple(x.shape[-2:])==tuple(hw): return x
@@ -411,6 +416,7 @@ def _preprocess(x, steps):
         return np.moveaxis((a/limit+1)*127.5 if limit else a, -1, 0) # as `ReadImage`
     return torch.from_numpy(np.stack([one(a) for a in x.numpy()]).astype(np.float32))
 
+# %% ../nbs/13_prediction.ipynb #51b77a78
 def network_input(
     learn,
     pics,   # Pictures (N,H,W) or (N,H,W,C), uint8
@@ -440,16 +446,18 @@ def own_pixels(
         res = res*seen; res[:,:1] += 1e3*(1-seen)
     return _resized(res, fit.own)
 
+# %% ../nbs/13_prediction.ipynb #c6de0151
 @torch.inference_mode()
 def predict_slices(
     learn,        # From `load_bundle`, of the mode 'slice'
     pics,         # Pictures (N,H,W) or (N,H,W,C), uint8
     spacing=None, # Row and column in mm
     flips=True,   # Predict the mirror image as well?
-    bs=16         # Pictures per batch
+    bs=16,        # Pictures per batch
+    volume=False  # Are they slices of a volume?
 )->tuple: # Classes (N,H,W), those of the plain image, those of the mirror image (None without `flips`); uint8
     "Predicted classes of pictures"
-    fit = fit_of(pics, spacing, learn.bundle); model = learn.model.eval(); parts = []
+    fit = fit_of(pics, spacing, learn.bundle, volume); model = learn.model.eval(); parts = []
     for i in range(0, len(pics), bs):
         x = network_input(learn, pics[i:i+bs], fit)
         both = [own_pixels(model(x).float(), fit)]
@@ -545,7 +553,7 @@ def _label_rows(scan, mask, cfg, codes, ks, whole, skull):
         rows.append(r)
     return rows
 
-# %% ../nbs/13_prediction.ipynb #6f233c9a
+# %% ../nbs/13_prediction.ipynb #bc535b5b
 @dataclass
 class Prediction:
     "The mask of a scan and what is to be said of it"
@@ -587,6 +595,7 @@ def _slab_of(cfg, slab):
         return lo,hi
     return tuple((cfg.get('slab') or {}).get('below_top_mm') or ()) or None
 
+# %% ../nbs/13_prediction.ipynb #d6e72497
 def _slab_of_scan(scan, cfg, slab):
     "Slices to predict, whether the whole of the structure is among them, is the skull there, and what to note"
     a = scan.image if scan.image.ndim==3 else scan.image[...,0]
@@ -604,7 +613,7 @@ def _slab_of_scan(scan, cfg, slab):
     if not inside: notes.append('the scan does not reach over the whole slab')
     return ks, inside, skull, notes
 
-# %% ../nbs/13_prediction.ipynb #8d633518
+# %% ../nbs/13_prediction.ipynb #933e4e29
 def _kind_of_picture(scan, cfg):
     "Is the skull there?"
     mm = scan.spacing or (None if cfg.get('spacing') is None else _pair(cfg['spacing'])); mm = 1. if mm is None or not np.isfinite(mm).all() else mm
@@ -639,11 +648,12 @@ def _prediction(learn, scan, masks, ks, whole, skull, notes, seconds):
 def _needs(learn, scan):
     "Refuse what does not fit the model"
     s,n = learn.bundle['settings'], len(learn.bundle.get('channels') or [1]); have = scan.image.shape[3 if scan.is_volume else 2:]
-    if (have or (1,))[0]!=n: raise DataError.of(scan.path, f'{(have or (1,))[0]} channels', f'{n}, as in training', 'Use a model for this kind of image.')
+    have = (have or (1,))[0]
+    if have!=n: raise DataError.of(scan.path, f'{have} channel{"s"*(have>1)}', f'{n}, as in training', 'Use a model for this kind of image.')
     if s['mode']!='slice' and not scan.is_volume:
         raise DataError.of(scan.path, 'a single slice', 'a volume, as the model was trained on', 'Give the whole scan.')
 
-# %% ../nbs/13_prediction.ipynb #4c466d12
+# %% ../nbs/13_prediction.ipynb #ad76e0ea
 def _read_for(learn, path, spacing=None, name=None):
     if isinstance(path, Scan): return path
     cfg = _config(learn)
@@ -653,7 +663,7 @@ def _predict_volume_scan(learn, scan, slab, flips):
     t = time.time(); cfg = _config(learn); _needs(learn, scan)
     if cfg['settings']['mode']=='slice':
         ks,whole,skull,notes = _slab_of_scan(scan, cfg, slab)
-        masks = predict_slices(learn, scan.pictures(ks), scan.spacing[1::-1], flips)
+        masks = predict_slices(learn, scan.pictures(ks), scan.spacing[1::-1], flips, volume=True)
     else:
         ks,whole,skull,notes = np.arange(scan.extent[2]), True, cfg['settings'].get('kind')=='orig', []
         masks = predict_volume(learn, scan.image, scan.spacing, flips)
@@ -770,7 +780,7 @@ def _done(path, name, out, key):
     except ValueError: return
     if d and (f.parent/d.get('mask', '')).is_file() and [d.get('bundle'), d.get('options')]==key and d.get('stamps')==_stamps(path): return d['rows']
 
-# %% ../nbs/13_prediction.ipynb #ad4d023c
+# %% ../nbs/13_prediction.ipynb #14b48273
 def _tell(e): return str(e) if isinstance(e, (DataError, OSError)) else f'{type(e).__name__}: {e}'
 
 def _each_picture(learn, jobs, spacing, flips):
@@ -805,8 +815,8 @@ def _write_tables(out, cfg, key, bids):
             rows += [dict(r, mask=(f.parent/d['mask']).relative_to(out).as_posix()) for r in d['rows']]
     if rows: write_csv(Path(out)/'volumes.csv', pd.DataFrame(rows))
     if rows: write_labels(cfg['labels'], out)
-    if bids: write_json(Path(out)/'dataset_description.json', dict(Name='Segmentations by brainseg_fastai', BIDSVersion='1.9.0', DatasetType='derivative',
-        GeneratedBy=[dict(Name='brainseg_fastai', Version=__version__, Description=f'bundle {key}')]))
+    if bids: write_json(Path(out)/'dataset_description.json', dict(
+        Name='Segmentations by brainseg_fastai', BIDSVersion='1.9.0', DatasetType='derivative', GeneratedBy=[dict(Name='brainseg_fastai', Version=__version__, Description=f'bundle {key}')]))
 
 # %% ../nbs/13_prediction.ipynb #b5a6572f
 def predict(
