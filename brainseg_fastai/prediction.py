@@ -312,9 +312,11 @@ def scan_names(
     same = {n for n,k in Counter(names).items() if k>1}
     return [f'{n}-{hashlib.sha256(os.path.abspath(p).encode()).hexdigest()[:6]}' if n in same else n for p,n in zip(paths, names)]
 
-# %% ../nbs/13_prediction.ipynb #b8bffc46
+# %% ../nbs/13_prediction.ipynb #adcc5af5
 SCALP_AND_SKULL = 17. # mm from the top of the head to the top of the brain
 DARK_RIM = .23        # a larger share of the rim below Otsu's threshold means that the skull is there
+
+_within = np.zeros((3,3,3), bool); _within[1,:,1] = _within[:,1,1] = True # neighbours within an axial slice
 
 def otsu(
     a # uint8
@@ -329,26 +331,33 @@ def _largest(m):
     l,n = ndi.label(m)
     return m if n<2 else l==1+np.bincount(l.ravel())[1:].argmax()
 
+def _outline(m):
+    "The largest part of a picture or of a volume's axial slices with all that it encloses"
+    return _largest(ndi.binary_fill_holes(m, _within if m.ndim==3 else None))
+
 def dark_rim(
     a,    # Picture (H,W), uint8
     mm=1. # Size of its pixels
 )->float:
     "Share of dark pixels 4 to 14 mm below the surface of what is in the picture"
     if a.ndim==3: a = a[...,0]
-    t = otsu(a); head = ndi.binary_fill_holes(_largest(a>t/2)); d = ndi.distance_transform_edt(np.pad(head, 1), sampling=mm)[1:-1,1:-1]
+    t = otsu(a); head = _outline(a>t/2); d = ndi.distance_transform_edt(np.pad(head, 1), sampling=mm)[1:-1,1:-1]
     rim = (d>4) & (d<=14)
-    return float((a[rim]<t).mean()) if rim.any() else 0.
+    return float((a[rim]<=t).mean()) if rim.any() else 0.
 
+# %% ../nbs/13_prediction.ipynb #35f322c8
 def top_of_brain(
     a, # Volume (X,Y,Z), uint8, RAS+
     mm # Voxel sizes
 )->tuple: # Number of the slice (not always a whole one), and whether the skull is there
     "The highest axial slice of the brain"
-    def top(m):
-        area = m.sum((0,1))*mm[0]*mm[1]
+    def top(m, each=1):
+        area = m.sum((0,1))*mm[0]*mm[1]*each
         return int(np.flatnonzero(area>=min(100, area.max()))[-1])
     if not a.any(): raise DataError('an image without contrast: found the same grey level everywhere; expected a head. Export it again.')
-    z = top(_largest(a>otsu(a))); ks = [k for k in (z-round(o/mm[2]) for o in (45, 60, 75)) if 0<=k]
+    coarse = tuple(slice(None, None, max(1, int(2/o))) for o in mm[:2]) # 2 mm will do to find the head
+    m = _outline(a[coarse]>otsu(a)); z = top(m, a.size/m.size)
+    ks = [k for k in (z-round(o/mm[2]) for o in (45, 60, 75)) if 0<=k]
     skull = bool(ks) and np.median([dark_rim(np.rot90(a[:,:,k]), mm[1::-1]) for k in ks])>DARK_RIM
     return (z-SCALP_AND_SKULL/mm[2], True) if skull else (top(a>0), False)
 
@@ -497,7 +506,7 @@ def predict_volume(
     other = volume_scores(model, x.flip(1), patch).flip(1)
     return classes(scores+other), plain, classes(other)
 
-# %% ../nbs/13_prediction.ipynb #e92ae84b
+# %% ../nbs/13_prediction.ipynb #add385ac
 def _is_ventricle(label): return 'ventric' in str(label.get('name', '')).lower()
 
 def brain_area(
@@ -513,7 +522,7 @@ def _inner_width(a, m, mm):
     parts,n = ndi.label(core)
     if not n: return None
     core = parts==1+np.bincount(parts.ravel())[1:].argmax()
-    brain = ndi.binary_fill_holes(ndi.distance_transform_edt(~core, sampling=mm)<=4); head = ndi.binary_fill_holes(_largest(a>otsu(a)/2))
+    brain = ndi.binary_fill_holes(ndi.distance_transform_edt(~core, sampling=mm)<=4); head = _outline(a>otsu(a)/2)
     width = lambda o: max((np.ptp(np.flatnonzero(c))+1 for c in o.T if c.any()), default=0)*mm[0]
     inner,outer = width(brain), width(head)
     inside = brain[m].mean()>.9 if m.any() else False
@@ -780,7 +789,7 @@ def _done(path, name, out, key):
     except ValueError: return
     if d and (f.parent/d.get('mask', '')).is_file() and [d.get('bundle'), d.get('options')]==key and d.get('stamps')==_stamps(path): return d['rows']
 
-# %% ../nbs/13_prediction.ipynb #14b48273
+# %% ../nbs/13_prediction.ipynb #aecea839
 def _tell(e): return str(e) if isinstance(e, (DataError, OSError)) else f'{type(e).__name__}: {e}'
 
 def _each_picture(learn, jobs, spacing, flips):
@@ -816,7 +825,8 @@ def _write_tables(out, cfg, key, bids):
     if rows: write_csv(Path(out)/'volumes.csv', pd.DataFrame(rows))
     if rows: write_labels(cfg['labels'], out)
     if bids: write_json(Path(out)/'dataset_description.json', dict(
-        Name='Segmentations by brainseg_fastai', BIDSVersion='1.9.0', DatasetType='derivative', GeneratedBy=[dict(Name='brainseg_fastai', Version=__version__, Description=f'bundle {key}')]))
+        Name='Segmentations by brainseg_fastai', BIDSVersion='1.9.0', DatasetType='derivative',
+        GeneratedBy=[dict(Name='brainseg_fastai', Version=__version__, Description=f'bundle {key}')]))
 
 # %% ../nbs/13_prediction.ipynb #b5a6572f
 def predict(
