@@ -167,7 +167,7 @@ def _load_dicom(folder):
     if not np.isfinite(a).all(): raise DataError.of(folder, 'values that are not numbers', 'finite grey levels', 'Export it again.')
     return nib.Nifti1Image(a, affine), tuple(files)
 
-# %% ../nbs/13_prediction.ipynb #1b058c80
+# %% ../nbs/13_prediction.ipynb #0ac7e9db
 MOST_TILT = 15. # degrees
 _sequences = 'flair','t1','t1ce','t2'
 
@@ -200,8 +200,16 @@ def _one_grid(files, ims):
         if im.shape!=ims[0].shape or not np.allclose(im.affine, ims[0].affine, atol=1e-3):
             raise DataError.of(f, f'{_times(im.shape)} voxels on another grid', f'the grid of {Path(files[0]).name}, {_times(ims[0].shape)}',
                                'Register and resample all sequences to one grid.')
+def _upright(a, affine):
+    "Volumes on a grid along the axes of the body, without the empty corners that turning leaves, and its affine"
+    from nibabel.processing import resample_to_output
+    ups = [resample_to_output(nib.Nifti1Image(o, affine), nib.affines.voxel_sizes(affine), order=1) for o in a]
+    some = np.any([np.asarray(o.dataobj)>10 for o in ups], 0)
+    on = [np.flatnonzero(some.any(tuple({0,1,2}-{i}))) for i in range(3)]
+    ups = [o.slicer[tuple(slice(k[0], k[-1]+1) if len(k) else slice(None) for k in on)] for o in ups]
+    return [np.ascontiguousarray(np.asarray(o.dataobj).round().clip(0, 255), np.uint8) for o in ups], ups[0].affine
 
-# %% ../nbs/13_prediction.ipynb #e50d9d85
+# %% ../nbs/13_prediction.ipynb #25511fda
 def _volume_scan(path, name, layout, channels):
     "A `Scan` from a volume, the volumes of a case folder, or a DICOM series"
     notes,oriented,header = [], True, None
@@ -219,9 +227,7 @@ def _volume_scan(path, name, layout, channels):
     a = [np.ascontiguousarray(_as_bytes(np.asanyarray(o.dataobj), layout)) for o in c]
     affine = c[0].affine; upright = None; tilt = np.degrees(nib.affines.obliquity(affine)).max()
     if tilt>MOST_TILT:
-        from nibabel.processing import resample_to_output
-        ups = [resample_to_output(nib.Nifti1Image(o, affine), nib.affines.voxel_sizes(affine), order=1) for o in a]
-        a = [np.asarray(o.dataobj).clip(0, 255).astype(np.uint8) for o in ups]; affine = upright = ups[0].affine
+        a,affine = _upright(a, affine); upright = affine
         notes.append(f'tilted by {tilt:.0f} degrees: predicted upright, the mask resampled back')
     mm = tuple(float(o) for o in nib.affines.voxel_sizes(affine).round(4))
     return Scan(name, Path(path), a[0] if len(a)==1 else np.stack(a, -1), mm, own.affine, own.shape, header, upright, oriented, tuple(files), notes)

@@ -46,10 +46,10 @@ def save(path, a, affine=None, axes=None):
     nib.save(im, path)
     return path
 
-axes = st.permutations([0,1,2]).flatmap(lambda p: st.tuples(*(st.sampled_from([('L','R'),('P','A'),('I','S')][i]) for i in p)))
+AXES = st.permutations([0,1,2]).flatmap(lambda p: st.tuples(*(st.sampled_from([('L','R'),('P','A'),('I','S')][i]) for i in p)))
 
 @settings(max_examples=12, deadline=None)
-@given(axes=axes)
+@given(axes=AXES)
 def test_a_reoriented_copy_gets_the_reoriented_mask(tmp_path_factory, axes):
     d = tmp_path_factory.mktemp('o'); a = draw_volume(); aff = np.diag([1.,1.2,1.5,1]); aff[:3,3] = -20,3,7
     p,q = (predict_scan(stand_in(), save(d/f'{n}.nii.gz', a, aff, o)) for n,o in (('a',None),('b',axes)))
@@ -60,7 +60,7 @@ def test_a_reoriented_copy_gets_the_reoriented_mask(tmp_path_factory, axes):
     assert [r['area_mm2'] for r in p.rows]==[r['area_mm2'] for r in q.rows] and p.quality==q.quality
 
 @settings(max_examples=10, deadline=None)
-@given(axes=axes, shear=st.floats(-.2, .2), angle=st.floats(-.2, .2))
+@given(axes=AXES, shear=st.floats(-.2, .2), angle=st.floats(-.2, .2))
 def test_a_tilted_affine_below_the_limit_is_exact(tmp_path_factory, axes, shear, angle):
     d = tmp_path_factory.mktemp('t'); c,s = np.cos(angle), np.sin(angle)
     aff = np.array([[c,-s,0,4],[s,c,0,-9],[0,0,2.,1],[0,0,0,1]])
@@ -116,7 +116,7 @@ def test_millilitres_need_the_whole_extent(tmp_path):
     a = draw_volume(); f = save(tmp_path/'a.nii.gz', a, np.diag([1,1,2,1.]))
     p = predict_scan(stand_in(None, whole=True), f)
     assert p.rows[0]['volume_ml']==pytest.approx((p.mask>0).sum()*2/1000) and p.rows[0]['slices']==40
-    assert predict_scan(stand_in((0,74), whole=True), f).rows[0]['volume_ml']>0
+    assert predict_scan(stand_in((0,60), whole=True), f).rows[0]['volume_ml']>0
     assert np.isnan(predict_scan(stand_in((0,90), whole=True), f).rows[0]['volume_ml']) # the scan ends above
 
 @given(st.floats(20, 60), st.integers(1, 80), st.floats(.4, 6), st.floats(0, 60), st.floats(0, 20))
@@ -158,7 +158,7 @@ def test_evans_index_of_a_drawn_head():
     assert evans_index(a, m & False, (1,1,1), range(80,90))=={}
 
 def test_pictures_as_the_training_sees_them(bundle):
-    "The same masks as `predict_cases`, without and with a mirror image that agrees with itself"
+    "The same masks as `predict_cases`; with the mirror image, symmetry"
     learn,cases,_ = bundle; paths = [str(o) for o in cases['image']]
     want = predict_cases(learn, cases); got = predict_pictures(learn, [read_scan(p) for p in paths], flips=False)
     assert any(w.any() for w in want) # fastai's augmentations pass the image through an identity, which costs the last bits
@@ -169,8 +169,10 @@ def test_pictures_as_the_training_sees_them(bundle):
     assert all(0<=p.quality<=1 for p in ps) and np.isnan(got[0].quality)
     a = np.array(Image.open(paths[0])); a = np.concatenate([a[:,:32], a[:,:32][:,::-1]], 1)
     im = read_scan(paths[0]); im.image = a
-    p = predict_scan(learn, im)
-    assert p.quality==1 and (p.mask==p.mask[:,::-1]).all() # a symmetrical picture
+    p,plain = predict_scan(learn, im), predict_scan(learn, im, flips=False)
+    assert (p.mask==p.mask[:,::-1]).mean()>.995 # a symmetrical picture gets a symmetrical mask, whatever the network
+    both,n = ((plain.mask>0)&(plain.mask[:,::-1]>0)).sum(), (plain.mask>0).sum()
+    assert p.quality==pytest.approx(both/n, abs=.02) and both<n
 
 @pytest.fixture(scope='module')
 def bundle(tmp_path_factory):
