@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'PALETTE', 'WHOLE', 'KEYS', 'CLAIM_FILLED', 'CLAIM_OPEN', 'label_table', 'training_slab',
-           'training_spacing', 'test_scores', 'bundle_config', 'model_card', 'write_config', 'save_bundle',
-           'read_config', 'load_bundle', 'export_onnx', 'pool_bundle']
+           'training_spacing', 'image_reference', 'out_of_fold', 'test_scores', 'bundle_config', 'model_card',
+           'write_config', 'save_bundle', 'read_config', 'load_bundle', 'export_onnx', 'pool_bundle']
 
 # %% ../nbs/12_bundles.ipynb #2febdc3b
 import hashlib, json, os, shutil, tempfile
@@ -20,6 +20,7 @@ from . import __version__
 from .cases import DataError, Pixels, data_fingerprint, need_package, read_image
 from .datasets import find_layout
 from .scores import summarise_scores
+from .trust import calibrate, fit_reference, scan_features
 from .segmentation import (check_settings, codes_of, load_weights, make_learner, save_weights, training_defaults, write_json,
                                           written_beside)
 
@@ -57,6 +58,22 @@ def training_spacing(
 KEYS = ('format','version','settings','layout','labels','channels','spacing','slab','whole','reference','calibration','steps_state','scores','data',
         'input_shape','versions')
 
+def image_reference(
+    train:pd.DataFrame, # Case table of the training images
+    most=200            # Images to look at, evenly spread over the table
+)->dict:
+    "What the training images look like, for `find_flags`"
+    t = train.iloc[np.unique(np.linspace(0, len(train)-1, most).round().astype(int))]
+    dims = 2 if t['slice'].iloc[0]!='' else 3
+    return fit_reference([scan_features(read_image(o.image), o.spacing if dims==3 else np.ravel(o.spacing)[:2], dims) for o in t.itertuples()],
+                         list(t['subject']))
+
+def out_of_fold(
+    scores:pd.DataFrame # Score table of test subjects, with `quality`
+)->dict:
+    "What a quality says of the Dice, for `predicted_dice`"
+    return calibrate(scores) if 'quality' in scores else dict(calibrated=False, why='the scores have no quality')
+
 def test_scores(
     scores:pd.DataFrame # Score table of test subjects
 )->dict: # n_subjects, case, metrics: mean with 95 % interval over subjects
@@ -77,13 +94,14 @@ def bundle_config(
     data=None            # What else is known of the data, such as `name` and `simulated`
 )->dict:
     "All that has to be known to use a trained model"
-    lay,train = find_layout(layout), cases[cases['split']=='train']
+    train = cases[cases['split']=='train']
     keep = {k: settings[k] for k in [*training_defaults(), 'seed','kind'] if k in settings and k!='regions'}
     people = {k: int(g['subject'].nunique()) for k,g in cases.groupby('split')}
     split = sorted({(s,p) for s,p in cases[['subject','split']].itertuples(index=False)})
     return dict(format=FORMAT, version=VERSION, settings=json.loads(json.dumps(keep, default=lambda o: getattr(o, '__name__', str(o)))), layout=layout,
         labels=label_table(codes_of(learn), layout), channels=str(settings['kind']).split('+'), spacing=training_spacing(train),
-        slab=training_slab(train), whole=layout in WHOLE, reference=None, calibration=None,
+        slab=training_slab(train), whole=layout in WHOLE, reference=image_reference(train),
+        calibration=out_of_fold(scores),
         steps_state=learn.steps and learn.steps.state(), scores=test_scores(scores), input_shape=getattr(learn, 'input_shape', None),
         data=dict(fingerprint=data_fingerprint(cases), split=hashlib.sha256(json.dumps(split).encode()).hexdigest()[:16],
                   subjects=people, images={k: len(g) for k,g in cases.groupby('split')}, **(data or {})),
@@ -206,7 +224,7 @@ def _blank(config, folder):
     return pd.DataFrame([dict(subject=o, scan='', slice='-' if slices else '', kind=s['kind'], image=image, mask=mask, spacing=1., split=o)
                          for o in ('train','valid')])
 
-# %% ../nbs/12_bundles.ipynb #2097aaee
+# %% ../nbs/12_bundles.ipynb #629e815e
 def load_bundle(
     path,       # Bundle
     device=None # torch device; None: as fastai chooses
@@ -214,7 +232,8 @@ def load_bundle(
     "The learner of a bundle, ready to predict; nothing is unpickled"
     path = Path(path)
     config = read_config(path)
-    s = dict(config['settings'], steps_state=config['steps_state'], pretrained=False)
+    s = dict(config['settings'], steps_state=config['steps_state'], pretrained=False, bs=1, sampling='uniform')
+    if 'weighted' in (s['loss'] or ''): s['loss'] = None # its weights came from the training images
     try:
         check_settings(**{k: v for k,v in s.items() if k in training_defaults()})
         with tempfile.TemporaryDirectory() as d: learn = make_learner(_blank(config, Path(d)), s)
@@ -224,11 +243,10 @@ def load_bundle(
         raise DataError.of(path/'model.safetensors', str(e).split('\n')[0], f"the weights of {s['arch']} as config.json describes it", 'Copy the bundle again.') from e
     if device is not None: learn.dls.device = torch.device(device)
     learn.model.to(learn.dls.device).eval()
-    if hasattr(learn, 'fast_batches'): learn.fast_batches.before_fit() # weights in the order that training left them in
     learn.bundle,learn.bundle_path = config,path
     return learn
 
-# %% ../nbs/12_bundles.ipynb #988372c9
+# %% ../nbs/12_bundles.ipynb #5841a19d
 class _InFloat32(torch.nn.Module):
     "A network without autocast"
     def __init__(self, model):
@@ -242,7 +260,7 @@ def export_onnx(
     path   # File to write, .onnx
 )->float: # Largest difference of class scores between ONNX Runtime and PyTorch
     "Write the network as ONNX, and check it against PyTorch"
-    need_package('onnx', 'onnx'); need_package('onnxscript', 'onnx')
+    need_package('onnx', 'onnx')
     ort,path,s = need_package('onnxruntime', 'onnx'), Path(path), learn.bundle['settings']
     if path.suffix!='.onnx': raise DataError.of(path, f'the ending {path.suffix!r}', '.onnx', 'Choose another name.')
     if not path.parent.is_dir(): raise DataError.of(path, 'a folder that does not exist', 'a folder', 'Make it first.')
@@ -270,4 +288,5 @@ def pool_bundle(
 )->Path:
     "The bundle of one run with the scores of all"
     first = Path(run['folder'])
-    return save_bundle(first/'model.safetensors', path, {**read_config(first), 'scores': test_scores(scores), **more})
+    return save_bundle(first/'model.safetensors', path, {**read_config(first), 'scores': test_scores(scores),
+                       'calibration': out_of_fold(scores), **more})

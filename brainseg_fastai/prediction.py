@@ -167,7 +167,7 @@ def _load_dicom(folder):
     if not np.isfinite(a).all(): raise DataError.of(folder, 'values that are not numbers', 'finite grey levels', 'Export it again.')
     return nib.Nifti1Image(a, affine), tuple(files)
 
-# %% ../nbs/13_prediction.ipynb #0ac7e9db
+# %% ../nbs/13_prediction.ipynb #99e63f4b
 MOST_TILT = 15. # degrees
 _sequences = 'flair','t1','t1ce','t2'
 
@@ -180,6 +180,7 @@ def _as_bytes(a, layout):
 
 def _stem(path):
     name = Path(path).name
+    if Path(path).is_dir(): return name
     return next((name[:-len(e)] for e in ('.nii.gz','.nii','.mgz','.mgh') if name.lower().endswith(e)), None) or Path(path).stem
 
 def _sequence_files(folder, channels):
@@ -628,7 +629,7 @@ def _slab_of_scan(scan, cfg, slab):
     if not inside: notes.append('the scan does not reach over the whole slab')
     return ks, inside, skull, notes
 
-# %% ../nbs/13_prediction.ipynb #933e4e29
+# %% ../nbs/13_prediction.ipynb #ceb53b3b
 def _kind_of_picture(scan, cfg):
     "Is the skull there?"
     mm = scan.spacing or (None if cfg.get('spacing') is None else _pair(cfg['spacing'])); mm = 1. if mm is None or not np.isfinite(mm).all() else mm
@@ -638,10 +639,8 @@ def _judge(learn, scan, picture, mm, plain, mirrored):
     "Quality, the Dice to expect, and flags"
     from brainseg_fastai.trust import agreement, find_flags, predicted_dice, scan_features
     cfg = learn.bundle; quality = float('nan') if mirrored is None else float(agreement(plain, mirrored, len(codes_of(learn))))
-    cal = cfg.get('calibration') or dict(calibrated=False)
-    dice = predicted_dice(cal, quality) if np.isfinite(quality) else dict(calibrated=False, text='not known: predicted without flips')
-    flags = find_flags(scan_features(picture, mm), cfg['reference']) if cfg.get('reference') else []
-    return quality, dice, list(flags)
+    dims = 2 if not scan.is_volume or cfg['settings']['mode']=='slice' else 3
+    return quality, predicted_dice(cfg.get('calibration'), quality), list(find_flags(scan_features(picture, mm, dims), cfg.get('reference')))
 
 def _prediction(learn, scan, masks, ks, whole, skull, notes, seconds):
     "A `Prediction` from the classes of the slices `ks`, or of the whole volume or picture"
@@ -742,7 +741,7 @@ def mask_path(
     who = '_'.join(filter(None, (sub, ses)))
     return Path(out, *filter(None, (sub, ses)), 'anat', f'{who}{rest}_desc-{d[1] if d else ""}{suffix}_dseg.nii.gz')
 
-# %% ../nbs/13_prediction.ipynb #5f00d7be
+# %% ../nbs/13_prediction.ipynb #d13839ca
 def _sidecar(mask): return Path(mask).with_name(re.sub(r'\.(nii\.gz|png)$', '.json', Path(mask).name))
 
 def _stamps(path):
@@ -782,7 +781,7 @@ def write_prediction(
     else:
         with written_beside(path) as tmp: Image.fromarray(a if a.dtype==np.uint8 else a.astype(np.int32)).save(tmp)
     known = dict(bundle=_bundle_hash(config)) if config else {}
-    write_json(_sidecar(path), _plain(dict(Sources=[o.name for o in p.scan.files], SpatialReference='orig', SkullStripped=None,
+    write_json(_sidecar(path), _plain(dict(Sources=[o.name for o in p.scan.files], SpatialReference='orig',
         GeneratedBy=[dict(Name='brainseg_fastai', Version=__version__)], NotAMedicalDevice=True, stamps=_stamps(p.path), **known, options=options,
         mask=path.name, slices=[p.slices[0], p.slices[-1]] if p.slices and p.scan.is_volume else None, quality=p.quality,
         predicted=p.predicted, flags=p.flags, notes=p.notes, rows=p.rows)))

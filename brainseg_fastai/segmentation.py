@@ -783,6 +783,7 @@ def make_learner(
     kw = dict(arch=s['arch'], recipe=s['recipe'], pretrained=s['pretrained'], loss=s['loss'], weights=weights, depth=s['depth'], width=s['width'])
     if s['mode']=='slice': learn = brainseg_learner(_slice_dls(cases, s, steps), size=s['size'], **kw)
     else: learn = _volume_learner(cases, s, steps, n_in=(*read_image(cases['image'].iloc[0]).shape, 1)[3], **kw)
+    if hasattr(learn, 'fast_batches'): learn.fast_batches.before_fit() # the order of the weights decides about last bits
     learn.codes,learn.steps = tuple(s['codes']), steps
     return learn
 

@@ -362,6 +362,13 @@ def test_colin27_however_it_is_stored(tmp_path):
         assert p.rows[0]['area_mm2']==pytest.approx(first['area_mm2'], rel=.005) and (p.mask==ps[0].mask).all()
         assert p.native().shape==nib.load(p.path).shape
 
+def test_a_head_for_a_model_of_brains_is_flagged():
+    from brainseg_fastai.trust import fit_reference, scan_features
+    pics = [np.array(Image.open(p)) for p in sorted((dataset('adni_like')/'brain').glob('*.png'))]
+    learn = stand_in((60,66), size=256, reference=fit_reference([scan_features(a, 1.) for a in pics]))
+    p = predict_scan(learn, dataset('colin27')/'colin27_T1w_head.nii.gz')
+    assert any('skull' in o for o in p.flags), p.flags
+
 def test_colin27_with_its_skull():
     "The top of the brain, found through the skull, is near that of the stripped brain; so is the inner width of the skull"
     from brainseg_fastai.prediction import _inner_width
