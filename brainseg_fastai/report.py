@@ -300,6 +300,7 @@ _rc = {'svg.fonttype':'none', 'svg.hashsalt':'brainseg', 'axes.spines.top':False
 
 def _subplots(*args, **kw):
     import matplotlib.pyplot as plt
+    plt.close(plt.figure()) # the first figure loads the backend: inside the context, a notebook's own would be set up and undone with it
     with plt.rc_context(_rc): fig,ax = plt.subplots(*args, layout='constrained', **kw)
     plt.close(fig)  # the caller has it; nothing is kept open
     return fig,ax

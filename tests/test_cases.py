@@ -45,6 +45,9 @@ def test_cohort(root):
     assert not is_simulated(root)
     (root/'cohort.json').write_text('{"simulated": true, "spacing": 0.94}', encoding='utf-8')
     assert is_simulated(root) and (adni_cases(root).spacing==.94).all()
+    assert 'below_top' not in adni_cases(root, 'brain')
+    (root/'cohort.json').write_text('{"below_top": 63}', encoding='utf-8')
+    assert set(adni_cases(root, 'brain').below_top)=={63.}
     (root/'cohort.json').write_text('{"simul', encoding='utf-8')
     with pytest.raises(DataError, match='cohort.json.*JSON'): is_simulated(root)
 

@@ -1,5 +1,5 @@
 "The report: one self-contained page, nothing from a file taken as markup, the verdict first and the worst cases in sight"
-import re
+import os, re, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -279,3 +279,11 @@ def test_toy_run_repeats_itself(tmp_path):
     pd.testing.assert_frame_equal(a['scores'], b['scores'])
     pngs = [p.relative_to(tmp_path/'a') for p in (tmp_path/'a').rglob('*.png')]
     assert len(pngs)==3*5 and all((tmp_path/'a'/p).read_bytes()==(tmp_path/'b'/p).read_bytes() for p in pngs)
+
+def test_figures_of_a_report_do_not_hide_those_of_a_notebook():
+    "A notebook's backend sets itself up with the first figure; inside a style context that would be undone"
+    code = 'import matplotlib.pyplot as plt\nreal,seen = plt.rc_context,[]\n' \
+           'def context(*a):\n    seen.append(plt._backend_mod is not None)\n    return real(*a)\nplt.rc_context = context\n' \
+           'from brainseg_fastai.report import _subplots\n_subplots(1, 1)\nassert seen==[True]'
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, env={**os.environ, 'MPLBACKEND': 'agg'})
+    assert r.returncode==0, r.stderr[-2000:]

@@ -128,6 +128,24 @@ def cut(folder, shapes):
         Image.fromarray(np.array(Image.open(f))//255*180+20).save(folder/'brain'/f.name.replace('mask','brain'))
     return folder
 
+class Leftmost(torch.nn.Module):
+    "Class 1 in the left half of the picture, whatever is in it"
+    def forward(self, x):
+        s = torch.linspace(1, -1, x.shape[-1]).expand(x.shape[0], 1, *x.shape[-2:])
+        return torch.cat([-s, s], 1)
+
+@pytest.mark.parametrize('size', [96, 64])
+def test_mirrored_predictions(tmp_path, size):
+    "What does not depend on left and right agrees with its mirror image; what does, does not"
+    t = adni_cases(cut(make_folder(tmp_path, 6, 1, size=96), [(96,61),(45,96),(95,96)])); learn = oracle(t, size)
+    for a,b in zip(predict_cases(learn, t), predict_cases(learn, t, mirror=True)): assert (a!=b).mean()<.01 and a.any()
+    assert score_cases(learn, t, quality=True).quality.min()>.95 and 'quality' not in score_cases(learn, t)
+    learn.model = Leftmost()
+    for a,b in zip(predict_cases(learn, t), predict_cases(learn, t, mirror=True)):
+        half = a.shape[1]//2
+        assert a[:,:half].all() and not a[:,half+1:].any() and not b[:,:half].any() and b[:,half+1:].all()
+    assert score_cases(learn, t, quality=True).quality.max()<.05
+
 @pytest.mark.parametrize('shapes,size,least', [([(96,61),(45,96),(96,96),(95,96)], 96, 1.), ([(61,44),(90,57),(33,60)], 128, .99),
                                                 ([(128,96),(100,127),(99,75)], 64, .95)], ids=['same','enlarged','reduced'])
 def test_perfect_prediction_in_own_pixels(tmp_path, shapes, size, least):

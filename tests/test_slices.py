@@ -53,6 +53,11 @@ def test_the_folder_passes_the_check_and_pairs(root, tmp_path):
     for p in a.image: assert subject_id(p) in set(t.subject) and re.fullmatch(r'[^-]+-[^-]+-brain-z\d{3}\.png', p.name)
     assert left(tmp_path)==['fs','out'] and left(out)==['brain','cohort.json','mask','orig','slices.csv']
 
+def test_every_case_knows_where_it_lies_below_the_top_of_the_brain(root, tmp_path):
+    t = make_slices(root, tmp_path/'out', n=3, gap=4); c = adni_cases(tmp_path/'out', 'orig')
+    want = {(o.subject, o.scan, o.slice): o.mm_below_top for o in t.itertuples()}
+    assert len(c)==len(t) and c.below_top.tolist()==[want[o.subject, o.scan, o.slice] for o in c.itertuples()] and c.below_top.nunique()>2
+
 def test_pixels_are_those_of_the_volumes(root, tmp_path):
     make_slices(root, tmp_path/'out'); v = draw(0); seg = np.isin(v['aseg'], [4,43]); k = int(seg.sum((0,1)).argmax())
     o,b,m = (png(tmp_path/'out', kind)[f'001_S_0001-I1-{kind}-z{k:03d}.png'] for kind in ('orig','brain','mask'))
