@@ -188,11 +188,13 @@ def is_simulated(
 
 _columns = ['subject','scan','slice','kind','image','mask','spacing']
 
+def _at(v, slic): return float(v.get(slic, 'nan') if isinstance(v, dict) else v)
+
 def adni_cases(
     root,         # Data folder with a subfolder for `kind` and one named `mask`
     kind='brain', # `brain` (skull-stripped), `orig` (full skull) or another of `kinds_in(root)`
     subject=None  # None: ADNI names; else a regular expression with one group, 'folder', or a CSV file (image, subject)
-)->pd.DataFrame: # One row per case: subject, scan, slice, kind, image, mask, spacing (mm per pixel, or NaN)
+)->pd.DataFrame: # One row per case: subject, scan, slice, kind, image, mask, spacing (mm per pixel, or NaN), below_top where known
     "The table of all images of one kind that have a mask, sorted by subject, scan and slice"
     root = Path(root).resolve()
     if e := _wrong_folder(root, [kind]): raise e
@@ -202,9 +204,10 @@ def adni_cases(
         raise DataError.of(root/kind, 'no image whose name tells a subject and that has a mask',
                            f'{expected} and the same name in mask', 'See `brainseg check`, and --subject for other ways of naming.')
     known = _cohort(root)
-    each = {(o.get('subject'), o.get('scan')): o.get('spacing') for o in known.get('scans', [])}
-    def mm(o): return each.get((o['subject'], o['scan'])) or known.get('spacing') or float('nan')
-    df = pd.DataFrame([{**o, 'spacing': float(mm(o))} for o in rows], columns=_columns)
+    each = {(o.get('subject'), o.get('scan')): o for o in known.get('scans', [])}
+    def mm(o, key): return each.get((o['subject'], o['scan']), {}).get(key) or known.get(key) or float('nan')
+    df = pd.DataFrame([{**o, 'spacing': float(mm(o, 'spacing'))} for o in rows], columns=_columns)
+    if any('below_top' in o for o in [known, *each.values()]): df['below_top'] = [_at(mm(o, 'below_top'), o['slice']) for o in rows]
     return df.sort_values(['subject','scan','slice'], kind='stable', ignore_index=True)
 
 # %% ../nbs/00_cases.ipynb #5b322af5

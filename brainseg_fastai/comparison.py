@@ -16,11 +16,12 @@ from fastcore.meta import delegates
 
 from .cases import (DataError, Pixels, adni_cases, check_cases, data_fingerprint, is_simulated, kinds_in, mask_codes,
                                    pair_cases, refuse_errors)
+from .bundles import pool_bundle
 from .datasets import find_layout
 from .report import compare_report, lower_name, train_report
 from .scores import EMPTY_POLICY, TOLERANCE_POLICY, summarise_scores
-from .segmentation import (ENOUGH_SUBJECTS, RESNETS, case_name, check_settings, imagenet_weights, split_cases, train_folds, train_run,
-                                          write_csv, write_json)
+from .segmentation import (ENOUGH_SUBJECTS, RESNETS, case_name, check_settings, file_name, imagenet_weights, split_cases, train_folds, train_run,
+                                          training_defaults, write_csv, write_json)
 from .stats import compare_scores, training_longer
 
 # %% ../nbs/2_segmentation_on_full_skull.ipynb #bddd9dbe
@@ -83,7 +84,7 @@ def parse_variant(
 )->dict:
     "Settings of a variant from text"
     import inspect
-    known,res = {'inputs', *(o for o in inspect.signature(train_run).parameters)} - {'cases','folder','seed','test_sets','regions','codes','pretrained'}, {}
+    known,res = {'inputs', *(o for o in inspect.signature(train_run).parameters)} - {'cases','folder','seed','test_sets','regions','codes','pretrained','layout','about'}, {}
     for o in text.split():
         k,eq,v = o.partition('=')
         if not eq or k not in known: raise DataError(f'{o!r}: expected NAME=VALUE with one of the names {", ".join(sorted(known))}')
@@ -148,7 +149,7 @@ def result_folder(
         old,new = json.loads(mine.read_text(encoding='utf-8')), json.loads(json.dumps(settings, default=str))
         if overwrite:
             for o in RESULTS: (out/o).unlink(missing_ok=True)
-            shutil.rmtree(out/'runs', ignore_errors=True)
+            for o in ('runs','bundles'): shutil.rmtree(out/o, ignore_errors=True)
         elif diff := [k for k in new if old.get(k)!=new[k]]:
             changes = ', '.join(f'{k}: {old.get(k)}, now {new[k]}' for k in diff[:3])
             raise DataError(f'{out}: was begun with other settings ({changes}). '
@@ -218,7 +219,7 @@ def _settings(root, variants, ready, **more):
                 fingerprint={k: data_fingerprint(t) for k,t in ready['tables'].items()})
 
 # %% ../nbs/2_segmentation_on_full_skull.ipynb #4b88de96
-@delegates(train_run, but='folder,test_sets,codes,regions')
+@delegates(train_run, but='folder,test_sets,codes,regions,about')
 def train_variants(
     root,            # Data folder
     out,             # Folder for the results
@@ -239,10 +240,11 @@ def train_variants(
 )->dict: # out, scores, all_scores, curves, control, info, …
     "Prepare, train and score every variant on the same split; writes settings, split, scores and curves"
     lay,began = find_layout(layout), time.time()
-    for v in variants.values(): check_settings(**{**kwargs, **{k: o for k,o in v.items() if k!='inputs'}})
-    asked = {k: {**({'mode': kwargs['mode']} if 'mode' in kwargs else {}), **v} for k,v in variants.items()} # whole volumes if all work with them
+    full = [{**training_defaults(), **kwargs, **{k: o for k,o in v.items() if k!='inputs'}} for v in variants.values()]
+    for o in full: check_settings(**o)
+    asked = {k: {**v, 'mode': o['mode']} for (k,v),o in zip(variants.items(), full)} # whole volumes if all work with them
     ready = prepare(root, asked, folds, seed, subject, previous, progress, layout)
-    resnets = {getattr(o, '__name__', o) for o in [kwargs.get('arch','resnet18'), *(v.get('arch') for v in variants.values())]} & set(RESNETS)
+    resnets = {getattr(o['arch'], '__name__', o['arch']) for o in full if o['mode']=='slice'} & set(RESNETS)
     kwargs['pretrained'] = kwargs.get('pretrained', True) and bool(resnets) and imagenet_weights(min(resnets)) # asked, and told, only once
     if external and layout!='adni': raise DataError(f'external {external}: only folders in the ADNI layout can be scored as well.')
     kwargs.setdefault('per', lay_per(lay))
@@ -251,6 +253,7 @@ def train_variants(
                          external=external and Path(external).resolve().name, control=control, **kwargs)
     out = result_folder(out, settings, overwrite, resume)
     write_csv(out/'split.csv', ready['split'])
+    about = dict(name=settings['data'], simulated=is_simulated(root))
     control = control and repeats==1 and len(variants)>1
     if ready['few']: print(FEW)
     say = Announce(len(variants)*settings['folds']*repeats + control)
@@ -261,13 +264,14 @@ def train_variants(
         others = {k: t for k,t in ready['tables'].items() if k!=name} if differs_in(variants)=='input' and layout=='adni' else {}
         own = {**kwargs, **{k: v for k,v in variants[name].items() if k!='inputs'}}
         return train_folds(table, split, out, repeats, seed, others=others, external=ext[name], announce=say, name=name,
-                           codes=ready['codes'], regions=lay.regions, **own)
+                           codes=ready['codes'], regions=lay.regions, layout=layout, about=about, **own)
     parts = [run(k, seed) for k in variants]
     both = {o: pd.concat([p[o] for p in parts], ignore_index=True) for o in ('scores','all_scores','curves')}
     write_csv(out/'scores.csv', both['scores']); write_csv(out/'curves.csv', both['curves'])
     again = _control(run, both['scores'], next(iter(variants)), seed, out) if control else None
     if external is not None: write_csv(out/'external.csv', both['all_scores'].query('tested_on=="external"'))
     runs = [r for p in parts for r in p['runs']]
+    for k,p in zip(variants, parts): pool_bundle(p['runs'][0], out/'bundles'/file_name(k), p['scores'])
     return dict(**both, **ready, out=out, control=again, settings=settings, simulated=is_simulated(root), root=Path(root).resolve(),
                 info=_info(settings, ready, runs, both['curves'], command, began), sources=_sources(ready['tables'].values()))
 

@@ -10,11 +10,12 @@ __all__ = ['ENOUGH_SUBJECTS', 'RESNETS', 'RECIPES', 'SCHEDULES', 'MODES', 'VOLUM
            'light_splitter', 'dice_per_image', 'InBf16', 'FastBatches', 'imagenet_weights', 'recipe_settings',
            'default_epochs', 'brainseg_learner', 'written_beside', 'write_json', 'save_weights', 'load_weights',
            'write_csv', 'Checkpoint', 'fit_recipe', 'predict_cases', 'codes_of', 'score_cases', 'environment',
-           'training_defaults', 'check_settings', 'make_learner', 'train_run', 'load_run', 'train_folds', 'plot_curves',
-           'image_split']
+           'training_defaults', 'check_settings', 'make_learner', 'train_run', 'load_run', 'file_name', 'train_folds',
+           'plot_curves', 'image_split']
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #e60898f8
 import contextlib, hashlib, inspect, json, os, random, re, shutil, sys, time, warnings
+from functools import partial
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
@@ -33,6 +34,8 @@ from .demo import demo_cohort
 from .networks import build_network, check_size, class_weights, make_loss, parse_loss
 from .scores import score_mask
 from .steps import Steps, make_steps
+from .trust import agreement
+from .volumes import predict_volumes, slices_to_volume, volume_dls, write_segmentation
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #b5b7b781
 def data_folder(
@@ -613,16 +616,18 @@ def _own_pixels(logits, h, w):
 def predict_cases(
     learn:Learner,
     cases:pd.DataFrame, # Case table
-    bs=8
+    bs=8,
+    mirror=False # Mirror the images left to right, and the predictions back
 )->L: # One uint8 array of classes per case, in the size of its image
     "Predicted masks of all cases, in order"
-    if getattr(learn, 'predict_volumes', None): return L(learn.predict_volumes(cases))
+    if getattr(learn, 'predict_volumes', None): return L(learn.predict_volumes(cases, mirror=mirror))
     dl = learn.dls.test_dl(cases.reset_index(drop=True), bs=bs, num_workers=0)
     sizes = [image_size(o) for o in cases['image']]
     model,res = learn.model.eval(), L()
     with torch.inference_mode():
         for xb, in dl:
-            logits = model(plain_batch(xb)).float().cpu()
+            logits = model(plain_batch(xb.flip(-1) if mirror else xb)).float().cpu()
+            if mirror: logits = logits.flip(-1)
             res += [_own_pixels(o, *hw).argmax(0).byte().numpy() for o,hw in zip(logits, sizes[len(res):])]
     return res
 
@@ -637,7 +642,6 @@ def _scans(cases):
 
 def _whole(preds, group, codes):
     "The scan of which `group` holds the slices, its prediction and truth as volumes, and the size of a voxel"
-    from brainseg_fastai.volumes import slices_to_volume
     case = next(group.itertuples())
     if not isinstance(case.mask, Pixels) or case.mask.index is None:
         raise DataError(f'{case.image}: is no slice of a volume; it can only be scored by itself (per slice).')
@@ -651,27 +655,34 @@ def score_cases(
     tolerance=None,     # Of the surface Dice, in mm where the spacing is known, else in pixels; None: as `score_mask`
     save_to=None,       # Folder for the predicted masks (PNG with classes 0..n-1; NIfTI with the raw codes for volumes), if wanted
     regions=None,       # Raw codes by name, such as `{'WT': (1,2,4)}`, of what is scored; None: every code for itself
-    per='case'          # 'volume': slices are put together again and scored as the scan they come from
+    per='case',         # 'volume': slices are put together again and scored as the scan they come from
+    quality=False       # Also the agreement with the prediction of the mirrored image, which needs no mask
 )->pd.DataFrame: # One row per case: subject, scan, slice, image, dice, jaccard, hd95, nsd, areas, unit, counts, prediction
     "Predict and score every case against its mask"
     codes,more = codes_of(learn), [o for o in ('label',) if o in cases]
     parts = regions and {k: tuple(codes.index(o) for o in v if o in codes) for k,v in regions.items()}
-    def row(case, pred, truth):
+    def row(case, pred, truth, mirrored=None):
         d = dict(subject=case.subject, scan=case.scan, slice=case.slice, image=case_name(case), **{o: getattr(case, o) for o in more})
         d |= score_mask(pred, truth, spacing=case.spacing, tolerance=tolerance, n_codes=len(codes), regions=parts)
         if save_to: d['prediction'] = _save_mask(pred, case, Path(save_to)/d['image'], codes)
+        if mirrored is not None: d['quality'] = agreement(pred, mirrored, len(codes))
         return d
+    def mirrored(t, preds): return predict_cases(learn, t, mirror=True) if quality else [None]*len(preds)
     if per=='volume' and isinstance(cases['mask'].iloc[0], Pixels) and cases['mask'].iloc[0].index is not None:
-        return pd.DataFrame([row(*_whole(predict_cases(learn, g), g, codes)) for g in _scans(cases)])
-    some = (cases.iloc[i:i+64] for i in range(0, len(cases), 64)) # not all predictions at once
-    return pd.DataFrame([row(c, p, read_mask(c.mask, codes)) for t in some for c,p in zip(t.itertuples(), predict_cases(learn, t))])
+        def one(g):
+            preds = predict_cases(learn, g)
+            return row(*_whole(preds, g, codes), slices_to_volume(mirrored(g, preds), g) if quality else None)
+        return pd.DataFrame([one(g) for g in _scans(cases)])
+    def some(t):
+        preds = predict_cases(learn, t)
+        return [row(c, p, read_mask(c.mask, codes), m) for c,p,m in zip(t.itertuples(), preds, mirrored(t, preds))]
+    return pd.DataFrame([o for i in range(0, len(cases), 64) for o in some(cases.iloc[i:i+64])]) # not all predictions at once
 
 def _save_mask(pred, case, path, codes):
     "Write a predicted mask: a picture of classes, or a volume in the geometry of its scan"
     path.parent.mkdir(parents=True, exist_ok=True)
     stem = path.name.partition('.')[0] + ''.join('-'+o for o in path.name.partition('#')[2:] if o)
     if pred.ndim==3:
-        from brainseg_fastai.volumes import write_segmentation
         path = path.with_name(stem+'.nii.gz')
         write_segmentation(pred, os.fspath(case.image), path, codes)
         return str(path)
@@ -751,12 +762,12 @@ def _slice_dls(cases, s, steps):
 
 def _volume_learner(cases, s, steps, **kwargs):
     "Learner of whole volumes or of patches"
-    from functools import partial
-    from brainseg_fastai.volumes import predict_volumes, volume_dls
     patch = tuple(s['patch']) if s['mode']=='patch' else None
     dls = volume_dls(cases, s['codes'], patch, sampler=s['sampling'], bs=s['bs'], steps=steps, seed=s['seed'])
     dls.c = len(s['codes'])
-    learn = brainseg_learner(dls, size=patch or tuple(dls.one_batch()[0].shape[2:]), **kwargs)
+    size = patch or tuple(dls.one_batch()[0].shape[2:])
+    learn = brainseg_learner(dls, size=size, **kwargs)
+    learn.input_shape = list(size)
     learn.predict_volumes = partial(predict_volumes, learn.model, patch=patch, steps=steps, n_out=len(s['codes']))
     return learn
 
@@ -772,6 +783,7 @@ def make_learner(
     kw = dict(arch=s['arch'], recipe=s['recipe'], pretrained=s['pretrained'], loss=s['loss'], weights=weights, depth=s['depth'], width=s['width'])
     if s['mode']=='slice': learn = brainseg_learner(_slice_dls(cases, s, steps), size=s['size'], **kw)
     else: learn = _volume_learner(cases, s, steps, n_in=(*read_image(cases['image'].iloc[0]).shape, 1)[3], **kw)
+    if hasattr(learn, 'fast_batches'): learn.fast_batches.before_fit() # the order of the weights decides about last bits
     learn.codes,learn.steps = tuple(s['codes']), steps
     return learn
 
@@ -798,10 +810,13 @@ def train_run(
     width=None,         # first channels of a network that has them as settings
     regions=None,       # Raw codes by name of what is scored, see `score_cases`
     per='case',         # 'volume': score scans, not slices
+    layout='adni',      # How the data set is stored; it names the labels
+    about=None,         # What the model card shall say of the data, such as its `name`
     test_sets=None      # Case tables to score by name; None: the test rows of `cases`, under the name of their kind
 )->dict: # scores (test_sets, one table), curve, settings, folder
     "Train one model and score it; goes on where it was interrupted, and does nothing if it is complete"
-    s = {k: v for k,v in locals().items() if k not in ('cases','folder','test_sets')}
+    from brainseg_fastai.bundles import bundle_config, write_config # which need this module
+    s = {k: v for k,v in locals().items() if k not in ('cases','folder','test_sets','about')}
     folder,kind = Path(folder), cases['kind'].iloc[0]
     test_sets = test_sets or {kind: cases[cases['split']=='test']}
     _check_parts(cases, test_sets)
@@ -818,12 +833,14 @@ def train_run(
         write_json(folder/'key.json', dict(key=key))
         learn,curve = _train(cases, s, folder)
         write_csv(folder/'curve.csv', curve)
-        scores = pd.concat([score_cases(learn, t, save_to=folder/'predictions'/k, regions=regions, per=per).assign(kind=kind, tested_on=k)
-                            for k,t in test_sets.items() if len(t)], ignore_index=True)
+        scores = pd.concat([score_cases(learn, t, save_to=folder/'predictions'/k, regions=regions, per=per, quality=k==kind).assign(
+                            kind=kind, tested_on=k) for k,t in test_sets.items() if len(t)], ignore_index=True)
         scores['prediction'] = [Path(o).relative_to(folder).as_posix() for o in scores['prediction']]
         write_csv(folder/'scores.csv', scores)
-        write_json(done, {**s, 'steps_state': learn.steps and learn.steps.state(), 'imagenet': learn.pretrained,
-                          'environment': environment(learn.dls.device)})
+        s |= dict(steps_state=learn.steps and learn.steps.state(), imagenet=learn.pretrained, environment=environment(learn.dls.device))
+        own = scores[scores['tested_on']==kind]
+        write_config(folder, bundle_config(learn, cases, s, own if len(own) else scores, layout, about))
+        write_json(done, s)
         for o in ('checkpoint.pt','best.safetensors'): (folder/o).unlink(missing_ok=True)
     scores = _read_scores(folder/'scores.csv')
     scores['prediction'] = [str(folder/o) for o in scores['prediction']]
@@ -871,6 +888,8 @@ def load_run(
     return learn
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #3f0704a1
+def file_name(text): return re.sub(r'[^\w.=+-]+', '-', text)
+
 @delegates(train_run, but='folder,test_sets,seed')
 def train_folds(
     cases:pd.DataFrame, # Case table of one kind
@@ -895,8 +914,7 @@ def train_folds(
         for r in range(repeats):
             sd = seed + 1000*r + int(fold)
             if announce: announce(name, int(fold), sd)
-            folder = re.sub(r'[^\w.=+-]+', '-', f'{name}-fold{fold}-seed{sd}')
-            run = train_run(table, Path(out)/'runs'/folder, seed=sd, test_sets=tests, **kwargs)
+            run = train_run(table, Path(out)/'runs'/file_name(f'{name}-fold{fold}-seed{sd}'), seed=sd, test_sets=tests, **kwargs)
             runs.append({**run, 'fold': int(fold), 'seed': sd})
     where = lambda r,t: t.assign(kind=name, fold=r['fold'], seed=r['seed'])
     scores = pd.concat([where(r, r['scores']) for r in runs], ignore_index=True)

@@ -231,7 +231,8 @@ def _write_all(scans, out, labels, rule, workers, progress):
 def _write_tables(out, scans, done, labels, rule, names):
     "`slices.csv` and `cohort.json`; returns the table"
     t = pd.DataFrame([r for rows in done if isinstance(rows, list) for r in rows])
-    each = [dict(subject=s['subject'], scan=s['scan'], spacing=r[0]['spacing'], slices=[o['slice'] for o in r], files=s['files'])
+    each = [dict(subject=s['subject'], scan=s['scan'], spacing=r[0]['spacing'], slices=[o['slice'] for o in r],
+                 below_top={o['slice']: o['mm_below_top'] for o in r}, files=s['files'])
             for s,r in zip(scans, done) if isinstance(r, list)]
     d = dict(source=f'{", ".join(names)} of {len(each)} scans', rule=dict(rule, sentence=say_rule(**rule)),
         labels=labels, orientation='RAS+, rows from front to back, columns to the right', scaling='bytes as they are, others by '

@@ -357,14 +357,17 @@ def predict_volumes(
     steps=None,         # The fitted `Steps` of the training
     n_out=None,         # Classes that the network must give, checked where it is given
     mode='hann',        # 'hann' or 'average'
-    multiple=16         # Sides of whole volumes become multiples of it, as the network needs
+    multiple=16,        # Sides of whole volumes become multiples of it, as the network needs
+    mirror=False        # Mirror the volumes left to right, and the predictions back
 )->list: # One uint8 array of classes (X,Y,Z) per case, in canonical orientation and the case's own shape
     "Predicted classes of whole volumes, one volume in memory at a time"
     was,res = model.training, []
     model.eval()
     try:
         for case in cases.itertuples():
-            scores = volume_scores(model, to_subject(case, steps=steps).image.data, patch, overlap, bs, mode, multiple)
+            x = to_subject(case, steps=steps).image.data
+            scores = volume_scores(model, x.flip(1) if mirror else x, patch, overlap, bs, mode, multiple)
+            if mirror: scores = scores.flip(1)
             if n_out not in (None, len(scores)):
                 raise DataError(f'{case.image}: the network gave {len(scores)} classes, expected {n_out}; train it for these codes')
             res.append(scores.argmax(0).to(torch.uint8).numpy())

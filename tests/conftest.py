@@ -2,7 +2,7 @@
 import os
 
 os.environ.setdefault('MPLBACKEND', 'agg')
-workers = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))
-os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1)//workers))) # before torch is imported; notebooks inherit it
+if 'PYTEST_XDIST_WORKER_COUNT' in os.environ: # before torch is imported; notebooks inherit it. The process that starts the workers must not set it for them
+    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1)//int(os.environ['PYTEST_XDIST_WORKER_COUNT']))))
 
 def pytest_collection_modifyitems(items): items.sort(key=lambda o: 'slow' in o.keywords)

@@ -21,7 +21,7 @@ class Prediction:
     @property
     def rows(self):
         n = int(self.mask.sum()); mm = self.scan.spacing
-        return [dict(name='bright', code=255, area_px=n if self.mask.ndim==2 else None, area_mm2=float(n*np.prod(mm)) if mm and self.mask.ndim==2 else None,
+        return [dict(name=self.name, label='bright', code=255, area_px=n if self.mask.ndim==2 else None, area_mm2=float(n*np.prod(mm)) if mm and self.mask.ndim==2 else None,
                      volume_ml=float(n*np.prod(mm)/1000) if self.mask.ndim==3 else None, slices=None)]
 
 def predict_scan(learn, path, spacing=None):

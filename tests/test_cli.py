@@ -38,7 +38,9 @@ def test_help_is_quick_to_import_nothing_heavy():
 def test_compare_leaves_everything(report, data):
     out,said = report
     names = {o.name for o in out.iterdir()}
-    assert {'report.html','scores.csv','comparison.json','split.csv','swap.csv','curves.csv','control.csv','settings.json','runs'} <= names
+    assert {'report.html','scores.csv','comparison.json','split.csv','swap.csv','curves.csv','control.csv','settings.json','runs','bundles'} <= names
+    assert sorted(o.relative_to(out/'bundles').as_posix() for o in (out/'bundles').rglob('*') if o.is_file())==[
+        f'{k}/{o}' for k in ('brain','orig') for o in ('README.md','config.json','model.safetensors')]
     assert not [o for o in out.rglob('.*') if o.is_file()], 'temporary files are left'
     assert 'Training 7 of 7' in said and 'report.html' in said
 

@@ -131,7 +131,7 @@ def test_tracking_is_off_unless_asked_for(tmp_path, monkeypatch):
     assert asked==[('mlflow', tmp_path/'a')]
 
 @pytest.mark.parametrize('args', [('--arch','vgg'), ('--mode','patch','--patch','40,40,40','--arch','unetr'), ('--loss','hinge'), ('--steps','sharpen'),
-                                  ('--a','arch=unet'), ('--a','arch=unet','size=100','--b','arch=attention_unet')])
+                                  ('--steps','clahe'), ('--a','arch=unet'), ('--a','arch=unet','size=100','--b','arch=attention_unet')])
 def test_settings_are_refused_before_anything_is_written(args, tmp_path, capsys):
     if args==('--a','arch=unet'): args = ('--a','arch=unet','--b','arch=unet')
     assert run('compare', standin('figshare'), '--layout', 'figshare', '--out', tmp_path/'r', *args)==2
