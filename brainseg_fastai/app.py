@@ -12,11 +12,14 @@ import base64, hashlib, io, math, os, shutil, signal, tempfile, threading, trace
 from functools import lru_cache
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
 
+from .bundles import load_bundle
 from .cases import DataError, need_package
+from .prediction import predict_scan, write_prediction
 
 # %% ../nbs/16_app.ipynb #d992b788
 def overlay(
@@ -134,7 +137,6 @@ def look_at(
     spacing=None # mm per pixel where the scan does not say
 )->dict: # What the page shows
     "Predict a scan and lay out the slices beside it"
-    from brainseg_fastai.prediction import predict_scan, write_prediction
     path = Path(path)
     if spacing is not None and not 0<spacing<100: raise DataError(f'spacing {spacing:g}: expected mm per pixel, such as 0.94')
     p = predict_scan(learn, path, spacing=spacing)
@@ -192,7 +194,8 @@ def try_look(learn, path, spacing=None): # View or None, and a message or ''
 # %% ../nbs/16_app.ipynb #9c14f64e
 def _gradio():
     "Gradio with its statistics off and its files in our folder"
-    os.environ.update(GRADIO_ANALYTICS_ENABLED='False', HF_HUB_DISABLE_TELEMETRY='1', GRADIO_TEMP_DIR=str(Path(_store().name)/'gradio'))
+    os.environ.update(GRADIO_ANALYTICS_ENABLED='False', HF_HUB_DISABLE_TELEMETRY='1', GRADIO_SERVER_NAME='127.0.0.1',
+                      GRADIO_TEMP_DIR=str(Path(_store().name)/'gradio'))
     for k in ('NO_PROXY','no_proxy'):
         os.environ[k] = ','.join(dict.fromkeys([*filter(None, os.environ.get(k, '').split(',')), '127.0.0.1', 'localhost']))
     return need_package('gradio', 'app')
@@ -270,7 +273,6 @@ def make_app(
 ): # gradio Blocks
     "The page for a model"
     gr = _gradio()
-    from brainseg_fastai.bundles import load_bundle
     learn = load_bundle(bundle_path)
     _one_file(bundle_path, learn.bundle)
     with gr.Blocks(title='brainseg', analytics_enabled=False, delete_cache=(60,600)) as app:

@@ -1,5 +1,5 @@
-"`brainseg app` in a process that writes down every address it connects to, looks up or listens at: watched_app.py LOG ARGUMENTS..."
-import os, sys
+"`brainseg app` with uploads of 1 MB at most, in a process that notes every address it connects to, looks up or binds: watched_app.py LOG ARGUMENTS..."
+import functools, sys
 
 log = open(sys.argv[1], 'a', buffering=1)
 def watch(event, args):
@@ -7,7 +7,7 @@ def watch(event, args):
     elif event in ('socket.getaddrinfo','socket.gethostbyname'): log.write(f'{event} {args[0]}\n')
 sys.addaudithook(watch)
 
-if os.environ.get('STANDIN_MODEL'):
-    import standin_model; standin_model.put_in_place()
+from brainseg_fastai import app
 from brainseg_fastai.cli import main
+app.launch_app = functools.partial(app.launch_app, max_mb=1)
 sys.exit(main(sys.argv[2:]))
