@@ -96,7 +96,7 @@ def visitor_folder(
     session # What the browser calls itself
 )->Path:
     "Where the files of one open page are"
-    return Path(_store().name)/'visitors'/hashlib.sha256(str(session).encode()).hexdigest()[:20]
+    return Path(_store().name)/'gradio'/'visitors'/hashlib.sha256(str(session).encode()).hexdigest()[:20]
 
 def forget(session):
     "Delete all files of a visitor"

@@ -95,7 +95,7 @@ def bundle(tmp_path_factory):
     "A tiny model that has seen slices of 1 mm, from 5 to 30 mm below the top of the brain"
     d = tmp_path_factory.mktemp('bundle')
     t = adni_cases(make_folder(d/'d', 6, 2), 'brain')
-    r = train_run(with_split(t, split_cases(t, 3)), d/'r', epochs=1, size=64, pretrained=False, arch='unet', depth=3, width=4)
+    r = train_run(with_split(t, split_cases(t, 3)), d/'r', epochs=8, size=64, pretrained=False, arch='unet', depth=3, width=4)
     learn = load_bundle(r['folder'])
     return save_bundle(learn.model, d/'bundle', {**learn.bundle, 'spacing': [1.,1.], 'slab': {'below_top_mm': [5,30]}}) or d/'bundle'
 
