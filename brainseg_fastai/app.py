@@ -156,8 +156,8 @@ def _start(masks):
 def _img(rgb, aspect, alt):
     "A picture within the page: no file is left behind"
     b = io.BytesIO(); Image.fromarray(rgb).save(b, 'PNG')
-    h,w = rgb.shape[:2]
-    return (f'<img class="slice" alt="{escape(alt)}" style="aspect-ratio:{w}/{h*aspect:.6g}" '
+    ratio = rgb.shape[1]/(rgb.shape[0]*aspect)
+    return (f'<img class="slice" alt="{escape(alt)}" style="aspect-ratio:{ratio:.6g}; width:min(100%, {640*ratio:.0f}px)" '
             f'src="data:image/png;base64,{base64.b64encode(b.getvalue()).decode()}">')
 
 def draw(
@@ -201,21 +201,22 @@ def _gradio():
     return need_package('gradio', 'app')
 
 def about(
-    config # `learn.bundle`
+    config,       # `learn.bundle`
+    max_mb=MAX_MB # Largest upload in megabytes
 )->str: # Markdown
     "What the model is for"
     names = ', '.join(str(o['name']) for o in config.get('labels', [])) or 'structures'
     kind = {'brain':'skull-stripped ', 'orig':'full-skull '}.get(str(config.get('settings', {}).get('kind')), '')
-    return (f'Outlines **{names}** in {kind}brain MRI. Drop a PNG or TIFF slice, or a NIfTI or MGZ volume, of up to {MAX_MB} MB. '
+    return (f'Outlines **{names}** in {kind}brain MRI. Drop a PNG or TIFF slice, or a NIfTI or MGZ volume, of up to {max_mb} MB. '
             'It stays on this machine and is deleted when you close the page.\n\n'
             '**Not a medical device.** For research and teaching: look at every mask before you use a number.')
 
 # %% ../nbs/16_app.ipynb #a793c9e5
-CSS = """.slice {width:100%; max-height:75vh; object-fit:fill; image-rendering:pixelated; background:#000}
-.slice {width:auto; height:min(75vh,640px); max-width:100%; margin:auto; display:block}
-.caption {text-align:center; font-size:.85em} .spot {display:inline-block; width:.8em; height:.8em; margin-right:.5em; border-radius:50%}
-.measures td, .measures th {padding:.3em .8em; text-align:left} footer {display:none!important}
-.problem, .flags {border-left:4px solid #c62828; padding:.6em 1em; background:#c6282818} .flags {border-color:#ef6c00; background:#ef6c0018}"""
+CSS = """.slice {image-rendering:pixelated; margin:auto; display:block; height:auto}
+.caption {text-align:center; font-size:.85em} .measures td, .measures th {padding:.3em .8em; text-align:left} footer {display:none!important}
+.measures td:first-child {white-space:nowrap} .spot {display:inline-block; width:.8em; height:.8em; margin-right:.5em; border-radius:50%}
+.problem, .flags {border-left:4px solid #c62828; padding:.6em 1em; background:#c6282818}
+.flags {border-color:#ef6c00; background:#ef6c0018}"""
 
 def _layout(gr, title, text):
     "The parts of the page by name"
@@ -269,14 +270,15 @@ def _one_file(path, config):
 
 # %% ../nbs/16_app.ipynb #8cf33412
 def make_app(
-    bundle_path # Folder of a model
+    bundle_path,  # Folder of a model
+    max_mb=MAX_MB # Largest upload in megabytes, to be told on the page
 ): # gradio Blocks
     "The page for a model"
     gr = _gradio()
     learn = load_bundle(bundle_path)
     _one_file(bundle_path, learn.bundle)
     with gr.Blocks(title='brainseg', analytics_enabled=False, delete_cache=(60,600)) as app:
-        leave = _events(gr, _layout(gr, 'brainseg', about(learn.bundle)), learn)
+        leave = _events(gr, _layout(gr, 'brainseg', about(learn.bundle, max_mb)), learn)
         app.unload(leave)
     return app.queue(max_size=32, api_open=False)
 
@@ -288,7 +290,7 @@ def launch_app(
     max_mb=MAX_MB      # Largest upload in megabytes
 ):
     "Serve the page for a model on this machine until Ctrl+C"
-    app,gr = make_app(bundle_path), _gradio()
+    app,gr = make_app(bundle_path, max_mb), _gradio()
     font = lambda *names: [gr.themes.Font(o) for o in names] # a plain text would be looked for as a file
     theme = gr.themes.Default(font=font('system-ui','sans-serif'), font_mono=font('ui-monospace','monospace'))
     app.launch(server_name='127.0.0.1', server_port=port, share=False, inline=inline, inbrowser=open_browser and not inline, quiet=True,
