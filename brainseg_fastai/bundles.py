@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'PALETTE', 'WHOLE', 'KEYS', 'CLAIM_FILLED', 'CLAIM_OPEN', 'label_table', 'training_slab',
-           'training_spacing', 'test_scores', 'bundle_config', 'model_card', 'write_config', 'save_bundle',
-           'read_config', 'load_bundle', 'export_onnx', 'pool_bundle']
+           'training_spacing', 'image_reference', 'out_of_fold', 'test_scores', 'bundle_config', 'model_card',
+           'write_config', 'save_bundle', 'read_config', 'load_bundle', 'export_onnx', 'pool_bundle']
 
 # %% ../nbs/12_bundles.ipynb #2febdc3b
 import hashlib, json, os, shutil, tempfile
@@ -20,6 +20,7 @@ from . import __version__
 from .cases import DataError, Pixels, data_fingerprint, need_package, read_image
 from .datasets import find_layout
 from .scores import summarise_scores
+from .trust import calibrate, fit_reference, scan_features
 from .segmentation import (check_settings, codes_of, load_weights, make_learner, save_weights, training_defaults, write_json,
                                           written_beside)
 
@@ -57,6 +58,22 @@ def training_spacing(
 KEYS = ('format','version','settings','layout','labels','channels','spacing','slab','whole','reference','calibration','steps_state','scores','data',
         'input_shape','versions')
 
+def image_reference(
+    train:pd.DataFrame, # Case table of the training images
+    most=200            # Images to look at, evenly spread over the table
+)->dict:
+    "What the training images look like, for `find_flags`"
+    t = train.iloc[np.unique(np.linspace(0, len(train)-1, most).round().astype(int))]
+    dims = 2 if t['slice'].iloc[0]!='' else 3
+    return fit_reference([scan_features(read_image(o.image), o.spacing if dims==3 else np.ravel(o.spacing)[:2], dims) for o in t.itertuples()],
+                         list(t['subject']))
+
+def out_of_fold(
+    scores:pd.DataFrame # Score table of test subjects, with `quality`
+)->dict:
+    "What a quality says of the Dice, for `predicted_dice`"
+    return calibrate(scores) if 'quality' in scores else dict(calibrated=False, why='the scores have no quality')
+
 def test_scores(
     scores:pd.DataFrame # Score table of test subjects
 )->dict: # n_subjects, case, metrics: mean with 95 % interval over subjects
@@ -77,13 +94,14 @@ def bundle_config(
     data=None            # What else is known of the data, such as `name` and `simulated`
 )->dict:
     "All that has to be known to use a trained model"
-    lay,train = find_layout(layout), cases[cases['split']=='train']
+    train = cases[cases['split']=='train']
     keep = {k: settings[k] for k in [*training_defaults(), 'seed','kind'] if k in settings and k!='regions'}
     people = {k: int(g['subject'].nunique()) for k,g in cases.groupby('split')}
     split = sorted({(s,p) for s,p in cases[['subject','split']].itertuples(index=False)})
     return dict(format=FORMAT, version=VERSION, settings=json.loads(json.dumps(keep, default=lambda o: getattr(o, '__name__', str(o)))), layout=layout,
         labels=label_table(codes_of(learn), layout), channels=str(settings['kind']).split('+'), spacing=training_spacing(train),
-        slab=training_slab(train), whole=layout in WHOLE, reference=None, calibration=None,
+        slab=training_slab(train), whole=layout in WHOLE, reference=image_reference(train),
+        calibration=out_of_fold(scores),
         steps_state=learn.steps and learn.steps.state(), scores=test_scores(scores), input_shape=getattr(learn, 'input_shape', None),
         data=dict(fingerprint=data_fingerprint(cases), split=hashlib.sha256(json.dumps(split).encode()).hexdigest()[:16],
                   subjects=people, images={k: len(g) for k,g in cases.groupby('split')}, **(data or {})),
@@ -270,4 +288,5 @@ def pool_bundle(
 )->Path:
     "The bundle of one run with the scores of all"
     first = Path(run['folder'])
-    return save_bundle(first/'model.safetensors', path, {**read_config(first), 'scores': test_scores(scores), **more})
+    return save_bundle(first/'model.safetensors', path, {**read_config(first), 'scores': test_scores(scores),
+                       'calibration': out_of_fold(scores), **more})
