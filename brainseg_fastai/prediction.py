@@ -167,7 +167,7 @@ def _load_dicom(folder):
     if not np.isfinite(a).all(): raise DataError.of(folder, 'values that are not numbers', 'finite grey levels', 'Export it again.')
     return nib.Nifti1Image(a, affine), tuple(files)
 
-# %% ../nbs/13_prediction.ipynb #1b058c80
+# %% ../nbs/13_prediction.ipynb #99e63f4b
 MOST_TILT = 15. # degrees
 _sequences = 'flair','t1','t1ce','t2'
 
@@ -180,6 +180,7 @@ def _as_bytes(a, layout):
 
 def _stem(path):
     name = Path(path).name
+    if Path(path).is_dir(): return name
     return next((name[:-len(e)] for e in ('.nii.gz','.nii','.mgz','.mgh') if name.lower().endswith(e)), None) or Path(path).stem
 
 def _sequence_files(folder, channels):
@@ -200,8 +201,16 @@ def _one_grid(files, ims):
         if im.shape!=ims[0].shape or not np.allclose(im.affine, ims[0].affine, atol=1e-3):
             raise DataError.of(f, f'{_times(im.shape)} voxels on another grid', f'the grid of {Path(files[0]).name}, {_times(ims[0].shape)}',
                                'Register and resample all sequences to one grid.')
+def _upright(a, affine):
+    "Volumes on a grid along the axes of the body, without the empty corners that turning leaves, and its affine"
+    from nibabel.processing import resample_to_output
+    ups = [resample_to_output(nib.Nifti1Image(o, affine), nib.affines.voxel_sizes(affine), order=1) for o in a]
+    some = np.any([np.asarray(o.dataobj)>10 for o in ups], 0)
+    on = [np.flatnonzero(some.any(tuple({0,1,2}-{i}))) for i in range(3)]
+    ups = [o.slicer[tuple(slice(k[0], k[-1]+1) if len(k) else slice(None) for k in on)] for o in ups]
+    return [np.ascontiguousarray(np.asarray(o.dataobj).round().clip(0, 255), np.uint8) for o in ups], ups[0].affine
 
-# %% ../nbs/13_prediction.ipynb #e50d9d85
+# %% ../nbs/13_prediction.ipynb #25511fda
 def _volume_scan(path, name, layout, channels):
     "A `Scan` from a volume, the volumes of a case folder, or a DICOM series"
     notes,oriented,header = [], True, None
@@ -219,9 +228,7 @@ def _volume_scan(path, name, layout, channels):
     a = [np.ascontiguousarray(_as_bytes(np.asanyarray(o.dataobj), layout)) for o in c]
     affine = c[0].affine; upright = None; tilt = np.degrees(nib.affines.obliquity(affine)).max()
     if tilt>MOST_TILT:
-        from nibabel.processing import resample_to_output
-        ups = [resample_to_output(nib.Nifti1Image(o, affine), nib.affines.voxel_sizes(affine), order=1) for o in a]
-        a = [np.asarray(o.dataobj).clip(0, 255).astype(np.uint8) for o in ups]; affine = upright = ups[0].affine
+        a,affine = _upright(a, affine); upright = affine
         notes.append(f'tilted by {tilt:.0f} degrees: predicted upright, the mask resampled back')
     mm = tuple(float(o) for o in nib.affines.voxel_sizes(affine).round(4))
     return Scan(name, Path(path), a[0] if len(a)==1 else np.stack(a, -1), mm, own.affine, own.shape, header, upright, oriented, tuple(files), notes)
@@ -312,9 +319,11 @@ def scan_names(
     same = {n for n,k in Counter(names).items() if k>1}
     return [f'{n}-{hashlib.sha256(os.path.abspath(p).encode()).hexdigest()[:6]}' if n in same else n for p,n in zip(paths, names)]
 
-# %% ../nbs/13_prediction.ipynb #b8bffc46
+# %% ../nbs/13_prediction.ipynb #adcc5af5
 SCALP_AND_SKULL = 17. # mm from the top of the head to the top of the brain
 DARK_RIM = .23        # a larger share of the rim below Otsu's threshold means that the skull is there
+
+_within = np.zeros((3,3,3), bool); _within[1,:,1] = _within[:,1,1] = True # neighbours within an axial slice
 
 def otsu(
     a # uint8
@@ -329,26 +338,33 @@ def _largest(m):
     l,n = ndi.label(m)
     return m if n<2 else l==1+np.bincount(l.ravel())[1:].argmax()
 
+def _outline(m):
+    "The largest part of a picture or of a volume's axial slices with all that it encloses"
+    return _largest(ndi.binary_fill_holes(m, _within if m.ndim==3 else None))
+
 def dark_rim(
     a,    # Picture (H,W), uint8
     mm=1. # Size of its pixels
 )->float:
     "Share of dark pixels 4 to 14 mm below the surface of what is in the picture"
     if a.ndim==3: a = a[...,0]
-    t = otsu(a); head = ndi.binary_fill_holes(_largest(a>t/2)); d = ndi.distance_transform_edt(np.pad(head, 1), sampling=mm)[1:-1,1:-1]
+    t = otsu(a); head = _outline(a>t/2); d = ndi.distance_transform_edt(np.pad(head, 1), sampling=mm)[1:-1,1:-1]
     rim = (d>4) & (d<=14)
-    return float((a[rim]<t).mean()) if rim.any() else 0.
+    return float((a[rim]<=t).mean()) if rim.any() else 0.
 
+# %% ../nbs/13_prediction.ipynb #35f322c8
 def top_of_brain(
     a, # Volume (X,Y,Z), uint8, RAS+
     mm # Voxel sizes
 )->tuple: # Number of the slice (not always a whole one), and whether the skull is there
     "The highest axial slice of the brain"
-    def top(m):
-        area = m.sum((0,1))*mm[0]*mm[1]
+    def top(m, each=1):
+        area = m.sum((0,1))*mm[0]*mm[1]*each
         return int(np.flatnonzero(area>=min(100, area.max()))[-1])
     if not a.any(): raise DataError('an image without contrast: found the same grey level everywhere; expected a head. Export it again.')
-    z = top(_largest(a>otsu(a))); ks = [k for k in (z-round(o/mm[2]) for o in (45, 60, 75)) if 0<=k]
+    coarse = tuple(slice(None, None, max(1, int(2/o))) for o in mm[:2]) # 2 mm will do to find the head
+    m = _outline(a[coarse]>otsu(a)); z = top(m, a.size/m.size)
+    ks = [k for k in (z-round(o/mm[2]) for o in (45, 60, 75)) if 0<=k]
     skull = bool(ks) and np.median([dark_rim(np.rot90(a[:,:,k]), mm[1::-1]) for k in ks])>DARK_RIM
     return (z-SCALP_AND_SKULL/mm[2], True) if skull else (top(a>0), False)
 
@@ -497,7 +513,7 @@ def predict_volume(
     other = volume_scores(model, x.flip(1), patch).flip(1)
     return classes(scores+other), plain, classes(other)
 
-# %% ../nbs/13_prediction.ipynb #e92ae84b
+# %% ../nbs/13_prediction.ipynb #add385ac
 def _is_ventricle(label): return 'ventric' in str(label.get('name', '')).lower()
 
 def brain_area(
@@ -513,7 +529,7 @@ def _inner_width(a, m, mm):
     parts,n = ndi.label(core)
     if not n: return None
     core = parts==1+np.bincount(parts.ravel())[1:].argmax()
-    brain = ndi.binary_fill_holes(ndi.distance_transform_edt(~core, sampling=mm)<=4); head = ndi.binary_fill_holes(_largest(a>otsu(a)/2))
+    brain = ndi.binary_fill_holes(ndi.distance_transform_edt(~core, sampling=mm)<=4); head = _outline(a>otsu(a)/2)
     width = lambda o: max((np.ptp(np.flatnonzero(c))+1 for c in o.T if c.any()), default=0)*mm[0]
     inner,outer = width(brain), width(head)
     inside = brain[m].mean()>.9 if m.any() else False
@@ -613,7 +629,7 @@ def _slab_of_scan(scan, cfg, slab):
     if not inside: notes.append('the scan does not reach over the whole slab')
     return ks, inside, skull, notes
 
-# %% ../nbs/13_prediction.ipynb #933e4e29
+# %% ../nbs/13_prediction.ipynb #ceb53b3b
 def _kind_of_picture(scan, cfg):
     "Is the skull there?"
     mm = scan.spacing or (None if cfg.get('spacing') is None else _pair(cfg['spacing'])); mm = 1. if mm is None or not np.isfinite(mm).all() else mm
@@ -623,10 +639,8 @@ def _judge(learn, scan, picture, mm, plain, mirrored):
     "Quality, the Dice to expect, and flags"
     from brainseg_fastai.trust import agreement, find_flags, predicted_dice, scan_features
     cfg = learn.bundle; quality = float('nan') if mirrored is None else float(agreement(plain, mirrored, len(codes_of(learn))))
-    cal = cfg.get('calibration') or dict(calibrated=False)
-    dice = predicted_dice(cal, quality) if np.isfinite(quality) else dict(calibrated=False, text='not known: predicted without flips')
-    flags = find_flags(scan_features(picture, mm), cfg['reference']) if cfg.get('reference') else []
-    return quality, dice, list(flags)
+    dims = 2 if not scan.is_volume or cfg['settings']['mode']=='slice' else 3
+    return quality, predicted_dice(cfg.get('calibration'), quality), list(find_flags(scan_features(picture, mm, dims), cfg.get('reference')))
 
 def _prediction(learn, scan, masks, ks, whole, skull, notes, seconds):
     "A `Prediction` from the classes of the slices `ks`, or of the whole volume or picture"
@@ -727,7 +741,7 @@ def mask_path(
     who = '_'.join(filter(None, (sub, ses)))
     return Path(out, *filter(None, (sub, ses)), 'anat', f'{who}{rest}_desc-{d[1] if d else ""}{suffix}_dseg.nii.gz')
 
-# %% ../nbs/13_prediction.ipynb #5f00d7be
+# %% ../nbs/13_prediction.ipynb #d13839ca
 def _sidecar(mask): return Path(mask).with_name(re.sub(r'\.(nii\.gz|png)$', '.json', Path(mask).name))
 
 def _stamps(path):
@@ -767,7 +781,7 @@ def write_prediction(
     else:
         with written_beside(path) as tmp: Image.fromarray(a if a.dtype==np.uint8 else a.astype(np.int32)).save(tmp)
     known = dict(bundle=_bundle_hash(config)) if config else {}
-    write_json(_sidecar(path), _plain(dict(Sources=[o.name for o in p.scan.files], SpatialReference='orig', SkullStripped=None,
+    write_json(_sidecar(path), _plain(dict(Sources=[o.name for o in p.scan.files], SpatialReference='orig',
         GeneratedBy=[dict(Name='brainseg_fastai', Version=__version__)], NotAMedicalDevice=True, stamps=_stamps(p.path), **known, options=options,
         mask=path.name, slices=[p.slices[0], p.slices[-1]] if p.slices and p.scan.is_volume else None, quality=p.quality,
         predicted=p.predicted, flags=p.flags, notes=p.notes, rows=p.rows)))
@@ -780,7 +794,7 @@ def _done(path, name, out, key):
     except ValueError: return
     if d and (f.parent/d.get('mask', '')).is_file() and [d.get('bundle'), d.get('options')]==key and d.get('stamps')==_stamps(path): return d['rows']
 
-# %% ../nbs/13_prediction.ipynb #14b48273
+# %% ../nbs/13_prediction.ipynb #aecea839
 def _tell(e): return str(e) if isinstance(e, (DataError, OSError)) else f'{type(e).__name__}: {e}'
 
 def _each_picture(learn, jobs, spacing, flips):
@@ -816,7 +830,8 @@ def _write_tables(out, cfg, key, bids):
     if rows: write_csv(Path(out)/'volumes.csv', pd.DataFrame(rows))
     if rows: write_labels(cfg['labels'], out)
     if bids: write_json(Path(out)/'dataset_description.json', dict(
-        Name='Segmentations by brainseg_fastai', BIDSVersion='1.9.0', DatasetType='derivative', GeneratedBy=[dict(Name='brainseg_fastai', Version=__version__, Description=f'bundle {key}')]))
+        Name='Segmentations by brainseg_fastai', BIDSVersion='1.9.0', DatasetType='derivative',
+        GeneratedBy=[dict(Name='brainseg_fastai', Version=__version__, Description=f'bundle {key}')]))
 
 # %% ../nbs/13_prediction.ipynb #b5a6572f
 def predict(
