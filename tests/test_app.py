@@ -84,6 +84,15 @@ def test_errors_become_messages(tmp_path, monkeypatch, capsys):
 def test_a_scan_that_is_gone_is_asked_for_again(tmp_path):
     assert 'once more' in A.draw(dict(folder=str(tmp_path), n=1, volume=False, name='a.png', colours={}, aspect=1), 1)
 
+def test_a_visitor_who_leaves_during_the_prediction_leaves_nothing(tmp_path, monkeypatch, capsys):
+    (tmp_path/'scan.png').write_bytes(b'x'); f = A.take_upload(tmp_path/'scan.png', 'me')
+    def leave(*a, **k):
+        A.forget('me')
+        return SimpleNamespace(scan=SimpleNamespace(image=np.zeros((4,4), np.uint8)), mask=np.zeros((4,4), np.uint8))
+    monkeypatch.setattr(A, 'predict_scan', leave)
+    v,text = A.try_look(SimpleNamespace(bundle=dict(labels=[])), f)
+    assert v is None and 'once more' in text and not A.visitor_folder('me').exists() and capsys.readouterr().err==''
+
 def test_a_model_of_several_sequences_is_refused():
     with pytest.raises(DataError, match='brainseg predict'): A._one_file('b', dict(channels=['flair','t1'], layout='brats'))
     A._one_file('b', dict(channels=['pre','flair','post'], layout='lgg')); A._one_file('b', dict(channels=['orig']))
@@ -225,7 +234,7 @@ def test_bad_files_get_one_message_and_the_app_goes_on(visit, scans, server):
     assert box['width']==pytest.approx(box['height'], rel=.01), 'a square slice is shown as a square'
     assert not page.locator('#slice').is_visible() and not page.locator('#message [role=alert]').count()
     page.locator('#spacing input').fill('0.5'); page.locator('#again').click()
-    page.wait_for_selector('#text :text("mm²")')
+    page.wait_for_selector('#text th:has-text("mm²")')
     assert 'Traceback' not in server.said.read_text()
 
 @pytest.mark.slow
