@@ -11,6 +11,7 @@ from PIL import Image
 import brainseg_fastai.app as A
 from brainseg_fastai.bundles import load_bundle, save_bundle
 from brainseg_fastai.cases import DataError, adni_cases
+from brainseg_fastai.cli import main
 from brainseg_fastai.prediction import predict_scan
 from brainseg_fastai.segmentation import split_cases, train_run, with_split
 from helpers import make_folder
@@ -96,6 +97,15 @@ def test_a_visitor_who_leaves_during_the_prediction_leaves_nothing(tmp_path, mon
 def test_a_model_of_several_sequences_is_refused():
     with pytest.raises(DataError, match='brainseg predict'): A._one_file('b', dict(channels=['flair','t1'], layout='brats'))
     A._one_file('b', dict(channels=['pre','flair','post'], layout='lgg')); A._one_file('b', dict(channels=['orig']))
+
+def test_the_command_refuses_in_one_line(tmp_path, monkeypatch, capsys):
+    for args in (['app'], ['app','b','--port','0'], ['app','b','--port','65536']):
+        with pytest.raises(SystemExit) as e: main(args)
+        assert e.value.code==2
+    monkeypatch.setitem(sys.modules, 'gradio', None); capsys.readouterr()
+    assert main(['app', str(tmp_path), '--no-browser'])==2 and "brainseg_fastai[app]" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, 'gradio', SimpleNamespace())
+    assert main(['app', str(tmp_path), '--no-browser'])==2 and 'config.json' in capsys.readouterr().err
 
 # the model that the rest uses
 
@@ -264,3 +274,18 @@ def test_the_server_speaks_to_nobody_else(server, browser):
         with pytest.raises(OSError): socket.create_connection((own, server.port), timeout=5)
     server.process.send_signal(signal.SIGTERM); server.process.wait(60)
     assert not list(server.tmp.glob('brainseg-app-*')) and 'Traceback' not in server.said.read_text(), server.said.read_text()
+
+@pytest.mark.slow
+@pytest.mark.parametrize('colab', [False, True])
+def test_in_a_notebook_it_opens_no_link_either(bundle, colab, monkeypatch):
+    "One cell shows the page and returns; on Colab through Colab's own way, though Gradio by itself would open a public link there"
+    gr = pytest.importorskip('gradio', reason='the app needs the extra app'); shown = []
+    for k in ('GRADIO_ANALYTICS_ENABLED','GRADIO_SERVER_NAME','GRADIO_TEMP_DIR','HF_HUB_DISABLE_TELEMETRY','NO_PROXY','no_proxy'):
+        monkeypatch.setenv(k, os.environ.get(k, '')) # put back afterwards
+    monkeypatch.setattr(gr.utils, 'colab_check', lambda: colab); monkeypatch.setattr(gr.utils, 'is_hosted_notebook', lambda: colab)
+    monkeypatch.setattr('IPython.display.display', shown.append); monkeypatch.setattr(gr.networking, 'setup_tunnel', lambda **k: pytest.fail('a public link'))
+    app = A.launch_app(bundle, inline=True)
+    try:
+        assert app.share is False and app.share_url is None and app.server_name=='127.0.0.1' and app.is_running
+        assert len(shown)==1 and ('proxyPort' if colab else app.local_url) in shown[0].data
+    finally: app.close()
