@@ -4,20 +4,18 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'PALETTE', 'WHOLE', 'KEYS', 'CLAIM_FILLED', 'CLAIM_OPEN', 'label_table', 'training_slab',
-           'training_spacing', 'image_reference', 'out_of_fold', 'test_scores', 'bundle_config', 'model_card',
-           'write_config', 'save_bundle', 'read_config', 'load_bundle', 'export_onnx', 'pool_bundle']
+           'training_spacing', 'training_field', 'image_reference', 'out_of_fold', 'test_scores', 'bundle_config',
+           'model_card', 'write_config', 'save_bundle', 'read_config', 'load_bundle', 'export_onnx', 'pool_bundle']
 
 # %% ../nbs/12_bundles.ipynb #2febdc3b
 import hashlib, json, os, shutil, tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import nibabel as nib, numpy as np, pandas as pd, torch
 from PIL import Image
 from safetensors import SafetensorError
 
-from . import __version__
-from .cases import DataError, Pixels, data_fingerprint, need_package, read_image
+from .cases import DataError, Pixels, data_fingerprint, image_size, need_package, read_image
 from .datasets import find_layout
 from .scores import summarise_scores
 from .trust import calibrate, fit_reference, scan_features
@@ -56,7 +54,14 @@ def training_spacing(
 
 # %% ../nbs/12_bundles.ipynb #4a36799f
 KEYS = ('format','version','settings','layout','labels','channels','spacing','slab','whole','reference','calibration','steps_state','scores','data',
-        'input_shape','versions')
+        'input_shape','field','versions')
+
+def training_field(
+    train:pd.DataFrame # Case table of the training images
+)->int: # Pixels; None for volumes
+    "The side of the square that a training picture fills, in its own pixels (median)"
+    if train['slice'].iloc[0]=='': return None
+    return int(np.median([max(image_size(o)) for o in train['image']]))
 
 def image_reference(
     train:pd.DataFrame, # Case table of the training images
@@ -102,7 +107,7 @@ def bundle_config(
         labels=label_table(codes_of(learn), layout), channels=str(settings['kind']).split('+'), spacing=training_spacing(train),
         slab=training_slab(train), whole=layout in WHOLE, reference=image_reference(train),
         calibration=out_of_fold(scores),
-        steps_state=learn.steps and learn.steps.state(), scores=test_scores(scores), input_shape=getattr(learn, 'input_shape', None),
+        steps_state=learn.steps and learn.steps.state(), scores=test_scores(scores), input_shape=getattr(learn, 'input_shape', None), field=training_field(train),
         data=dict(fingerprint=data_fingerprint(cases), split=hashlib.sha256(json.dumps(split).encode()).hexdigest()[:16],
                   subjects=people, images={k: len(g) for k,g in cases.groupby('split')}, **(data or {})),
         versions=settings.get('environment', {}))
@@ -204,7 +209,7 @@ def read_config(
     try: c = json.loads(f.read_text(encoding='utf-8'))
     except ValueError as e: raise bad(f, f'broken JSON ({e})', 'the config of a bundle', 'Copy the bundle again.') from e
     if not isinstance(c, dict) or c.get('format')!=FORMAT: raise bad(f, 'no config of a bundle', f'format {FORMAT}', 'Give the folder that training wrote.')
-    if c.get('version')!=VERSION: raise bad(f, f"version {c.get('version')}", VERSION, f"Use the release that wrote it, see versions in the file.")
+    if c.get('version')!=VERSION: raise bad(f, f"version {c.get('version')}", VERSION, 'Use the release that wrote it, see versions in the file.')
     lost = [k for k in (*KEYS,'sha256') if k not in c]
     if lost: raise bad(f, f'no {", ".join(lost)}', 'all entries that training writes', 'Copy the bundle again.')
     if c['sha256'].get('config')!=_config_hash(c): raise bad(f, 'entries that were changed', 'the file as it was written', 'Copy the bundle again.')

@@ -12,8 +12,8 @@ from fastai.data.transforms import IntToFloatTensor
 
 from brainseg_fastai.cases import DataError
 from brainseg_fastai.cli import main
-from brainseg_fastai.prediction import (dark_rim, evans_index, find_scans_to_predict, fit_of, network_input, otsu, own_pixels, predict,
-                                        predict_pictures, predict_scan, read_scan, scan_names, slab_slices, top_of_brain, write_labels)
+from brainseg_fastai.prediction import evans_index, fit_of, network_input, own_pixels, predict, predict_pictures, predict_scan, write_labels
+from brainseg_fastai.scans import dark_rim, find_scans_to_predict, otsu, read_scan, scan_names, slab_slices, top_of_brain
 from brainseg_fastai.segmentation import ImageZScore, predict_cases, train_run
 from helpers import dataset, make_folder
 
