@@ -256,7 +256,8 @@ def _events(gr, c, learn):
     def move(v, k, opacity): return draw(v, k, opacity) if v else gr.skip()
     def leave(request: gr.Request): forget(request.session_hash)
     one = dict(inputs=[c.scan, c.spacing, c.opacity], outputs=outputs, concurrency_limit=1, concurrency_id='network', api_visibility='private')
-    c.file.upload(take, c.file, [c.file, c.scan, c.spacing, *outputs], queue=False, api_visibility='private', show_progress='hidden').then(show, **one)
+    taken = c.file.upload(take, c.file, [c.file, c.scan, c.spacing, *outputs], queue=False, api_visibility='private', show_progress='hidden')
+    taken.then(show, **one)
     c.again.click(show, **one)
     for o in (c.slice, c.opacity):
         o.input(move, [c.view, c.slice, c.opacity], c.picture, trigger_mode='always_last', show_progress='hidden', concurrency_limit=4,
@@ -268,7 +269,8 @@ def _one_file(path, config):
     "Refuse a model that one file is not enough for"
     names = config.get('channels') or []
     if len(names)<2 or config.get('layout')=='lgg': return # whose three sequences are in one picture
-    raise DataError.of(path, f'a model of the sequences {", ".join(names)}', 'a model of one image', 'Use `brainseg predict` with the folder of a case.')
+    raise DataError.of(path, f'a model of the sequences {", ".join(names)}', 'a model of one image',
+                       'Use `brainseg predict` with the folder of a case.')
 
 # %% ../nbs/17_app.ipynb #8cf33412
 def make_app(

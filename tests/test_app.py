@@ -283,7 +283,8 @@ def test_in_a_notebook_it_opens_no_link_either(bundle, colab, monkeypatch):
     for k in ('GRADIO_ANALYTICS_ENABLED','GRADIO_SERVER_NAME','GRADIO_TEMP_DIR','HF_HUB_DISABLE_TELEMETRY','NO_PROXY','no_proxy'):
         monkeypatch.setenv(k, os.environ.get(k, '')) # put back afterwards
     monkeypatch.setattr(gr.utils, 'colab_check', lambda: colab); monkeypatch.setattr(gr.utils, 'is_hosted_notebook', lambda: colab)
-    monkeypatch.setattr('IPython.display.display', shown.append); monkeypatch.setattr(gr.networking, 'setup_tunnel', lambda **k: pytest.fail('a public link'))
+    monkeypatch.setattr('IPython.display.display', shown.append)
+    monkeypatch.setattr(gr.networking, 'setup_tunnel', lambda **k: pytest.fail('a public link'))
     app = A.launch_app(bundle, inline=True)
     try:
         assert app.share is False and app.share_url is None and app.server_name=='127.0.0.1' and app.is_running

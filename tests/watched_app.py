@@ -1,4 +1,4 @@
-"`brainseg app` with uploads of 1 MB at most, in a process that notes every address it connects to, looks up or binds: watched_app.py LOG ARGUMENTS..."
+"`brainseg app` with uploads of 1 MB at most, in a process that notes every address it uses: watched_app.py LOG ARGUMENTS..."
 import functools, sys
 
 log = open(sys.argv[1], 'a', buffering=1)
