@@ -337,9 +337,11 @@ def plain_batch(x):
     "Batch of images or volumes as a plain channels-last tensor, without the cost of fastai's subclasses"
     return x.as_subclass(torch.Tensor).contiguous(memory_format=channels_last(x))
 
-def autocast_of(device):
+def autocast_of(device, dims=2):
     "bfloat16 where the processor has it; the meta device, on which memory is estimated, knows no autocast"
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast_bf16(device)) if device.type!='meta' else contextlib.nullcontext()
+    if device.type=='meta': return contextlib.nullcontext()
+    good = dims==2 or device.type!='cpu' # on processors, bfloat16 gradients of 3-D convolutions over 2×2×2 voxels hold memory that nothing was written to
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=good and fast_bf16(device))
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #7144465e
 class LightUnet(nn.Module):
@@ -396,7 +398,7 @@ class InBf16(nn.Module):
         super().__init__()
         self.net = net
     def forward(self, x):
-        with autocast_of(x.device): return self.net(x)
+        with autocast_of(x.device, x.ndim-2): return self.net(x)
 
 class FastBatches(Callback):
     "Plain channels-last batches, bfloat16 where the processor has it, and half the resolution for the first part of training"
@@ -823,7 +825,6 @@ def train_run(
     test_sets=None      # Case tables to score by name; None: the test rows of `cases`, under the name of their kind
 )->dict: # scores (test_sets, one table), curve, settings, folder
     "Train one model and score it; goes on where it was interrupted, and does nothing if it is complete"
-    from brainseg_fastai.bundles import bundle_config, write_config # which need this module
     s = {k: v for k,v in locals().items() if k not in ('cases','folder','test_sets','about')}
     folder,kind = Path(folder), cases['kind'].iloc[0]
     test_sets = test_sets or {kind: cases[cases['split']=='test']}
@@ -847,6 +848,7 @@ def train_run(
         write_csv(folder/'scores.csv', scores)
         s |= dict(steps_state=learn.steps and learn.steps.state(), imagenet=learn.pretrained, environment=environment(learn.dls.device))
         own = scores[scores['tested_on']==kind]
+        from brainseg_fastai.bundles import bundle_config, write_config # which need this module
         write_config(folder, bundle_config(learn, cases, s, own if len(own) else scores, layout, about))
         write_json(done, s)
         for o in ('checkpoint.pt','best.safetensors'): (folder/o).unlink(missing_ok=True)

@@ -301,3 +301,14 @@ def test_no_training_masks_or_unknown_classes():
     with pytest.raises(DataError, match='no training mask'): class_weights(pd.DataFrame(dict(mask=['a.png'], split=['test'])), (0,1))
     with pytest.raises(DataError, match='no training mask'): class_weights([], (0,1))
     with pytest.raises(DataError, match='holds the class 2'): class_weights([np.full((2,2), 2, np.uint8)], (0,1))
+
+def test_gradients_do_not_hold_what_lay_in_memory():
+    "In bfloat16, the weights' gradient at the 2×2×2 bottleneck of a 3-D network came out of memory that nothing had written to"
+    from brainseg_fastai.segmentation import InBf16, plain_batch
+    net = InBf16(build_network('unet3d', 1, 2, (32,32,32), dims=3)).to(memory_format=torch.channels_last_3d)
+    for i in range(6):
+        rubbish = [torch.full((n,), float('nan')) for n in (1000, 10_000, 100_000, 1_000_000, 5_000_000) for _ in range(20)]
+        del rubbish
+        net(plain_batch(torch.randn(2, 1, 32, 32, 32))).float().square().mean().backward()
+        assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
+        net.zero_grad()
