@@ -51,6 +51,7 @@ def subject_id(
                        'Rename the file, or say with --subject where the subject is in the name.')
 
 # %% ../nbs/00_cases.ipynb #81303c16
+@lru_cache(maxsize=64)
 def _token(kind): return re.compile(rf'(?<![A-Za-z0-9]){re.escape(kind)}(?![A-Za-z0-9])')
 
 def _sub_last(stem, kind, to):
@@ -84,13 +85,16 @@ def _csv_rule(file, kinds):
                                'Correct the CSV file.')
     return lambda rel,kind: d.get(key(rel, kind)) or None
 
+@lru_cache(maxsize=64)
+def _adni_name(kind): return re.compile(rf'([^-]+)-([^-]+)-{re.escape(kind)}-(.+)') # subject, scan, slice
+
 def _plain(s): return s.replace('{', '{{').replace('}', '}}') # to survive `format`
 
 def _subject_rule(subject, kinds):
     "Function from path inside a kind's folder and kind to subject or None, and the words for what it expects"
     if subject is None:
         def adni(rel, kind):
-            m = re.fullmatch(rf'([^-]+)-[^-]+-{re.escape(kind)}-.+', Path(rel).stem)
+            m = _adni_name(kind).fullmatch(_stem(rel).rpartition('/')[2])
             return m and m[1]
         return adni, 'a name like SUBJECT-SCAN-{kind}-SLICE.png'
     subject = str(subject)
@@ -111,8 +115,8 @@ def _subject_rule(subject, kinds):
 # %% ../nbs/00_cases.ipynb #9fa9b7f6
 def _scan_slice(stem, kind, subject):
     "Scan and slice from a name, the last part being the slice"
-    m = re.fullmatch(rf'[^-]+-([^-]+)-{re.escape(kind)}-(.+)', stem)
-    if m: return m[1], m[2]
+    m = _adni_name(kind).fullmatch(stem)
+    if m: return m[2], m[3]
     rest = _rest(stem, kind)
     if subject: rest = rest.removeprefix(subject).strip('-_/ ')
     m = re.fullmatch(r'(.*?)[-_/ ]*([^-_/ ]*)', rest)
@@ -121,10 +125,19 @@ def _scan_slice(stem, kind, subject):
 # %% ../nbs/00_cases.ipynb #fc9c7e7e
 _suffixes = {'.png','.tif','.tiff','.bmp','.jpg','.jpeg'}
 
+def _walk(folder):
+    "Path of every file below `folder` but the hidden ones; the listing itself tells what is a file"
+    try: es = [e for e in os.scandir(folder) if not e.name.startswith('.')]
+    except OSError: return # a folder that may not be looked into
+    for e in es:
+        if e.is_dir(follow_symlinks=False): yield from _walk(e.path)
+        elif e.is_file(): yield e.path
+
 def _files(folder):
     "Every file below `folder` but the hidden ones, sorted by name"
-    ps = (p for p in Path(folder).rglob('*') if not any(o.startswith('.') for o in p.relative_to(folder).parts))
-    return sorted((p for p in ps if p.is_file()), key=lambda p: p.as_posix())
+    return [Path(p) for p in sorted(_walk(Path(folder)), key=lambda p: p.replace(os.sep, '/'))]
+
+def _rel(p, root): return p.as_posix()[len(root.as_posix()):].lstrip('/') # as `relative_to`, for a path that is known to be below `root`
 
 def _images(folder): return [p for p in _files(folder) if p.suffix.lower() in _suffixes]
 
@@ -161,9 +174,9 @@ def _wrong_folder(root, kinds=()):
 def _scan_folder(root, kinds, subject):
     "One row per image, with its mask where there is one; `subject` is None for a name that tells nothing"
     rule,_ = _subject_rule(subject, kinds_in(root))
-    masks = {_stem(p.relative_to(root/'mask')): p for p in reversed(_images(root/'mask'))}
+    masks = {_stem(_rel(p, root/'mask')): p for p in reversed(_images(root/'mask'))}
     def row(p, kind):
-        rel = p.relative_to(root/kind).as_posix(); stem = _stem(rel); s = rule(rel, kind)
+        rel = _rel(p, root/kind); stem = _stem(rel); s = rule(rel, kind)
         names = (_sub_last(stem, kind, 'mask'), _token(kind).sub('mask', stem), f'{stem}_mask', f'{stem}-mask', stem)
         scan,slic = _scan_slice(stem, kind, s)
         mask = next((masks[o] for o in names if o in masks), None)
@@ -531,7 +544,7 @@ def _sha(a):
     if a.dtype!=np.uint8:
         a = a.astype('<f8')
         if a.min()>=0 and a.max()<=255 and (a==a.round()).all(): a = a.astype(np.uint8)
-    return hashlib.sha256(str(a.shape).encode() + a.tobytes()).hexdigest()
+    return _digest(str(a.shape).encode(), np.ascontiguousarray(a))
 
 def _volume_look(path, mask):
     f = _volume_facts(path); d = {k: f[k] for k in ('sha','constant','affine','spacing','slices')}
@@ -712,8 +725,9 @@ def _duplicate_problems(rows, rel, facts):
         f = facts[o['image']]
         if o['subject'] and not f['error'] and not f['constant']: groups.setdefault((o['kind'], f['sha']), []).append(o)
     for first,*more in groups.values():
+        second = next((p for p in more if p['subject']!=first['subject']), None)
         for o in more:
-            other = next((p for p in (first, *more) if p['subject']!=o['subject']), None)
+            other = first if first['subject']!=o['subject'] else second
             file,found = rel(o['image']), f'the same pixels as {rel((other or first)["image"])}'
             if other: yield _row('error', file, found, 'different images of different subjects',
                                  'Find out whose image it is and delete the other: no split by subject can keep the two apart.')
@@ -765,7 +779,7 @@ def check_cases(
     odd = [] if kinds else _strangers(rows, ks)
     ks,rows = [k for k in ks if k not in odd], [o for o in rows if o['kind'] not in odd]
     facts = _look_all([*((o['image'], False) for o in rows), *((p, True) for p in masks)], progress)
-    def rel(p): return p.relative_to(root).as_posix()
+    def rel(p): return _rel(p, root)
     return _problems([
         *_name_problems(rows, rel, _subject_rule(subject, ks)[1]), *_match_problems(rows, rel, ks, masks),
         *_file_problems(rows, rel, facts), *_mask_problems(rows, rel, facts), *_duplicate_problems(rows, rel, facts),

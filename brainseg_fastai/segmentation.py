@@ -55,10 +55,12 @@ def closest_subset(
     "The subjects, taken from the front of `counts`, whose images add up as closely to `target` as any choice can"
     names,ns = list(counts), list(counts.values())
     last = np.full(sum(ns)+1, len(ns)) # for each sum the first subject with which it can be reached
-    last[0] = -1
+    last[0],best,most = -1, 1+int(np.abs(np.arange(1, len(last))-target).argmin()), 0
     for i,n in enumerate(ns):
-        sums = np.flatnonzero(last[:-n] < i) + n
+        if last[best] < len(ns): break # no choice comes closer
+        sums = np.flatnonzero(last[:most+1] < i) + n
         last[sums[last[sums]==len(ns)]] = i
+        most += n
     sums = np.flatnonzero(last < len(ns))[1:]
     s = int(sums[np.abs(sums-target).argmin()])
     res = set()
@@ -108,19 +110,19 @@ class SubjectSplitter:
     def assign(self,
         subjects # Subject of each image
     )->dict: # Subject to 'train', 'valid' or 'test'
-        counts = pd.Series(list(subjects)).value_counts().sort_index()
+        counts = pd.Series(list(subjects)).value_counts().sort_index().to_dict()
         old = {} if self.previous is None else read_split(self.previous)
         if len(old) and 'fold' in old and old['fold'].nunique()>1:
             raise DataError(f'the earlier split has {old["fold"].nunique()} folds, expected one; choose the rows of one fold')
         old = dict(old[['subject','split']].itertuples(index=False)) if len(old) else {}
-        res = {s: old[s] for s in counts.index if s in old}
-        new = [s for s in counts.index if s not in old]
+        res = {s: old[s] for s in counts if s in old}
+        new = [s for s in counts if s not in old]
         np.random.default_rng(self.seed).shuffle(new)
         parts = [(p,pct) for p,pct in (('test', self.test_pct), ('valid', self.valid_pct)) if pct]
         for i,(part,pct) in enumerate(parts):
-            target = pct*counts.sum() - sum(counts[s] for s,p in res.items() if p==part)
+            target = pct*sum(counts.values()) - sum(counts[s] for s,p in res.items() if p==part)
             have = part in res.values()
-            left = {s: int(counts[s]) for s in new if s not in res}
+            left = {s: counts[s] for s in new if s not in res}
             spare = len(left) - (0 if 'train' in res.values() else 1) - sum(p not in res.values() for p,_ in parts[i+1:])
             if have and target < .5*min(left.values(), default=1): continue
             if spare < 1:
@@ -130,7 +132,7 @@ class SubjectSplitter:
             take = closest_subset(left, max(target, 1))
             if len(take) > spare: take = _closest_but(left, target, len(left)-spare)
             res.update(dict.fromkeys(take, part))
-        return {s: res.get(s, 'train') for s in counts.index}
+        return {s: res.get(s, 'train') for s in counts}
 
     def split(self, items)->np.ndarray: # 'train', 'valid' or 'test' for each item
         subjects = _subjects(items)
@@ -155,6 +157,16 @@ def _assign_groups(splitter, subjects, group):
     try: return {k: v for g in sorted(set(group[subjects])) for k,v in splitter.assign(subjects[(group[subjects]==g).values]).items()}
     except DataError: return splitter.assign(subjects)
 
+def _fill_folds(subjects, home, counts, group, folds):
+    "Fold of each subject: one after the other goes to the fold with the fewest images (and subjects) of its group, then of all"
+    home,load = dict(home), {} # images and subjects by fold, and by fold and group
+    def put(s, f):
+        home[s] = f
+        for k in (f, (f, group[s])): load[k] = load.get(k, (0,0))[0]+counts[s], load.get(k, (0,0))[1]+1
+    for s,f in list(home.items()): put(s, f)
+    for s in subjects: put(s, min(range(folds), key=lambda f: (*load.get((f, group[s]), (0,0)), *load.get(f, (0,0)))))
+    return home
+
 # %% ../nbs/1_segmentation_on_brain.ipynb #d0d57b9c
 ENOUGH_SUBJECTS = 10 # fewer test subjects than this cannot carry a verdict
 
@@ -178,17 +190,14 @@ def split_cases(
     if old is not None and sorted(old['fold'].unique())!=list(range(folds)):
         raise DataError(f'the earlier split has the folds {_few(old["fold"].unique())}, asked for are {folds}; keep to the same number of folds')
     old_of = lambda f: None if old is None else old[old['fold']==f]
-    counts = cases['subject'].value_counts().sort_index()
-    group = cases.groupby('subject')[stratify].agg(lambda o: o.mode().iloc[0]) if stratify else pd.Series(0, index=counts.index)
+    counts = cases['subject'].value_counts().sort_index().to_dict()
+    group = cases.groupby('subject')[stratify].agg(lambda o: o.mode().iloc[0]) if stratify else pd.Series(0, index=list(counts))
     if folds > 1:
         if len(counts) < max(3, folds): raise DataError(f'{len(counts)} subjects cannot fill {folds} folds; expected at least {max(3, folds)}')
         home = {} if old is None else dict(old.loc[old['split']=='test', ['subject','fold']].itertuples(index=False))
-        home = {s: f for s,f in home.items() if s in counts.index}
-        new = np.random.default_rng(seed).permutation([s for s in counts.index if s not in home])
-        for s in sorted(new, key=lambda s: -counts[s]): # the largest first, each to the emptiest fold
-            load = lambda ts: (sum(counts[t] for t in ts), len(ts))
-            mine = lambda f: [t for t,g in home.items() if g==f]
-            home[s] = min(range(folds), key=lambda f: (*load([t for t in mine(f) if group[t]==group[s]]), *load(mine(f))))
+        home = {s: f for s,f in home.items() if s in counts}
+        new = np.random.default_rng(seed).permutation([s for s in counts if s not in home])
+        home = _fill_folds(sorted(new, key=lambda s: -counts[s]), home, counts, group.to_dict(), folds) # the largest first
     def one(f):
         if folds==1: return _assign_groups(SubjectSplitter(valid_pct, test_pct, seed, old_of(0)), cases['subject'], group)
         rest = cases['subject'][cases['subject'].map(home)!=f]
@@ -208,7 +217,7 @@ def case_name(
     case # Row of a case table
 )->str: # Such as `brain/027_S_0307-I34159-brain-ax3.png`
     "Path of a case's image from the folder of its kind on"
-    parts = Path(str(case.image)).parts
+    parts = str(case.image).replace(os.sep, '/').split('/')
     start = max((i for i,o in enumerate(parts[:-1]) if o==case.kind), default=len(parts)-1)
     return '/'.join(parts[start:])
 

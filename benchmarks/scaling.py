@@ -1,0 +1,162 @@
+"""Does the cost grow as the work does? Cases, check, split and score at 1×, 4× and 16×, each in a fresh process
+
+    python benchmarks/scaling.py [--out benchmarks/results] [--quick]
+
+Two made data sets, in a temporary folder: slices as pictures in the layout `adni` (250, 1,000 and 4,000 images, each with a mask), and
+volumes in the layout `brats` (3,600, 14,400 and 57,000 axial slices). The volumes are gzipped NIfTI files with four sequences and labels
+0, 1, 2, 4, but of 48×48 instead of 240×240 pixels: native ones would take 25 times the room. What a slice costs beyond its pixels is real,
+the cost of pixels is that of smaller ones. Making the data is not measured, nor is any network: predictions are the true masks, shifted.
+"""
+import argparse, gzip, json, os, shutil, subprocess, sys, tempfile, time
+from pathlib import Path
+
+import numpy as np, pandas as pd
+from PIL import Image
+
+SIZES = dict(adni=(250, 1000, 4000), brats=(3600, 14400, 57000)) # images; slices
+QUICK = dict(adni=(24, 48, 96), brats=(64, 128, 256))
+SLICES = dict(full=155, quick=8)                 # of a volume
+TASKS = 'cases', 'check', 'split', 'score'
+COLUMNS = ['data', 'task', 'workers', 'size', 'factor', 'seconds', 'seconds_per_item', 'cpu_seconds', 'peak_mb', 'machine']
+
+def _ball(shape, centre, radii):
+    "Distance from a centre, 1 on the ellipsoid"
+    axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing='ij', sparse=True)
+    return sum(((a-c)/r)**2 for a,c,r in zip(axes, centre, radii))**.5
+
+def make_adni(root, n, side=256, seed=0):
+    "`n` distinct noisy pictures of a head with dark ventricles, one to nine for each subject; masks are links to a few"
+    rng = np.random.default_rng(seed)
+    for d in ('orig', 'mask', '.base'): (root/d).mkdir(parents=True)
+    base = []
+    for i in range(16):
+        c,r = rng.uniform(-.1, .1, 2), rng.uniform(.15, .3, 2)
+        m = _ball((side, side), c, r) < 1; head = _ball((side, side), (0, 0), (.9, .75)) < 1
+        base.append(np.where(head, 120, 0)-70*m+rng.normal(8, 5, m.shape)*head)
+        Image.fromarray(m.astype(np.uint8)*255).save(root/'.base'/f'{i}.png')
+    person = np.repeat(np.arange(n), rng.integers(1, 10, n))[:n]
+    for i,s in enumerate(person):
+        name = '{:03d}_S_{:04d}-I{}-{}-ax{}.png'.format(s//1000, s%1000, 30000+i, '{}', i%3)
+        a = (base[i%16]+rng.integers(0, 3, side)).clip(0, 255).astype(np.uint8)   # another grey level in each column
+        Image.fromarray(a).save(root/'orig'/name.format('orig'), compress_level=1)
+        os.link(root/'.base'/f'{i%16}.png', root/'mask'/name.format('mask'))
+
+def make_brats(root, n, slices, side=48, seed=0):
+    "At least `n` axial slices in volumes of `slices`, all with brain; segmentations are links to a few"
+    import nibabel as nib
+    rng,shape,names = np.random.default_rng(seed), (side, side, slices), ('flair', 't1', 't1ce', 't2')
+    def save(a, path):
+        with gzip.open(path, 'wb', compresslevel=1) as f: f.write(nib.Nifti1Image(a, np.diag([-1., -1, 1, 1])).to_bytes())
+    (root/'.base').mkdir(parents=True); brain,base = _ball(shape, (0, 0, 0), (.9, .8, 9)) < 1, []
+    for i in range(8):
+        t = _ball(shape, rng.uniform(-.3, .3, 3), rng.uniform(.3, .5, 3))
+        seg = (np.where(t<.3, 1, np.where(t<.6, 4, np.where(t<1, 2, 0)))*brain).astype(np.uint8)
+        save(seg, root/'.base'/f'{i}.nii.gz')
+        base.append([(np.choose(np.searchsorted((0, 1, 2, 4), seg), v)+rng.normal(0, 25, shape)).clip(1)*brain
+                     for v in ((300, 420, 600, 520), (400, 260, 330, 300), (400, 240, 330, 900), (300, 560, 520, 480))])
+    for s in range(-(-n//slices)):
+        d = root/'MICCAI_BraTS2020_TrainingData'/f'BraTS20_Training_{s+1:03d}'; d.mkdir(parents=True)
+        for k,a in zip(names, base[s%8]): save((a+brain*rng.integers(0, 9, (side, 1, 1))).astype(np.int16), d/f'{d.name}_{k}.nii.gz')
+        os.link(root/'.base'/f'{s%8}.nii.gz', d/f'{d.name}_seg.nii.gz')
+
+def _predicted(truth): return np.roll(truth, 1, axis=0)
+
+def task_of(name, layout, root):
+    "What is timed, as a function of nothing, after all that is not"
+    from brainseg_fastai.datasets import find_layout
+    lay,kind = find_layout(layout), {'adni': 'orig'}.get(layout)
+    if name=='cases': return lambda: lay.cases(root, kind)
+    if name=='check': return lambda: lay.check(root)
+    cases = lay.cases(root, kind)
+    if name=='split':
+        from brainseg_fastai.segmentation import split_cases
+        return lambda: (split_cases(cases, 1), split_cases(cases, 5))
+    from brainseg_fastai.cases import read_mask
+    from brainseg_fastai.scores import score_mask
+    codes = lay.codes or (0, 255); regions = {k: tuple(map(codes.index, v)) for k,v in (lay.regions or {}).items()}
+    def score():
+        for o in cases.itertuples():
+            truth = read_mask(o.mask, codes)
+            score_mask(_predicted(truth), truth, spacing=o.spacing, n_codes=len(codes), regions=regions)
+    return score
+
+def one(name, layout, root, workers):
+    "Time one task in this process; prints JSON"
+    import brainseg_fastai.cases as C
+    if workers and hasattr(C, '_workers'): C._workers = lambda *o: workers
+    elif workers: os.cpu_count = lambda: workers
+    f = task_of(name, layout, Path(root)); t,c = time.perf_counter(), time.process_time()
+    f()
+    print(json.dumps(dict(seconds=time.perf_counter()-t, cpu_seconds=time.process_time()-c, peak_mb=peak_mb())))
+
+def peak_mb():
+    "Largest resident size of this process so far"
+    try: import resource
+    except ImportError: return float('nan') # Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform=='darwin' else 2**10)
+
+def fresh(name, layout, root, cache, workers=None):
+    "The same in a fresh process"
+    cmd = [sys.executable, __file__, '--task', name, '--layout', layout, '--data', str(root), *(['--workers', str(workers)] if workers else [])]
+    r = subprocess.run(cmd, env={**os.environ, 'BRAINSEG_CACHE': str(cache)}, capture_output=True, text=True)
+    if r.returncode: raise SystemExit(f'{" ".join(cmd)}\n{r.stderr}')
+    return json.loads(r.stdout.splitlines()[-1])
+
+def machine():
+    name = next((l.split(':', 1)[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')),
+                None) if Path('/proc/cpuinfo').exists() else None
+    import platform
+    return f'{name or platform.processor() or platform.machine()}, {os.cpu_count()} cores'
+
+def measure(layout, sizes, slices, tmp, say):
+    "Rows of the table for one layout; the check also with one worker at the largest size"
+    rows,make = [], dict(adni=make_adni, brats=lambda r,n: make_brats(r, n, slices))[layout]
+    for n in sizes:
+        root,cache = tmp/layout, tmp/'cache'
+        make(root, n); n = -(-n//slices)*slices if layout=='brats' else n
+        for name in TASKS:
+            for w in (None, 1) if (name, len(rows)>len(TASKS))==('check', True) else (None,):
+                if name in ('cases', 'check'): shutil.rmtree(cache, ignore_errors=True) # nothing is known of the files yet
+                d = fresh(name, layout, root, cache, w)
+                rows.append(dict(data=layout, task=name, workers=w or '', size=n, factor=round(n/sizes[0]), seconds_per_item=d['seconds']/n, **d))
+                say(f'{layout} {name} {n}: {d["seconds"]:.2f} s, {1e3*d["seconds"]/n:.2f} ms each, {d["peak_mb"]:.0f} MB')
+        for d in (root, cache): shutil.rmtree(d, ignore_errors=True)
+    return rows
+
+def markdown(t):
+    "The table for people"
+    def cell(g, n): return ' | '.join(f'{v:{n}}' for v in g)
+    lines = ['# Cost that grows as the work does', '', f'{t["machine"].iloc[0]}. Each figure from a fresh process, with nothing known of the '
+             'files before `cases` and `check`. Making the data and networks are not measured.', '']
+    for data,what in (('adni', 'images with masks, 256×256 PNG'), ('brats', 'axial slices of gzipped volumes, 48×48 pixels, four sequences')):
+        d = t[t['data']==data]; sizes = sorted(d['size'].unique())
+        head = ' | '.join(f'{n:,}' for n in sizes)
+        lines += [f'## {what}', '', f'| | {head}: s | ms each, smallest | ms each, largest | ratio | peak MB, smallest | largest |', '|---|---|---|---|---|---|---|']
+        for (task,w),g in d.groupby(['task','workers'], sort=False):
+            g = g.sort_values('size'); a,b = g.iloc[0], g.iloc[-1]
+            name = task+(f', {w} worker' if w else '')
+            lines.append(f'| {name} | {cell(g["seconds"], ".2f")} | {1e3*a.seconds_per_item:.3f} | {1e3*b.seconds_per_item:.3f} | '
+                         f'{b.seconds_per_item/a.seconds_per_item:.2f} | {a.peak_mb:.0f} | {b.peak_mb:.0f} |')
+        lines.append('')
+    return '\n'.join(lines)
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--out', type=Path, default=Path(__file__).parent/'results', help='folder for scaling.csv and scaling.md')
+    p.add_argument('--quick', action='store_true', help='tiny sizes, to see that it works')
+    p.add_argument('--only', choices=[*SIZES], help='one of the two data sets')
+    for o in ('--task','--layout','--data'): p.add_argument(o, help=argparse.SUPPRESS)
+    p.add_argument('--workers', type=int, help=argparse.SUPPRESS)
+    a = p.parse_args(argv)
+    if a.task: return one(a.task, a.layout, a.data, a.workers)
+    rows,key = [], 'quick' if a.quick else 'full'
+    for layout,sizes in (QUICK if a.quick else SIZES).items():
+        if a.only in (None, layout):
+            with tempfile.TemporaryDirectory() as d: rows += measure(layout, sizes, SLICES[key], Path(d), lambda s: print(s, flush=True))
+    t = pd.DataFrame(rows).assign(machine=machine())[COLUMNS]
+    a.out.mkdir(parents=True, exist_ok=True)
+    t.to_csv(a.out/'scaling.csv', index=False, lineterminator='\n', float_format='%.6g')
+    (a.out/'scaling.md').write_text(markdown(t)+'\n', encoding='utf-8')
+    print(markdown(t))
+
+if __name__ == '__main__': main()
