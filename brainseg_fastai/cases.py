@@ -383,8 +383,9 @@ def _codes_of(a):
     if a.dtype.kind=='f' and not (a==np.round(a)).all(): return None,None
     lo,hi = int(a.min()), int(a.max())
     if hi-lo>65535: return None,None
-    n = np.bincount(a.ravel('K').astype(np.int64)-lo); codes = n.nonzero()[0]
-    if len(codes)>256: return None,None
+    for part in (a[...,a.shape[2]//2], a): # of an image, one slice has more values than masks have
+        n = np.bincount(part.ravel('K').astype(np.int64)-lo); codes = n.nonzero()[0]
+        if len(codes)>256: return None,None
     inside = Counter()
     if hi>=10 or lo<0:
         for k in range(a.shape[2]): inside.update(_count(a[...,k][_inside(a[...,k])]))

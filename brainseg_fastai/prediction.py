@@ -175,6 +175,10 @@ def brain_area(
     "Pixels of the brain, holes filled"
     return int(ndi.binary_fill_holes((a[...,0] if a.ndim==3 else a)>0).sum())
 
+def _widths(m):
+    "Pixels from the first to the last along the first axis, 0 where there are none"
+    return np.where(m.any(0), len(m)-m[::-1].argmax(0)-m.argmax(0), 0)
+
 def _inner_width(a, m, mm):
     "Largest inner width of the skull in a slice (X,Y) in mm, or None if it cannot be told"
     d = ndi.distance_transform_edt(np.pad((a>otsu(a)) | ndi.binary_fill_holes(m), 1), sampling=mm)[1:-1,1:-1]
@@ -183,8 +187,7 @@ def _inner_width(a, m, mm):
     if not n: return None
     core = parts==1+np.bincount(parts.ravel())[1:].argmax()
     brain = ndi.binary_fill_holes(ndi.distance_transform_edt(~core, sampling=mm)<=4); head = _outline(a>otsu(a)/2)
-    width = lambda o: max((np.ptp(np.flatnonzero(c))+1 for c in o.T if c.any()), default=0)*mm[0]
-    inner,outer = width(brain), width(head)
+    inner,outer = (_widths(o).max()*mm[0] for o in (brain, head))
     inside = brain[m].mean()>.9 if m.any() else False
     return inner if inside and .7*outer<inner<.96*outer else None # else the brain was not set apart from the scalp
 
@@ -195,13 +198,12 @@ def evans_index(
     ks    # Slices that were predicted
 )->dict: # index, slice, horns_mm, skull_mm; empty if it cannot be told
     "Width of the frontal horns over inner width of the skull, in the slice where the horns are widest"
-    best = (0, None)
-    for k in ks:
-        ys = np.flatnonzero(mask[:,:,k].any(0))
-        if not len(ys): continue
-        front = mask[:,(ys[0]+ys[-1]+1)//2:,k]
-        best = max(best, (max((np.ptp(np.flatnonzero(c))+1)*mm[0] for c in front.T if c.any()), int(k)))
-    horns,k = best; skull = k is not None and _inner_width(a[:,:,k], mask[:,:,k], mm[:2])
+    ks = np.sort(np.asarray(ks, int)); w = _widths(mask[:,:,ks]); some = w>0; n = len(w) # (Y,K)
+    middle = (some.argmax(0)+n-some[::-1].argmax(0))//2                                   # of each slice's ventricles, from back to front
+    widest = np.where(np.arange(n)[:,None]>=middle, w, 0).max(0, initial=0)
+    if not widest.any(): return {}
+    i = len(ks)-1-int(widest[::-1].argmax()); horns,k = widest[i]*mm[0], int(ks[i])       # the highest of equals
+    skull = _inner_width(a[:,:,k], mask[:,:,k], mm[:2])
     return dict(index=horns/skull, slice=k, horns_mm=horns, skull_mm=skull) if skull else {}
 
 # %% ../nbs/16_prediction.ipynb #31f61aa3
@@ -472,7 +474,8 @@ def _predictions(learn, jobs, spacing, slab, flips, some=16):
     "(job, `Prediction` or exception) of each job, one by one"
     flat = [j for j in jobs if Path(j[0]).suffix.lower() in _suffixes and not Path(j[0]).is_dir()]
     for i in range(0, len(flat), some): yield from zip(flat[i:i+some], _each_picture(learn, flat[i:i+some], spacing, flips))
-    for j in [j for j in jobs if j not in set(flat)]:
+    done = set(flat)
+    for j in [j for j in jobs if j not in done]:
         try: res = _predict_volume_scan(learn, _read_for(learn, j[0], name=j[1]), slab, flips)
         except Exception as e: res = e
         yield j,res
