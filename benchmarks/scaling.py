@@ -82,9 +82,7 @@ def task_of(name, layout, root):
 
 def one(name, layout, root, workers):
     "Time one task in this process; prints JSON"
-    import brainseg_fastai.cases as C
-    if workers and hasattr(C, '_workers'): C._workers = lambda *o: workers
-    elif workers: os.cpu_count = lambda: workers
+    if workers: os.cpu_count = lambda: workers # the pool of threads has no more of them than the machine has cores
     f = task_of(name, layout, Path(root)); t,c = time.perf_counter(), time.process_time()
     f()
     print(json.dumps(dict(seconds=time.perf_counter()-t, cpu_seconds=time.process_time()-c, peak_mb=peak_mb())))
@@ -108,37 +106,45 @@ def machine():
     import platform
     return f'{name or platform.processor() or platform.machine()}, {os.cpu_count()} cores'
 
-def measure(layout, sizes, slices, tmp, say):
-    "Rows of the table for one layout; the check also with one worker at the largest size"
-    rows,make = [], dict(adni=make_adni, brats=lambda r,n: make_brats(r, n, slices))[layout]
+def measure(layout, sizes, slices, tmp):
+    "Rows of the table for one layout, as they are ready; the check also with one worker, except at the smallest size"
+    make = dict(adni=make_adni, brats=lambda r,n: make_brats(r, n, slices))[layout]
     for n in sizes:
         root,cache = tmp/layout, tmp/'cache'
-        make(root, n); n = -(-n//slices)*slices if layout=='brats' else n
+        first = n==sizes[0]; factor = round(n/sizes[0]); make(root, n); n = -(-n//slices)*slices if layout=='brats' else n
         for name in TASKS:
-            for w in (None, 1) if (name, len(rows)>len(TASKS))==('check', True) else (None,):
+            for w in (None, 1) if name=='check' and not first else (None,):
                 if name in ('cases', 'check'): shutil.rmtree(cache, ignore_errors=True) # nothing is known of the files yet
                 d = fresh(name, layout, root, cache, w)
-                rows.append(dict(data=layout, task=name, workers=w or '', size=n, factor=round(n/sizes[0]), seconds_per_item=d['seconds']/n, **d))
-                say(f'{layout} {name} {n}: {d["seconds"]:.2f} s, {1e3*d["seconds"]/n:.2f} ms each, {d["peak_mb"]:.0f} MB')
+                print(f'{layout} {name} {n}: {d["seconds"]:.2f} s, {1e3*d["seconds"]/n:.2f} ms each, {d["peak_mb"]:.0f} MB', flush=True)
+                yield dict(data=layout, task=name, workers=w or '', size=n, factor=factor, seconds_per_item=d['seconds']/n, **d)
         for d in (root, cache): shutil.rmtree(d, ignore_errors=True)
-    return rows
 
 def markdown(t):
     "The table for people"
-    def cell(g, n): return ' | '.join(f'{v:{n}}' for v in g)
-    lines = ['# Cost that grows as the work does', '', f'{t["machine"].iloc[0]}. Each figure from a fresh process, with nothing known of the '
-             'files before `cases` and `check`. Making the data and networks are not measured.', '']
+    lines = ['# Cost that grows as the work does', '', f'{t["machine"].iloc[0]}. Each figure from a fresh process that knows nothing of the files '
+             'before `cases` and `check`. Making the data, imports and networks are not measured. A ratio of 1 is linear. Processor time counts all '
+             'threads and does not suffer when other programs run beside; where it grows less than the seconds, they did.', '']
     for data,what in (('adni', 'images with masks, 256×256 PNG'), ('brats', 'axial slices of gzipped volumes, 48×48 pixels, four sequences')):
         d = t[t['data']==data]; sizes = sorted(d['size'].unique())
-        head = ' | '.join(f'{n:,}' for n in sizes)
-        lines += [f'## {what}', '', f'| | {head}: s | ms each, smallest | ms each, largest | ratio | peak MB, smallest | largest |', '|---|---|---|---|---|---|---|']
+        if not len(d): continue
+        lines += [f'## {" / ".join(f"{n:,}" for n in sizes)} {what}', '',
+                  '| | seconds | ms each | processor ms each | ratio, largest to smallest | peak MB |', '|---|---|---|---|---|---|']
         for (task,w),g in d.groupby(['task','workers'], sort=False):
-            g = g.sort_values('size'); a,b = g.iloc[0], g.iloc[-1]
-            name = task+(f', {w} worker' if w else '')
-            lines.append(f'| {name} | {cell(g["seconds"], ".2f")} | {1e3*a.seconds_per_item:.3f} | {1e3*b.seconds_per_item:.3f} | '
-                         f'{b.seconds_per_item/a.seconds_per_item:.2f} | {a.peak_mb:.0f} | {b.peak_mb:.0f} |')
+            g = g.sort_values('size'); ms,cpu = 1e3*g['seconds_per_item'], 1e3*g['cpu_seconds']/g['size']
+            def cell(v, n): return ' / '.join(f'{o:{n}}' for o in v)
+            lines.append(f'| {task}{f", {w} worker" if w else ""} | {cell(g["seconds"], ".2f")} | {cell(ms, ".3f")} | {cell(cpu, ".3f")} | '
+                         f'{ms.iloc[-1]/ms.iloc[0]:.2f}, processor {cpu.iloc[-1]/cpu.iloc[0]:.2f} | {cell(g["peak_mb"], ".0f")} |')
         lines.append('')
     return '\n'.join(lines)
+
+def write(rows, out):
+    "scaling.csv and scaling.md of what was measured so far"
+    t = pd.DataFrame(rows).assign(machine=machine())[COLUMNS]
+    out.mkdir(parents=True, exist_ok=True)
+    for name,text in (('scaling.csv', t.to_csv(index=False, lineterminator='\n', float_format='%.6g')), ('scaling.md', markdown(t).rstrip()+'\n')):
+        (out/f'.{name}').write_text(text, encoding='utf-8', newline='\n'); (out/f'.{name}').replace(out/name)
+    return t
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -152,11 +158,8 @@ def main(argv=None):
     rows,key = [], 'quick' if a.quick else 'full'
     for layout,sizes in (QUICK if a.quick else SIZES).items():
         if a.only in (None, layout):
-            with tempfile.TemporaryDirectory() as d: rows += measure(layout, sizes, SLICES[key], Path(d), lambda s: print(s, flush=True))
-    t = pd.DataFrame(rows).assign(machine=machine())[COLUMNS]
-    a.out.mkdir(parents=True, exist_ok=True)
-    t.to_csv(a.out/'scaling.csv', index=False, lineterminator='\n', float_format='%.6g')
-    (a.out/'scaling.md').write_text(markdown(t)+'\n', encoding='utf-8')
+            with tempfile.TemporaryDirectory() as d:
+                for o in measure(layout, sizes, SLICES[key], Path(d)): rows.append(o); t = write(rows, a.out)
     print(markdown(t))
 
 if __name__ == '__main__': main()

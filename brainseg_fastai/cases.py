@@ -372,9 +372,13 @@ def _inside(a):
     res[1:-1] = row[1:-1] & row[:-2] & row[2:] & (a[1:-1]==a[:-2]) & (a[1:-1]==a[2:])
     return res
 
+def _histogram(a):
+    "Pixels of each of the 256 values of bytes; Pillow counts them as they are, NumPy would make eight bytes of each first"
+    return np.array(Image.fromarray(a.reshape(len(a), -1)).histogram()) if a.size else np.zeros(256, int)
+
 def _count(a):
     "Pixels per value, as a dict"
-    if a.dtype==np.uint8: n = np.bincount(a.ravel()); codes = n.nonzero()[0]; n = n[codes] # some times faster than `unique`
+    if a.dtype==np.uint8: n = _histogram(a); codes = n.nonzero()[0]; n = n[codes]
     else: codes,n = np.unique(a, return_counts=True)
     return dict(zip(codes.tolist(), n.tolist()))
 
@@ -645,10 +649,14 @@ def read_mask(
 )->np.ndarray: # Height × width, or x × y × z for a volume, uint8, with classes 0 to n-1
     "Classes of a mask: raw codes replaced by their positions in `codes`"
     a,codes = _raw_mask(mask), np.sort(np.asarray(codes))
-    i = np.searchsorted(codes, a).clip(max=len(codes)-1); bad = np.unique(a[codes[i]!=a]).tolist()
+    def position(a): return np.searchsorted(codes, a).clip(max=len(codes)-1)
+    if a.dtype==np.uint8: # looked up in a table of all values
+        every = np.arange(256); table = position(every); odd = codes[table]!=every; bad = every[odd & (_histogram(a)>0)].tolist()
+        i = table.astype(np.uint8)[a]
+    else: i = position(a); bad = np.unique(a[codes[i]!=a]).tolist()
     if bad: raise DataError.of(os.fspath(mask), f'the values {_few(bad)}', f'only the codes {_few(codes.tolist(), 20)}',
                                'See `brainseg check`; a model can only be used on masks with the codes that it was trained on.')
-    return i.astype(np.uint8)
+    return i.astype(np.uint8, order='C')
 
 # %% ../nbs/00_cases.ipynb #6bc7068a
 def _row(level, file, found, expected, remedy):

@@ -19,7 +19,7 @@ import nibabel as nib, numpy as np
 from scipy import ndimage as ndi
 
 from .cases import DataError, Pixels, need_package, read_image
-from .cases import _broken, _cohort, _decode, _files, _header, _is_volume, _nifti, _suffixes, _times
+from .cases import _broken, _cohort, _decode, _files, _header, _histogram, _is_volume, _nifti, _suffixes, _times
 from .slices import _grey
 from .volumes import _native
 
@@ -321,7 +321,7 @@ def otsu(
     a # uint8
 )->int: # Grey levels above it are foreground
     "Otsu's threshold"
-    n = np.bincount(np.ravel(a), minlength=256).astype(float); w,s = n.cumsum(), (n*np.arange(256)).cumsum()
+    n = _histogram(a).astype(float); w,s = n.cumsum(), (n*np.arange(256)).cumsum()
     between = (s[-1]*w/w[-1]-s)**2/(w*(w[-1]-w)).clip(1)
     return int(between.argmax())
 

@@ -44,8 +44,9 @@ TOLERANCE_POLICY = (f"NSD counts outline points within {NSD_TOLERANCE:g} mm of t
 # %% ../nbs/02_scores.ipynb #e8022a11
 def _crop(a, b):
     "Both masks cut to their common bounding box: outlines and distances stay what they were"
-    at = np.nonzero(a | b)
-    box = tuple(slice(i.min(), i.max() + 1) for i in at)
+    both = a | b
+    at = [np.flatnonzero(both.any(tuple({*range(both.ndim)} - {i}))) for i in range(both.ndim)]
+    box = tuple(slice(i[0], i[-1] + 1) for i in at)
     return a[box], b[box]
 
 # %% ../nbs/02_scores.ipynb #db3578b8
