@@ -104,7 +104,7 @@ class Stock(Fastai):
         learn = unet_learner(block.dataloaders(self.cases.reset_index(drop=True), bs=min(BS, n)), resnet34, pretrained=pretrained)
         how = 'fine_tune' if pretrained else 'fit_one_cycle'
         self.about = dict(arch='resnet34', bs=learn.dls.bs, opt='Adam', lr=learn.lr, schedule=f'{how}, the cycle spans the time cap',
-                          workers=learn.dls.num_workers if hasattr(learn.dls, 'num_workers') else learn.dls.train.fake_l.num_workers)
+                          workers=learn.dls.train.fake_l.num_workers)
         return learn
     def fit(self):
         if self.pretrained: self.learn.fine_tune(FOREVER)
