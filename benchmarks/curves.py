@@ -95,8 +95,8 @@ def summarise(runs)->list: # One dict per system, in the order of `runs`
             base = {s: time_to(r['curve'], t, r['end']) for s,r in ours.items()}
             m,low = median_time(list(pairs.values()))
             ratio,more = ratio_to(pairs, base)
-            d |= {f't{k}': m, f't{k}_min': min(s for s,_ in pairs.values()), f't{k}_max': max(s for s,_ in pairs.values()),
-                  f't{k}_at_least': low, f't{k}_reached': sum(ok for _,ok in pairs.values()), f'ratio{k}': ratio, f'ratio{k}_at_least': more}
+            d |= {f't{k}': m, **{f't{k}_{o.__name__}': o(s for s,_ in pairs.values()) for o in (min,max)}, f't{k}_at_least': low,
+                  f't{k}_reached': sum(ok for _,ok in pairs.values()), f'ratio{k}': ratio, f'ratio{k}_at_least': more}
         d['ratio_init'] = f"{label(d['init'])} / {label(next(iter(ours.values()))['init'])}" if ours else ''
         at = [best_by(r['curve'], ours[r['seed']]['end']) if r['seed'] in ours else None for r in mine]
         d |= _spread('best_at_our_end', at)
@@ -139,12 +139,13 @@ def markdown(
     "The tables for the README"
     times = [[NAMES.get(d['system'], d['system']), label(d['init']), *(time_text(d, k) for k in ('085','090','093')),
               ratio_text(d['ratio090'], d['ratio090_at_least']), d['ratio_init'], _range(d, 'best_at_our_end', 3)] for d in summary]
-    costs = [[NAMES.get(d['system'], d['system']), _range(d, 'train_images_per_s', 1), _range(d, 'predict_images_per_s', 1),
-              '–' if d['wait_share'] is None else f"{100*d['wait_share']:.0f} %", '–' if d['memory_mb'] is None else f"{d['memory_mb']/1000:.1f} GB",
-              _range(d, 'setup_s', 1)] for d in summary]
+    def cost(d):
+        share,memory = d['wait_share'],d['memory_mb']
+        return [NAMES.get(d['system'], d['system']), _range(d, 'train_images_per_s', 1), _range(d, 'predict_images_per_s', 1),
+                '–' if share is None else f'{100*share:.0f} %', '–' if memory is None else f'{memory/1000:.1f} GB', _range(d, 'setup_s', 1)]
     return (f"Measured on {about['machine']}: {about['data']}, {about['train']} training and {about['valid']} validation images "
             f"({about['train_subjects']} and {about['valid_subjects']} subjects), {about['size']} px. Median over seeds (range). "
             'Seconds of training, evaluation not counted; Dice is the mean per-image foreground Dice on validation subjects.\n\n' +
             _table(['system','weights','s to 0.85','s to 0.90','s to 0.93','0.90: times ours','weights, theirs / ours',
                     'best Dice when ours is done'], times) + '\n\n' +
-            _table(['system','images/s in training','images/s in prediction','waiting for data','peak memory','s of setup'], costs) + '\n')
+            _table(['system','images/s in training','images/s in prediction','waiting for data','peak memory','s of setup'], map(cost, summary)) + '\n')

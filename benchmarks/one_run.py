@@ -53,7 +53,8 @@ class Clock:
         show=None,      # Function of seconds and Dice
         now=None        # The time; None: of this machine, its device's work done
     ):
-        self.evaluate,self.at_least,self.at_most,self.compare_at,self.max_steps,self.each_step = evaluate,at_least,at_most,compare_at,max_steps,each_step
+        self.evaluate,self.at_least,self.at_most,self.compare_at = evaluate,at_least,at_most,compare_at
+        self.max_steps,self.each_step = max_steps,each_step
         self.show,self.now = show or (lambda *args: None), now or _now
         self.seconds=self.waited=self.evaluating=self.last_step = 0.
         self.steps=self.images = 0
@@ -129,7 +130,7 @@ def prediction_speed(predict, cases, seconds=2.):
     return n/(_now()-start)
 
 def run(
-    spec # dict: data, kind, size, system, seed, init, threads, at_least, at_most, compare_at, max_steps, each_step, limit_epochs
+    spec # dict: data, kind, size, system, seed, init, threads, and if wanted the limits of `Clock`, epochs, speed_s
 )->dict: # What is kept of the run
     "Train one system under the clock"
     torch.set_num_threads(spec['threads'])
@@ -151,9 +152,10 @@ def run(
     env = environment(default_device())
     bf16 = ', bf16 in hardware' if env['bf16'] else ''
     init = 'pretrained' if system.pretrained else 'scratch'
-    return dict(spec=spec, system=spec['system'], seed=spec['seed'], init=init, end=clock.seconds, curve=clock.curve, best=max(d for _,d in clock.curve),
-                steps=clock.steps, images=clock.images, losses=clock.losses, about=system.about, parameters=sum(p.numel() for p in system.model.parameters()),
-                setup_s=(clock.first or begin)-STARTED, train_images_per_s=clock.images/clock.seconds, predict_images_per_s=speed, wait_share=clock.waited/clock.seconds,
+    return dict(spec=spec, system=spec['system'], seed=spec['seed'], init=init, end=clock.seconds, curve=clock.curve,
+                best=max(d for _,d in clock.curve), steps=clock.steps, images=clock.images, losses=clock.losses, about=system.about,
+                parameters=sum(p.numel() for p in system.model.parameters()), setup_s=(clock.first or begin)-STARTED,
+                train_images_per_s=clock.images/clock.seconds, predict_images_per_s=speed, wait_share=clock.waited/clock.seconds,
                 evaluation_s=clock.evaluating, memory_mb=peak_memory_mb(), machine=f"{env['device']}, {env['threads']} threads{bf16}",
                 environment=env, split=dict(zip(map(case_name, cases.itertuples()), cases['split'])),
                 sides={p: sorted(set(g['subject'])) for p,g in cases.groupby('split')}, data=data_fingerprint(cases))

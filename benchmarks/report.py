@@ -5,7 +5,8 @@ from pathlib import Path
 from brainseg_fastai.cases import DataError
 from curves import COLUMNS, NAMES, TARGETS, markdown, summarise, target_rows
 
-COLOURS = dict(ours='#d55e00', published='#000000', stock='#0072b2', smp='#009e73', monai_unet='#cc79a7', monai_basic='#e69f00', nnunet='#56b4e9')
+COLOURS = dict(ours='#d55e00', published='#000000', stock='#0072b2', smp='#009e73', monai_unet='#cc79a7', monai_basic='#e69f00',
+               nnunet='#56b4e9')
 
 def written(path, text):
     "Write a text, all or nothing"
@@ -30,8 +31,8 @@ def same_for_all(
         both = set(r['sides']['train']) & set(r['sides']['valid'])
         if both: raise DataError(f"{name}: found the subjects {sorted(both)[:5]} in training and validation; expected each on one side.")
         for k in ('split','data','machine'):
-            if r[k]!=first[k]: raise DataError(f"{name}: found another {k} than in {first['system']}-seed{first['seed']}; expected the same for all runs. "
-                                               'Delete the runs that do not belong, or give another --out.')
+            if r[k]!=first[k]: raise DataError(f"{name}: found another {k} than in {first['system']}-seed{first['seed']}; expected the same "
+                                               'for all runs. Delete the runs that do not belong, or give another --out.')
         for k in ('kind','size','threads','init'):
             if r['spec'][k]!=first['spec'][k]: raise DataError(f"{name}: found {k} {r['spec'][k]}; expected {first['spec'][k]}.")
 
@@ -70,8 +71,8 @@ def write_report(
     summary = summarise(runs)
     written(out/'time_to_dice.csv', csv_text(target_rows(runs), COLUMNS))
     written(out/'summary.csv', csv_text(summary, list(summary[0])))
-    written(out/'curves.csv', csv_text([dict(system=r['system'], seed=r['seed'], seconds=s, dice=round(d, 5)) for r in runs for s,d in r['curve']],
-                                       ('system','seed','seconds','dice')))
+    points = [dict(system=r['system'], seed=r['seed'], seconds=s, dice=round(d, 5)) for r in runs for s,d in r['curve']]
+    written(out/'curves.csv', csv_text(points, ('system','seed','seconds','dice')))
     written(out/'split.csv', csv_text([dict(image=k, split=v) for k,v in runs[0]['split'].items()], ('image','split')))
     written(out/'time_to_dice.md', markdown(summary, about(runs)))
     plot(runs, out/'time_to_dice.png')

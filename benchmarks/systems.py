@@ -98,8 +98,8 @@ class Stock(Fastai):
     by_clock = True
     def make(self, pretrained):
         if pretrained: require_imagenet('stock')
-        block = DataBlock((ImageBlock, MaskBlock(codes=np.array(self.codes))), get_x=ReadPicture(), get_y=ReadMask(self.codes), splitter=split_column,
-                          item_tfms=Resize(self.size, method='pad', pad_mode='zeros'), batch_tfms=aug_transforms())
+        block = DataBlock((ImageBlock, MaskBlock(codes=np.array(self.codes))), get_x=ReadPicture(), get_y=ReadMask(self.codes),
+                          splitter=split_column, item_tfms=Resize(self.size, method='pad', pad_mode='zeros'), batch_tfms=aug_transforms())
         n = int((self.cases['split']=='train').sum())
         learn = unet_learner(block.dataloaders(self.cases.reset_index(drop=True), bs=min(BS, n)), resnet34, pretrained=pretrained)
         how = 'fine_tune' if pretrained else 'fit_one_cycle'
@@ -114,7 +114,8 @@ class Stock(Fastai):
         for xb, in dl: res += list(self.model(xb.as_subclass(torch.Tensor)).float().cpu())
         return [own_pixels(o, *hw) for o,hw in zip(res, _sizes(cases))]
     def predict_all(self, cases):
-        with self.learn.no_bar(), self.learn.no_logging(): preds = self.learn.get_preds(dl=self.learn.dls.test_dl(cases))[0]
+        dl = self.learn.dls.test_dl(cases)
+        with self.learn.no_bar(), self.learn.no_logging(): preds = self.learn.get_preds(dl=dl)[0]
         return [own_pixels(o.as_subclass(torch.Tensor), *hw) for o,hw in zip(preds, _sizes(cases))]
 
 def _sizes(cases): return [read_image(o).shape[:2] for o in cases['image']]
@@ -172,7 +173,8 @@ class Plain:
         self.opt = self.optimiser()
         self.bs = min(self.bs, len(train))
         self.read = Compose([ReadCase(codes, size), NormalizeIntensityd('image', channel_wise=True)])
-        ds = CacheDataset(train[['image','mask']].to_dict('records'), Compose([*self.read.transforms, *self.augmentation()]), progress=False)
+        tfms = Compose([*self.read.transforms, *self.augmentation()])
+        ds = CacheDataset(train[['image','mask']].to_dict('records'), tfms, progress=False)
         self.dl = DataLoader(ds, batch_size=self.bs, shuffle=True, drop_last=True, num_workers=0)
         self.about |= dict(bs=self.bs, opt=type(self.opt).__name__, lr=self.opt.param_groups[0]['lr'], schedule=self.schedule)
     schedule = 'constant'

@@ -16,7 +16,8 @@ from report import read_run, write_report
 ORDER = 'ours','published','stock','smp','monai_unet','monai_basic','nnunet' # within a seed; the caps of all need ours
 NEEDS = dict(smp=('segmentation_models_pytorch','segmentation-models-pytorch'),
              nnunet=('dynamic_network_architectures','dynamic-network-architectures'))
-QUICK = dict(size=64, seeds=1, threads=1, max_steps=3, each_step=True, epochs=2, speed_s=0.) # does it work? The times mean nothing
+SAME = 'kind','size','init','threads','quick'                                 # for all runs of a folder
+QUICK = dict(size=64, seeds=1, threads=1, max_steps=3, each_step=True, epochs=4, speed_s=0.) # does it work? Its times mean nothing
 CODE = 'one_run.py','systems.py','curves.py','../brainseg_fastai/segmentation.py','../brainseg_fastai/networks.py'
 
 def parse(args=None):
@@ -26,7 +27,8 @@ def parse(args=None):
     p.add_argument('--kind', default='orig', help='folder of the images within DATA (default orig, the full skull)')
     p.add_argument('--size', type=int, help='pixels (default 256)')
     p.add_argument('--seeds', type=int, help='runs of each system; of the published recipe always one (default 3)')
-    p.add_argument('--systems', nargs='+', choices=ORDER, default=list(ORDER), metavar='NAME', help=f"of {', '.join(ORDER)} (default all)")
+    p.add_argument('--systems', nargs='+', choices=ORDER, default=list(ORDER), metavar='NAME',
+                   help=f"of {', '.join(ORDER)} (default all)")
     p.add_argument('--init', choices=('scratch','pretrained'), default='scratch', help='ImageNet weights for all that have some, or for none')
     p.add_argument('--threads', type=int, help='of every run (default 2)')
     p.add_argument('--quick', action='store_true', help='a few steps of each on 64 px: does the benchmark itself work?')
@@ -56,7 +58,7 @@ def code_version():
 
 def spec_of(a, seed, system, ours):
     "All that a run is told"
-    spec = dict(data=str(Path(a.data).resolve()), kind=a.kind, size=a.size, system=system, seed=seed, init=a.init, threads=a.threads, quick=a.quick)
+    spec = dict(data=str(Path(a.data).resolve()), system=system, seed=seed, **{k: getattr(a, k) for k in SAME})
     if a.quick: return spec | {k: QUICK[k] for k in ('max_steps','each_step','epochs','speed_s')}
     if ours is None: return spec
     low,high = caps(system, time_to(ours['curve'], .90, ours['end'])[0], ours['end'])
@@ -66,10 +68,10 @@ def finished(path, spec):
     "The run of an earlier call, if it is what would be run now"
     r = read_run(path)
     if r is None: return None
-    for k in ('kind','size','init','threads','quick','data'):
+    for k in (*SAME, 'data'):
         if r['spec'].get(k)!=spec.get(k):
             raise DataError.of(path, f"a run with {k} {r['spec'].get(k)}", f'{k} {spec.get(k)}', 'Give another --out, or delete the old runs.')
-    if r.get('code')!=code_version(): print(f'  {path.name}: was made by other code than there is now; delete it to run it again')
+    if r.get('code')!=code_version(): print(f'    {path.name} was made by other code than there is now; delete it to run it again')
     return r
 
 def start(spec, path):
@@ -82,11 +84,11 @@ def start(spec, path):
     began = time.time()
     try:
         show = sys.stderr.isatty()
-        with open(log, 'w', encoding='utf-8') as f:
-            code = subprocess.run([sys.executable, str(HERE/'one_run.py'), str(todo), str(res)], env=env, stdout=f, stderr=None if show else f).returncode
+        call = [sys.executable, str(HERE/'one_run.py'), str(todo), str(res)]
+        with open(log, 'w', encoding='utf-8') as f: code = subprocess.run(call, env=env, stdout=f, stderr=None if show else f).returncode
         if code:
             last = log.read_text(encoding='utf-8', errors='replace').strip().splitlines()[-1:] or ['see above']
-            raise DataError(f"{spec['system']}, seed {spec['seed']}: the run stopped with code {code} ({last[0]}). All that it wrote is in {log}.")
+            raise DataError(f"{spec['system']}, seed {spec['seed']}: the run stopped with code {code} ({last[0]}). What it wrote is in {log}.")
         r = json.loads(res.read_text(encoding='utf-8')) | dict(code=code_version(), wall_s=time.time()-began)
         res.write_text(json.dumps(r, ensure_ascii=False), encoding='utf-8')
         res.replace(path)
@@ -114,24 +116,27 @@ def took(s): return f'{s:.0f} s' if s<120 else f'{s/60:.0f} min'
 def main(args=None):
     a = parse(args)
     lacking = missing(a.systems)
-    if lacking: raise DataError(f"found no {' and no '.join(lacking)}; expected the packages of the extra `bench`. Install them: pip install -e '.[bench]'")
+    if lacking: raise DataError(f"found no {' and no '.join(lacking)}; expected the packages of the extra `bench`. "
+                                "Install them: pip install -e '.[bench]'")
     if not a.data:
         from brainseg_fastai.datasets import standin
         a.data = standin('adni')
-    if not (Path(a.data)/a.kind).is_dir(): raise DataError.of(a.data, f'no folder {a.kind}', 'images there and masks in mask/', 'Name the data folder, or give --kind.')
+    if not (Path(a.data)/a.kind).is_dir():
+        raise DataError.of(a.data, f'no folder {a.kind}', 'images there and masks in mask/', 'Name the data folder, or give --kind.')
     runs,ours,todo = [],{},planned(a.systems, a.seeds)
     for i,(seed,system) in enumerate(todo):
         path = a.out/'runs'/f'{system}-seed{seed}.json'
         spec = spec_of(a, seed, system, ours.get(seed))
-        r = finished(path, spec)
+        r,head = finished(path, spec), f'[{i+1}/{len(todo)}] seed {seed} · {system}'
         if r is None:
             left,most = time_left(todo[i:], runs), spec.get('at_most', math.inf)
-            print(f"[{i+1}/{len(todo)}] seed {seed} · {system}" + (f', at most {took(most)} of training' if most<math.inf and most else '') +
+            print(head + (f', at most {took(most)} of training' if most<math.inf else '') +
                   (f' · at most about {took(left)} left in all' if left and not a.quick else ''), flush=True)
             r = start(spec, path)
             t,ok = time_to(r['curve'], .90, r['end'])
-            print(f"    {r['steps']} steps in {took(r['end'])}, best Dice {r['best']:.3f}, 0.90 " + (f'after {took(t)}' if ok else 'not reached'), flush=True)
-        else: print(f"[{i+1}/{len(todo)}] seed {seed} · {system}: finished earlier", flush=True)
+            end = f'after {took(t)}' if ok else 'not reached'
+            print(f"    {r['steps']} steps in {took(r['end'])}, best Dice {r['best']:.3f}, 0.90 {end}", flush=True)
+        else: print(f'{head}: finished earlier', flush=True)
         runs.append(r)
         if system=='ours': ours[seed] = r
         write_report(runs, a.out) # whatever is there can be looked at
