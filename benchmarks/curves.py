@@ -142,10 +142,12 @@ def markdown(
     def cost(d):
         share,memory = d['wait_share'],d['memory_mb']
         return [NAMES.get(d['system'], d['system']), _range(d, 'train_images_per_s', 1), _range(d, 'predict_images_per_s', 1),
-                '–' if share is None else f'{100*share:.0f} %', '–' if memory is None else f'{memory/1000:.1f} GB', _range(d, 'setup_s', 1)]
+                '–' if share is None else f'{100*share:.0f} %', '–' if memory is None else f'{memory/1000:.1f} GB',
+                _range(d, 'setup_s', 1)]
     return (f"Measured on {about['machine']}: {about['data']}, {about['train']} training and {about['valid']} validation images "
             f"({about['train_subjects']} and {about['valid_subjects']} subjects), {about['size']} px. Median over seeds (range). "
             'Seconds of training, evaluation not counted; Dice is the mean per-image foreground Dice on validation subjects.\n\n' +
             _table(['system','weights','s to 0.85','s to 0.90','s to 0.93','0.90: times ours','weights, theirs / ours',
                     'best Dice when ours is done'], times) + '\n\n' +
-            _table(['system','images/s in training','images/s in prediction','waiting for data','peak memory','s of setup'], map(cost, summary)) + '\n')
+            _table(['system','images/s in training','images/s in prediction','waiting for data','peak memory','s of setup'],
+                   map(cost, summary)) + '\n')
