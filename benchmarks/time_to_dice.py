@@ -29,7 +29,8 @@ def parse(args=None):
     p.add_argument('--seeds', type=int, help='runs of each system; of the published recipe always one (default 3)')
     p.add_argument('--systems', nargs='+', choices=ORDER, default=list(ORDER), metavar='NAME',
                    help=f"of {', '.join(ORDER)} (default all)")
-    p.add_argument('--init', choices=('scratch','pretrained'), default='scratch', help='ImageNet weights for all that have some, or for none')
+    p.add_argument('--init', choices=('scratch','pretrained'), default='scratch',
+                   help='ImageNet weights for none (default), or for all that have some')
     p.add_argument('--threads', type=int, help='of every run (default 2)')
     p.add_argument('--quick', action='store_true', help='a few steps of each on 64 px: does the benchmark itself work?')
     a = p.parse_args(args)
@@ -70,14 +71,15 @@ def finished(path, spec):
     if r is None: return None
     for k in (*SAME, 'data'):
         if r['spec'].get(k)!=spec.get(k):
-            raise DataError.of(path, f"a run with {k} {r['spec'].get(k)}", f'{k} {spec.get(k)}', 'Give another --out, or delete the old runs.')
+            raise DataError.of(path, f"a run with {k} {r['spec'].get(k)}", f'{k} {spec.get(k)}',
+                               'Give another --out, or delete the old runs.')
     if r.get('code')!=code_version(): print(f'    {path.name} was made by other code than there is now; delete it to run it again')
     return r
 
 def start(spec, path):
     "Run one system in a fresh process"
     path.parent.mkdir(parents=True, exist_ok=True)
-    todo,res,log = (path.with_name(f'.{path.stem}.{o}') for o in ('todo','part','log'))
+    todo,res,log = (path.with_name(f'.{path.stem}-{os.getpid()}.{o}') for o in ('todo','part','log'))
     env = {**os.environ, **dict.fromkeys(('OMP_NUM_THREADS','MKL_NUM_THREADS','OPENBLAS_NUM_THREADS'), str(spec['threads'])),
            'PYTHONPATH': os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get('PYTHONPATH')]))}
     todo.write_text(json.dumps(spec), encoding='utf-8')
@@ -88,7 +90,8 @@ def start(spec, path):
         with open(log, 'w', encoding='utf-8') as f: code = subprocess.run(call, env=env, stdout=f, stderr=None if show else f).returncode
         if code:
             last = log.read_text(encoding='utf-8', errors='replace').strip().splitlines()[-1:] or ['see above']
-            raise DataError(f"{spec['system']}, seed {spec['seed']}: the run stopped with code {code} ({last[0]}). What it wrote is in {log}.")
+            raise DataError(f"{spec['system']}, seed {spec['seed']}: the run stopped with code {code} ({last[0]}). "
+                            f'What it wrote is in {log}.')
         r = json.loads(res.read_text(encoding='utf-8')) | dict(code=code_version(), wall_s=time.time()-began)
         res.write_text(json.dumps(r, ensure_ascii=False), encoding='utf-8')
         res.replace(path)
