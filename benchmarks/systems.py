@@ -84,6 +84,13 @@ class Ours(Fastai):
         self.about = {k: self.s[k] for k in ('recipe','arch','epochs','bs','schedule')}
         return make_learner(self.cases, self.s)
     def fit(self): fit_recipe(self.learn, self.s['recipe'], self.s['epochs'], schedule=self.s['schedule'])
+    def predict(self, cases):
+        "By the weights that would be kept, which are the averaged ones where the recipe averages them"
+        mean = getattr(self.learn, 'average_weights', None)
+        if mean: mean.show(mean=True)
+        try: return super().predict(cases)
+        finally:
+            if mean: mean.show(mean=False)
 
 class Published(Ours):
     "The published recipe, unchanged"

@@ -6,7 +6,7 @@
 __all__ = ['ENOUGH_SUBJECTS', 'RESNETS', 'RECIPES', 'adamw', 'BY_NAME', 'FEW_IMAGES', 'STRONGER', 'SCHEDULES', 'MODES',
            'VOLUME_EPOCHS', 'data_folder', 'closest_subset', 'assert_apart', 'read_split', 'SubjectSplitter',
            'PrefixSplitter', 'split_cases', 'case_name', 'with_split', 'TensorScan', 'score_limit', 'ReadImage',
-           'FitSquare', 'ReadMask', 'ReadCases', 'ImageZScore', 'ScoreRange', 'InMemory', 'split_column',
+           'FitSquare', 'MoveHeads', 'ReadMask', 'ReadCases', 'ImageZScore', 'ScoreRange', 'InMemory', 'split_column',
            'brainseg_block', 'fast_bf16', 'channels_last', 'plain_batch', 'autocast_of', 'LightUnet', 'light_splitter',
            'dice_per_image', 'InBf16', 'FastBatches', 'AverageWeights', 'imagenet_weights', 'recipe_settings',
            'augmentation', 'default_epochs', 'brainseg_learner', 'written_beside', 'write_json', 'save_weights',
@@ -254,16 +254,55 @@ class FitSquare(DisplayedTransform):
         left,top = (m-w)//2, (m-h)//2
         return left, m-w-left, top, m-h-top
     def encodes(self, x:TensorScan):
+        if x.shape[-2:]==(self.size,)*2: return x
         res = F.pad(x.as_subclass(torch.Tensor), self.pads(*x.shape[-2:]))
         if res.shape[-1]!=self.size:
             res = F.interpolate(res[None].float(), size=(self.size,)*2, mode='bilinear', antialias=True, align_corners=False)[0]
         return TensorScan(res.to(x.dtype) if x.dtype.is_floating_point else res.float().round().clamp(0, 255).byte())
     def encodes(self, x:PILMask):
+        if x.size==(self.size,)*2: return x
         left,right,top,bottom = self.pads(*np.array(x).shape)
         a = np.pad(np.array(x), ((top,bottom), (left,right)))
         return PILMask.create(a if len(a)==self.size else np.array(Image.fromarray(a).resize((self.size,)*2, Image.NEAREST)))
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #ca916730
+class MoveHeads(RandTransform):
+    "Mirror, tilt, scale, shift and light each image of a batch at random, as fastai's `aug_transforms`, but image and mask by one grid"
+    split_idx,order = 0,30
+    def __init__(self,
+        do_flip=True,     # Mirror every other image left to right
+        max_rotate=8.,    # Degrees
+        min_zoom=.9,
+        max_zoom=1.1,     # A head that is zoomed is shifted, too, by up to the room that this gives
+        max_lighting=.15, # Of brightness and contrast
+        p_affine=.75,     # Share of the images that are turned, and of those that are zoomed
+        p_lighting=.75
+    ):
+        super().__init__(p=1)
+        store_attr()
+
+    def before_call(self, b, split_idx):
+        x = b[0] if isinstance(b, tuple) else b
+        n,h,w = len(x), *x.shape[-2:]
+        def some(lo, hi, p, usual): return torch.where(torch.rand(n)<p, torch.empty(n).uniform_(lo, hi), torch.tensor(usual))
+        flip = torch.where(torch.rand(n)<.5*self.do_flip, -1., 1.)
+        angle,s = some(-self.max_rotate, self.max_rotate, self.p_affine, 0.).deg2rad(), 1/some(self.min_zoom, self.max_zoom, self.p_affine, 1.)
+        shift = (1-s)*(2*torch.rand(2, n)-1)
+        lo,hi = 1-self.max_lighting, 1/(1-self.max_lighting)
+        def each(a): return a.view(n,1,1).to(x.device)
+        xs,ys = (torch.linspace(-1, 1, o, device=x.device) for o in (w, h))
+        turn = [each(s*flip*angle.cos()), each(-s*flip*angle.sin()), each(s*angle.sin()), each(s*angle.cos())]
+        ys = ys[:,None]
+        self.grid = torch.stack([turn[0]*xs + turn[1]*ys + each(shift[0]), turn[2]*xs + turn[3]*ys + each(shift[1])], dim=-1)
+        self.scale = each(some(math.log(lo), math.log(hi), self.p_lighting, 0.).exp())[...,None]
+        self.bright = each(torch.logit(some(.5*lo, 1-.5*lo, self.p_lighting, .5)))[...,None]
+
+    def move(self, x, mode):
+        return F.grid_sample(x.as_subclass(torch.Tensor).float(), self.grid, mode=mode, padding_mode='reflection', align_corners=True)
+    def encodes(self, x:TensorImageBW):
+        return TensorScan(torch.sigmoid(torch.logit(self.move(x, 'bilinear'), 1e-4)*self.scale + self.bright))
+    def encodes(self, x:TensorMask): return TensorMask(self.move(x[:,None], 'nearest')[:,0].long())
+
 class ReadMask:
     "Classes of a case's mask"
     def __init__(self, codes): self.codes = tuple(codes)
@@ -316,7 +355,7 @@ def split_column(items):
     return tuple(L(np.flatnonzero(items['split']==o).tolist()) for o in ('train','valid'))
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #e1039ea3
-@delegates(aug_transforms)
+@delegates(MoveHeads)
 def brainseg_block(
     kind='brain',     # 'brain' (skull-stripped) or 'orig' (full skull)
     codes=(0,255),    # Raw mask values, background first; `mask_codes` finds them
@@ -327,12 +366,10 @@ def brainseg_block(
     subject=None,     # How subjects are named, as in `adni_cases`
     steps=None,       # Preprocessing, a fitted `Steps`
     memory=1024,      # MB for images, and as much for masks, that are kept once they were read
-    max_rotate=8., min_zoom=.9, max_zoom=1.1, max_lighting=.15, max_warp=0.,
     **kwargs
 )->DataBlock: # For a data folder or a case table
     "DataBlock of slices and masks, the same for every kind of image"
-    aug = aug_transforms(max_rotate=max_rotate, min_zoom=min_zoom, max_zoom=max_zoom, max_lighting=max_lighting, max_warp=max_warp,
-                         **kwargs) if augment else []
+    aug = [MoveHeads(**kwargs)] if augment else []
     norm = Normalize.from_stats(*imagenet_stats) if rgb else ScoreRange(score_limit(steps)) if score_limit(steps) else ImageZScore()
     return DataBlock((ImageBlock(TensorScan), MaskBlock(codes=np.array(codes))), get_items=ReadCases(kind, subject), splitter=splitter,
                      get_x=InMemory(ReadImage(rgb, steps), 'image', memory), get_y=InMemory(ReadMask(codes), 'mask', memory), item_tfms=FitSquare(size), batch_tfms=[*aug, norm])
@@ -499,7 +536,7 @@ def recipe_settings(recipe, arch='resnet18'):
     return RECIPES[recipe] | ({} if getattr(arch, '__name__', arch) in RESNETS else BY_NAME)
 
 FEW_IMAGES = 16 # training images; below, heads are bent, scaled and lit more than they are likely to differ
-STRONGER = dict(max_rotate=15., min_zoom=.8, max_zoom=1.25, max_lighting=.3, max_warp=.1)
+STRONGER = dict(max_rotate=15., min_zoom=.8, max_zoom=1.25, max_lighting=.3)
 
 def augmentation(recipe, n_train):
     "What `brainseg_block` is told about augmentation for `n_train` training images"
