@@ -47,6 +47,69 @@ def rewrite(folder, change, kinds=('brain','mask')):
 
 def leftovers(folder): return [p.name for p in Path(folder).rglob('*') if p.name.startswith('.') or 'tmp' in p.suffix]
 
+# ---- What makes training quick
+
+class Watch(Callback):
+    "What the network gets, in which part of training, and its weights after each step"
+    order = 70
+    def before_fit(self): self.seen,self.weights,self.valid = [],[],[]
+    def after_pred(self):
+        if self.training: self.seen.append((float(self.pct_train), self.x.clone(), self.y.clone()))
+    def after_batch(self):
+        if self.training: self.weights.append([o.detach().clone() for o in self.model.parameters()])
+    def after_validate(self): self.valid.append([o.detach().clone() for o in self.model.parameters()])
+
+def watched(cases, epochs=3, size=128, **kwargs):
+    set_seed(0, reproducible=True)
+    learn = make_learner(cases, settings(size=size, **kwargs)).add_cb(Watch())
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, 1e-2)
+    return learn
+
+def test_windows_first_whole_images_later(cases):
+    learn = watched(cases)
+    widths = {x.shape[-1] for share,x,_ in learn.watch.seen if share<learn.fast_batches.until}
+    later = {x.shape[-1] for share,x,_ in learn.watch.seen if share>=learn.fast_batches.until}
+    assert widths=={96} and later=={128}
+    assert all(x.shape[-2:]==y.shape[-2:] and type(x) is torch.Tensor and x.is_contiguous(memory_format=torch.channels_last) for _,x,y in learn.watch.seen)
+
+def test_a_window_is_the_same_piece_of_image_and_mask(cases):
+    learn = make_learner(cases, settings(size=128))
+    learn.create_mbar,learn.training,learn.pct_train,corners = False, True, 0., set()
+    for _ in range(20):
+        y = torch.arange(128*128).view(1,128,128)
+        learn.xb,learn.yb = (seg.TensorScan(y[None].float()),), (y,)
+        learn.fast_batches.before_batch()
+        assert torch.equal(learn.xb[0][0].long(), learn.yb[0]) and learn.yb[0].shape==(1,96,96)
+        corners.add(int(learn.yb[0][0,0,0]))
+    assert len(corners)>10 # drawn anew each time
+
+def test_the_average_is_validated_and_kept(cases):
+    learn = watched(cases, epochs=2)
+    steps,mean = learn.watch.weights,None
+    for n,new in enumerate(steps):
+        keep = min(learn.average_weights.decay, (1+n)/(10+n))
+        mean = new if mean is None else [keep*a+(1-keep)*b for a,b in zip(mean, new)]
+    close = lambda a,b: all(torch.allclose(x, y, atol=1e-5) for x,y in zip(a, b))
+    assert close(learn.model.parameters(), mean) and close(learn.watch.valid[-1], mean) and not close(steps[-1], mean)
+    before = [o.detach().clone() for o in learn.model.parameters()]
+    with learn.no_bar(), learn.no_logging(): learn.validate()
+    assert all(torch.equal(a, b) for a,b in zip(learn.model.parameters(), before)) # validating again changes nothing
+
+def test_images_are_read_once_while_there_is_room(tmp_path):
+    t = adni_cases(make_folder(tmp_path, 3, 1))
+    reads = []
+    class Read(seg.ReadImage):
+        def __call__(self, case): reads.append(str(case['image'])); return super().__call__(case)
+    rows = t.to_dict('records')
+    for mb,times in ((1,1), (0,2)):
+        reads.clear(); keep = seg.InMemory(Read(), 'image', mb=mb)
+        for case in rows+rows: assert np.array_equal(keep(case), read_image(case['image'])[None])
+        assert len(reads)==times*len(rows)
+    keep = seg.InMemory(Read(), 'image')
+    keep(rows[0])
+    Image.fromarray(255-read_image(rows[0]['image'])).save(rows[0]['image']) # written anew: read anew
+    assert np.array_equal(keep(rows[0]), read_image(rows[0]['image'])[None])
+
 # ---- DataBlock
 
 @pytest.mark.parametrize('mask_value,raw', [(255,(0,255)), (1,(0,1)), (None,(0,50,200))], ids=['0/255','0/1','multi-class'])

@@ -1,0 +1,166 @@
+"One system, one seed, in a process of its own: split, clock, evaluation, and the figures as one JSON file"
+import json, os, sys, time
+
+STARTED = time.perf_counter() # imports are part of the setup
+
+try: import resource
+except ImportError: resource = None # Windows
+
+import numpy as np, pandas as pd, torch
+from fastai.torch_core import default_device, set_seed
+from brainseg_fastai.cases import adni_cases, data_fingerprint, mask_codes, read_mask
+from brainseg_fastai.scores import empty_score, overlap
+from brainseg_fastai.segmentation import SubjectSplitter, assert_apart, case_name, environment, write_json
+
+from curves import TARGETS, next_point
+from systems import SYSTEMS
+
+VALID_PCT,SPLIT_SEED = .3, 42 # the same split for every system and seed
+
+def split_of(
+    cases:pd.DataFrame # Case table
+)->pd.DataFrame: # The same with the column `split`: train or valid, by subject
+    "The one split of the benchmark"
+    res = cases.assign(split=SubjectSplitter(valid_pct=VALID_PCT, seed=SPLIT_SEED).split(cases))
+    assert_apart(res)
+    return res
+
+def mean_dice(
+    preds,  # Predicted classes, one array per case
+    truths  # True classes
+)->float:
+    "Mean per-image foreground Dice; images where truth and prediction are both empty count 1"
+    def one(p, t):
+        o = overlap(p>0, t>0)
+        empty = empty_score(not o['n_true'], not o['n_pred'], 1.)
+        return (empty or o)['dice']
+    return float(np.mean([one(p, t) for p,t in zip(preds, truths)]))
+
+def peak_memory_mb():
+    "Highest memory of this process so far; None where the system does not tell"
+    if resource is None: return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e6 if sys.platform=='darwin' else 1e3)
+
+class Clock:
+    "Counts seconds of training only; evaluates on the grid, and says when to stop"
+    def __init__(self,
+        evaluate,       # Function without arguments that gives the Dice
+        at_least=0.,    # Training seconds before which nothing is stopped
+        at_most=np.inf, # Training seconds at which everything is
+        compare_at=None,# Training seconds by which others are compared: evaluated just before
+        max_steps=None, # Steps at which everything is stopped
+        each_step=False,# Evaluate after each step?
+        show=None,      # Function of seconds and Dice
+        now=None        # The time; None: of this machine, its device's work done
+    ):
+        self.evaluate,self.at_least,self.at_most,self.compare_at = evaluate,at_least,at_most,compare_at
+        self.max_steps,self.each_step = max_steps,each_step
+        self.show,self.now = show or (lambda *args: None), now or _now
+        self.seconds=self.waited=self.evaluating=self.last_step = 0.
+        self.steps=self.images = 0
+        self.curve,self.losses,self.since,self.due,self.stopped,self.first = [],[],None,next_point(0.),False,None
+
+    def share(self): return min(1., self.seconds/self.at_most) # of the time that it may train: for learning rates
+    def start(self):
+        "Training goes on: from here, the time counts"
+        if self.first is None: self.first = self.now()
+        self.since = self.asked = self.now()
+    def pause(self):
+        if self.since is not None: self.seconds += self.now()-self.since
+        self.since = None
+    def loaded(self):
+        "A batch has come: the time since the last step was spent waiting for it"
+        self.waited += self.now()-self.asked
+
+    def step(self,
+        images, # In the batch
+        loss    # Of the batch
+    )->bool: # Stop now?
+        "A step is done: the clock stands still while it is decided whether to evaluate and to stop"
+        before = self.seconds
+        self.pause()
+        self.last_step = self.seconds-before
+        self.steps += 1; self.images += images
+        self.losses.append(float(loss.detach() if hasattr(loss, 'detach') else loss))
+        at = self.compare_at
+        last_chance = at is not None and self.seconds<=at<self.seconds+self.last_step
+        self.stopped = self.seconds>=self.at_most or bool(self.max_steps and self.steps>=self.max_steps)
+        if self.each_step or self.stopped or last_chance or self.seconds>=self.due: self.look()
+        done = any(d>=max(TARGETS) for _,d in self.curve) and self.seconds>=self.at_least and self.at_most<np.inf
+        self.stopped = self.stopped or done
+        if not self.stopped: self.start()
+        return self.stopped
+
+    def look(self):
+        "Evaluate, with the clock standing still"
+        start = self.now()
+        dice = self.evaluate()
+        self.evaluating += self.now()-start
+        self.curve.append((round(self.seconds, 3), dice))
+        self.due = next_point(self.seconds)
+        self.show(self.seconds, dice)
+
+    def finish(self):
+        "Training is over"
+        self.pause()
+        if self.steps and (not self.curve or self.curve[-1][0]<round(self.seconds, 3)): self.look()
+
+def _now():
+    if torch.cuda.is_available(): torch.cuda.synchronize()
+    return time.perf_counter()
+
+def undisturbed(
+    model, # Network
+    f      # Function without arguments
+):
+    "The value of `f`, called without gradients in evaluation mode; modes and random numbers are afterwards as before"
+    import random
+    modes,state,py = [(m, m.training) for m in model.modules()], np.random.get_state(), random.getstate()
+    with torch.random.fork_rng(), torch.no_grad():
+        model.eval()
+        try: return f()
+        finally:
+            for m,o in modes: m.training = o
+            np.random.set_state(state); random.setstate(py)
+
+def prediction_speed(predict, cases, seconds=2.):
+    "Images per second from files to masks: passes over `cases` until `seconds` are over"
+    n,start = 0, _now()
+    while n==0 or _now()-start<seconds: predict(cases); n += len(cases)
+    return n/(_now()-start)
+
+def run(
+    spec # dict: data, kind, size, system, seed, init, threads, and if wanted the limits of `Clock`, epochs, speed_s
+)->dict: # What is kept of the run
+    "Train one system under the clock"
+    torch.set_num_threads(spec['threads'])
+    cases = split_of(adni_cases(spec['data'], spec['kind']))
+    valid = cases[cases['split']=='valid'].reset_index(drop=True)
+    codes = list(mask_codes(cases['mask']))
+    set_seed(spec['seed'], reproducible=True)
+    system = SYSTEMS[spec['system']](cases=cases, codes=codes, size=spec['size'], seed=spec['seed'], pretrained=spec['init']=='pretrained',
+                                     epochs=spec.get('epochs'))
+    truths = [read_mask(o, codes) for o in valid['mask']]
+    def show(seconds, dice):
+        if sys.stderr.isatty(): print(f'\r    {seconds:7.1f} s   Dice {dice:.3f} ', end='', file=sys.stderr, flush=True)
+    limits = {k: spec[k] for k in ('at_least','at_most','compare_at','max_steps','each_step') if spec.get(k) is not None}
+    clock = Clock(lambda: undisturbed(system.model, lambda: mean_dice(system.predict(valid), truths)), show=show, **limits)
+    begin = time.perf_counter()
+    system.train(clock)
+    clock.finish()
+    speed = undisturbed(system.model, lambda: prediction_speed(system.predict_all, valid, spec.get('speed_s', 2.)))
+    env = environment(default_device())
+    bf16 = ', bf16 in hardware' if env['bf16'] else ''
+    init = 'pretrained' if system.pretrained else 'scratch'
+    return dict(spec=spec, system=spec['system'], seed=spec['seed'], init=init, end=clock.seconds, curve=clock.curve,
+                best=max(d for _,d in clock.curve), steps=clock.steps, images=clock.images, losses=clock.losses, about=system.about,
+                parameters=sum(p.numel() for p in system.model.parameters()), setup_s=(clock.first or begin)-STARTED,
+                train_images_per_s=clock.images/clock.seconds, predict_images_per_s=speed, wait_share=clock.waited/clock.seconds,
+                evaluation_s=clock.evaluating, memory_mb=peak_memory_mb(), machine=f"{env['device']}, {env['threads']} threads{bf16}",
+                environment=env, split=dict(zip(map(case_name, cases.itertuples()), cases['split'])),
+                sides={p: sorted(set(g['subject'])) for p,g in cases.groupby('split')}, data=data_fingerprint(cases))
+
+if __name__=='__main__':
+    with open(sys.argv[1], encoding='utf-8') as f: spec = json.load(f)
+    write_json(sys.argv[2], run(spec))
+    if sys.stderr.isatty(): print('\r'+' '*40+'\r', end='', file=sys.stderr)
