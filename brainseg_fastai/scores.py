@@ -57,13 +57,18 @@ def surface_scores(
     tolerance:float=NSD_TOLERANCE, # Distance that still counts as correct for the NSD, in the unit of `spacing`
 )->dict: # `hd95` in the unit of `spacing`, `nsd` between 0 and 1
     "95th percentile Hausdorff distance and normalised surface Dice of two non-empty masks"
-    from scipy.ndimage import binary_erosion
+    import torch, warnings
+    from monai.metrics import compute_surface_dice
+    from monai.metrics.utils import get_mask_edges
     from scipy.spatial import KDTree
     pred, truth = _crop(pred, truth)
-    p, t = (np.argwhere(m ^ binary_erosion(m))*np.asarray(spacing, float) for m in (pred, truth))
-    ds = [KDTree(a).query(b)[0] for a, b in ((p, t), (t, p))]
-    near = sum(np.count_nonzero(d.astype(np.float32) <= np.float32(tolerance)) for d in ds) # single precision forgives rounding at the edge
-    return dict(hd95=float(max(np.percentile(d, 95) for d in ds)), nsd=float(np.float32(near)/np.float32(len(p) + len(t))))
+    p, t = (np.argwhere(np.asarray(e))*np.asarray(spacing, float) for e in get_mask_edges(pred, truth, crop=False))
+    hd95 = max(np.percentile(KDTree(a).query(b)[0], 95) for a, b in ((p, t), (t, p)))
+    p, t = (torch.from_numpy(m[None, None].astype(np.float32)) for m in (pred, truth))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning) # MONAI 1.5 and 1.6 warn about an argument that they pass themselves
+        nsd = compute_surface_dice(p, t, [tolerance], include_background=True, spacing=[float(s) for s in spacing])
+    return dict(hd95=float(hd95), nsd=float(nsd))
 
 # %% ../nbs/02_scores.ipynb #e6229be5
 def _check_codes(m, what, n_codes):
