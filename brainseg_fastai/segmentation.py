@@ -381,7 +381,8 @@ def brainseg_block(
     aug = [MoveHeads(**kwargs)] if augment else []
     norm = Normalize.from_stats(*imagenet_stats) if rgb else ScoreRange(score_limit(steps)) if score_limit(steps) else ImageZScore()
     return DataBlock((ImageBlock(TensorScan), MaskBlock(codes=np.array(codes))), get_items=ReadCases(kind, subject), splitter=splitter,
-                     get_x=InMemory(ReadImage(rgb, steps), 'image', memory), get_y=InMemory(ReadMask(codes), 'mask', memory), item_tfms=FitSquare(size), batch_tfms=[*aug, norm])
+                     get_x=InMemory(ReadImage(rgb, steps), 'image', memory), get_y=InMemory(ReadMask(codes), 'mask', memory),
+                     item_tfms=FitSquare(size), batch_tfms=[*aug, norm])
 
 
 
@@ -403,7 +404,8 @@ def plain_batch(x):
 def autocast_of(device, dims=2):
     "bfloat16 where the processor has it; the meta device, on which memory is estimated, knows no autocast"
     if device.type=='meta': return contextlib.nullcontext()
-    good = dims==2 or device.type!='cpu' or not torch.is_grad_enabled() # on processors, bfloat16 gradients of 3-D convolutions over 2×2×2 voxels hold memory that nothing was written to
+    # on processors, bfloat16 gradients of 3-D convolutions over 2×2×2 voxels hold memory that nothing was written to
+    good = dims==2 or device.type!='cpu' or not torch.is_grad_enabled()
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=good and fast_bf16(device))
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #7144465e
@@ -537,7 +539,7 @@ RECIPES = dict(
 
 adamw = partial(OptimWrapper, opt=partial(torch.optim.AdamW, betas=(.9,.99), eps=1e-5, fused=True)) # fastai's Adam, all weights in one go
 
-BY_NAME = dict(bs=4, lr=3e-3, views=840) # other networks than ours cost several times as much an image, and like calmer steps
+BY_NAME = dict(bs=4, lr=3e-3, views=840) # of other networks than ours, which cost several times as much an image
 
 def recipe_settings(recipe, arch='resnet18'):
     "Settings of a named recipe for a network, or the name of one"
