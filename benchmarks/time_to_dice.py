@@ -82,6 +82,7 @@ def start(spec, path):
     todo,res,log = (path.with_name(f'.{path.stem}-{os.getpid()}.{o}') for o in ('todo','part','log'))
     env = {**os.environ, **dict.fromkeys(('OMP_NUM_THREADS','MKL_NUM_THREADS','OPENBLAS_NUM_THREADS'), str(spec['threads'])),
            'PYTHONPATH': os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get('PYTHONPATH')]))}
+    env.pop('PYTHONDONTWRITEBYTECODE', None) # else each process compiles the libraries anew, which is not what is measured
     todo.write_text(json.dumps(spec), encoding='utf-8')
     began = time.time()
     try:

@@ -2,6 +2,7 @@
 import os
 
 os.environ.setdefault('MPLBACKEND', 'agg')
+os.environ.pop('PYTHONDONTWRITEBYTECODE', None) # every notebook and command is a process of its own: compiling the libraries once is enough
 if 'PYTEST_XDIST_WORKER_COUNT' in os.environ: # before torch is imported; notebooks inherit it. The process that starts the workers must not set it for them
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1)//int(os.environ['PYTEST_XDIST_WORKER_COUNT']))))
 
