@@ -6,7 +6,7 @@
 __all__ = ['ENOUGH_SUBJECTS', 'RESNETS', 'RECIPES', 'adamw', 'BY_NAME', 'FEW_IMAGES', 'STRONGER', 'SCHEDULES', 'MODES',
            'VOLUME_EPOCHS', 'data_folder', 'closest_subset', 'assert_apart', 'read_split', 'SubjectSplitter',
            'PrefixSplitter', 'split_cases', 'case_name', 'with_split', 'TensorScan', 'score_limit', 'ReadImage',
-           'FitSquare', 'MoveHeads', 'ReadMask', 'ReadCases', 'ImageZScore', 'ScoreRange', 'InMemory', 'split_column',
+           'FitSquare', 'MoveHeads', 'InMemory', 'ReadMask', 'ReadCases', 'ImageZScore', 'ScoreRange', 'split_column',
            'brainseg_block', 'fast_bf16', 'channels_last', 'plain_batch', 'autocast_of', 'LightUnet', 'light_splitter',
            'dice_per_image', 'InBf16', 'FastBatches', 'AverageWeights', 'imagenet_weights', 'recipe_settings',
            'augmentation', 'default_epochs', 'brainseg_learner', 'written_beside', 'write_json', 'save_weights',
@@ -274,7 +274,7 @@ class FitSquare(DisplayedTransform):
         a = np.pad(np.array(x), ((top,bottom), (left,right)))
         return PILMask.create(a if len(a)==self.size else np.array(Image.fromarray(a).resize((self.size,)*2, Image.NEAREST)))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #ca916730
+# %% ../nbs/1_segmentation_on_brain.ipynb #fdbdb4e3
 class MoveHeads(RandTransform):
     "Mirror, tilt, scale, shift and light each image of a batch at random, as fastai's `aug_transforms`, but image and mask by one grid"
     split_idx,order = 0,30
@@ -312,6 +312,23 @@ class MoveHeads(RandTransform):
         return TensorScan(torch.sigmoid(torch.logit(self.move(x, 'bilinear'), 1e-4)*self.scale + self.bright))
     def encodes(self, x:TensorMask): return TensorMask(self.move(x[:,None], 'nearest')[:,0].long())
 
+# %% ../nbs/1_segmentation_on_brain.ipynb #cd174ffd
+class InMemory:
+    "Keep what `read` gives for each case, as long as there is room; cases beyond that are read again each time"
+    def __init__(self,
+        read,       # Reader of cases, such as `ReadImage`
+        column,     # Column of the case table that says which file is read
+        mb=1024     # Room in MB
+    ): self.read,self.column,self.room,self.kept = read,column,mb*2**20,{}
+    def __call__(self, case):
+        files = case[self.column]
+        key = files, *map(_stamp, getattr(files, 'files', (files,))) # a file that was written anew is read anew
+        if key in self.kept: return self.kept[key]
+        a = self.read(case)
+        if a.nbytes <= self.room: self.kept[key],self.room = a, self.room-a.nbytes
+        return a
+
+# %% ../nbs/1_segmentation_on_brain.ipynb #ca916730
 class ReadMask:
     "Classes of a case's mask"
     def __init__(self, codes): self.codes = tuple(codes)
@@ -342,21 +359,6 @@ class ScoreRange(DisplayedTransform):
     def __init__(self, limit): self.limit = limit
     def encodes(self, x:TensorImageBW): return (2*x-1)*self.limit
     def decodes(self, x:TensorImageBW): return (x/self.limit+1)/2
-
-class InMemory:
-    "Keep what `read` gives for each case, as long as there is room; cases beyond that are read again each time"
-    def __init__(self,
-        read,       # Reader of cases, such as `ReadImage`
-        column,     # Column of the case table that says which file is read
-        mb=1024     # Room in MB
-    ): self.read,self.column,self.room,self.kept = read,column,mb*2**20,{}
-    def __call__(self, case):
-        files = case[self.column]
-        key = files, *map(_stamp, getattr(files, 'files', (files,))) # a file that was written anew is read anew
-        if key in self.kept: return self.kept[key]
-        a = self.read(case)
-        if a.nbytes <= self.room: self.kept[key],self.room = a, self.room-a.nbytes
-        return a
 
 def split_column(items):
     "Splitter: training and validation rows by the column `split`, or by subject where there is none"
