@@ -72,7 +72,7 @@ class Fastai:
         self.learn.add_cb(ticks)
         with self.learn.no_bar(), self.learn.no_logging(): self.fit()
         self.learn.remove_cb(ticks)
-    def predict(self, cases): return list(predict_cases(self.learn, cases, bs=EVAL_BS))
+    def predict(self, cases): return list(predict_cases(self.learn, cases, bs=EVAL_BS, flips=False))
     def predict_all(self, cases): return self.predict(cases)
 
 class Ours(Fastai):

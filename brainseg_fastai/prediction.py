@@ -29,7 +29,7 @@ from .scans import _outline
 from .segmentation import (FitSquare, ImageZScore, ScoreRange, TensorScan, codes_of, plain_batch, recipe_settings, score_limit,
                                           write_csv, write_json, written_beside)
 from .trust import agreement, find_flags, predicted_dice, scan_features
-from .volumes import volume_scores, zscore_volume
+from .volumes import both_ways, volume_scores, zscore_volume
 
 # %% ../nbs/16_prediction.ipynb #65720466
 @dataclass(frozen=True)
@@ -126,16 +126,13 @@ def predict_slices(
     volume=False  # Are they slices of a volume?
 )->tuple: # Classes (N,H,W), those of the plain image, those of the mirror image (None without `flips`); uint8
     "Predicted classes of pictures"
-    fit = fit_of(pics, spacing, learn.bundle, volume); model = learn.model.eval(); parts = []
+    fit = fit_of(pics, spacing, learn.bundle, volume); model = learn.model.eval(); res = []
     for i in range(0, len(pics), bs):
         x = network_input(learn, pics[i:i+bs], fit)
-        both = [own_pixels(model(x).float(), fit)]
-        if flips:
-            both.append(own_pixels(model(plain_batch(x.flip(-1))).float().flip(-1), fit))
-            both.insert(0, both[0]+both[1])
-        parts.append([o.argmax(1).byte().cpu().numpy() for o in both])
-    res = [np.concatenate(o) for o in zip(*parts)]
-    return tuple(res) if flips else (res[0], res[0], None)
+        scores = [own_pixels(model(x).float(), fit)]
+        if flips: scores.append(own_pixels(model(plain_batch(x.flip(-1))).float().flip(-1), fit))
+        res += map(both_ways, *scores)
+    return tuple(None if o[0] is None else np.stack(o) for o in zip(*res))
 
 # %% ../nbs/16_prediction.ipynb #0ffd4769
 def _scaled(x, shape):
@@ -160,11 +157,9 @@ def predict_volume(
         x = torch.from_numpy(np.ascontiguousarray(np.moveaxis(v, -1, 0), dtype=np.float32))
     x = x.float() if learn.steps is not None and learn.steps.scaled else zscore_volume(x)
     patch = tuple(s['patch']) if s['mode']=='patch' else None
-    def classes(scores): return _scaled(scores, own).argmax(0).byte().numpy()
-    model = learn.model.eval(); scores = volume_scores(model, x, patch); plain = classes(scores)
-    if not flips: return plain, plain, None
-    other = volume_scores(model, x.flip(1), patch).flip(1)
-    return classes(scores+other), plain, classes(other)
+    model = learn.model.eval(); scores = [volume_scores(model, x, patch)]
+    if flips: scores.append(volume_scores(model, x.flip(1), patch).flip(1))
+    return both_ways(*(_scaled(o, own) for o in scores))
 
 # %% ../nbs/16_prediction.ipynb #add385ac
 def _is_ventricle(label): return 'ventric' in str(label.get('name', '')).lower()

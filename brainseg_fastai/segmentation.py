@@ -10,9 +10,9 @@ __all__ = ['ENOUGH_SUBJECTS', 'RESNETS', 'RECIPES', 'adamw', 'BY_NAME', 'FEW_IMA
            'brainseg_block', 'fast_bf16', 'channels_last', 'plain_batch', 'autocast_of', 'LightUnet', 'light_splitter',
            'dice_per_image', 'InBf16', 'FastBatches', 'AverageWeights', 'imagenet_weights', 'recipe_settings',
            'augmentation', 'default_epochs', 'brainseg_learner', 'written_beside', 'write_json', 'save_weights',
-           'load_weights', 'write_csv', 'Checkpoint', 'fit_recipe', 'predict_cases', 'codes_of', 'score_cases',
-           'environment', 'training_defaults', 'check_settings', 'make_learner', 'train_run', 'load_run', 'file_name',
-           'train_folds', 'plot_curves', 'image_split']
+           'load_weights', 'write_csv', 'Checkpoint', 'fit_recipe', 'predict_ways', 'predict_cases', 'codes_of',
+           'score_cases', 'environment', 'training_defaults', 'check_settings', 'make_learner', 'train_run', 'load_run',
+           'file_name', 'train_folds', 'plot_curves', 'image_split']
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #e60898f8
 import contextlib, hashlib, inspect, json, math, os, random, re, shutil, sys, time, warnings
@@ -36,7 +36,7 @@ from .networks import build_network, check_size, class_weights, make_loss, parse
 from .scores import score_mask
 from .steps import Steps, make_steps
 from .trust import agreement
-from .volumes import predict_volumes, slices_to_volume, volume_dls, write_segmentation
+from .volumes import both_ways, slices_to_volume, volume_dls, volume_masks, write_segmentation
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #b5b7b781
 def data_folder(
@@ -732,23 +732,28 @@ def _own_pixels(logits, h, w):
     left,_,top,_ = FitSquare(m).pads(h, w)
     return logits[:, top:top+h, left:left+w]
 
-def predict_cases(
+def predict_ways(
     learn:Learner,
     cases:pd.DataFrame, # Case table
     bs=8,
-    mirror=False # Mirror the images left to right, and the predictions back
-)->L: # One uint8 array of classes per case, in the size of its image
-    "Predicted masks of all cases, in order"
-    if getattr(learn, 'predict_volumes', None): return L(learn.predict_volumes(cases, mirror=mirror))
+    flips=True          # Predict the mirror images as well? Twice the time
+)->L: # For each case what `both_ways` gives, in the size of its image
+    "Predicted masks of all cases, in order: of image and mirror image together, and of each alone"
+    if getattr(learn, 'volume_masks', None): return L(learn.volume_masks(cases, flips=flips))
     dl = learn.dls.test_dl(cases.reset_index(drop=True), bs=bs, num_workers=0)
     sizes = [image_size(o) for o in cases['image']]
     model,res = learn.model.eval(), L()
     with torch.inference_mode():
         for xb, in dl:
-            logits = model(plain_batch(xb.flip(-1) if mirror else xb)).float().cpu()
-            if mirror: logits = logits.flip(-1)
-            res += [_own_pixels(o, *hw).argmax(0).byte().numpy() for o,hw in zip(logits, sizes[len(res):])]
+            scores = [model(plain_batch(xb)).float().cpu()]
+            if flips: scores.append(model(plain_batch(xb.flip(-1))).float().cpu().flip(-1))
+            res += [both_ways(*(_own_pixels(o, *hw) for o in case)) for hw,*case in zip(sizes[len(res):], *scores)]
     return res
+
+@delegates(predict_ways)
+def predict_cases(learn:Learner, cases:pd.DataFrame, **kwargs)->L: # One uint8 array of classes per case, in the size of its image
+    "Predicted masks of all cases, in order"
+    return predict_ways(learn, cases, **kwargs).itemgot(0)
 
 def codes_of(learn)->tuple:
     "Raw mask values that a learner's classes stand for"
@@ -759,14 +764,14 @@ def _scans(cases):
     "The cases of one scan after the other"
     return (g for _,g in cases.groupby(['subject','scan'], sort=False))
 
-def _whole(preds, group, codes):
-    "The scan of which `group` holds the slices, its prediction and truth as volumes, and the size of a voxel"
+def _whole(group, codes):
+    "The scan of which `group` holds the slices, with the size of its voxels, and the truth as a volume"
     case = next(group.itertuples())
     if not isinstance(case.mask, Pixels) or case.mask.index is None:
         raise DataError(f'{case.image}: is no slice of a volume; it can only be scored by itself (per slice).')
-    pred,mask = slices_to_volume(preds, group), Pixels(case.mask.files)
+    mask = Pixels(case.mask.files)
     mm = tuple(float(o) for o in open_volume(mask.files[0]).header.get_zooms()[:3])
-    return case._replace(image=Pixels(case.image.files), mask=mask, slice='', spacing=mm), pred, read_mask(mask, codes)
+    return case._replace(image=Pixels(case.image.files), mask=mask, slice='', spacing=mm), read_mask(mask, codes)
 
 def score_cases(
     learn:Learner,
@@ -775,26 +780,21 @@ def score_cases(
     save_to=None,       # Folder for the predicted masks (PNG with classes 0..n-1; NIfTI with the raw codes for volumes), if wanted
     regions=None,       # Raw codes by name, such as `{'WT': (1,2,4)}`, of what is scored; None: every code for itself
     per='case',         # 'volume': slices are put together again and scored as the scan they come from
-    quality=False       # Also the agreement with the prediction of the mirrored image, which needs no mask
+    quality=False       # Also how far the predictions of image and mirror image agree, which needs no mask
 )->pd.DataFrame: # One row per case: subject, scan, slice, image, dice, jaccard, hd95, nsd, areas, unit, counts, prediction
     "Predict and score every case against its mask"
     codes,more = codes_of(learn), [o for o in ('label',) if o in cases]
     parts = regions and {k: tuple(codes.index(o) for o in v if o in codes) for k,v in regions.items()}
-    def row(case, pred, truth, mirrored=None):
+    def row(case, truth, pred, plain, mirrored):
         d = dict(subject=case.subject, scan=case.scan, slice=case.slice, image=case_name(case), **{o: getattr(case, o) for o in more})
         d |= score_mask(pred, truth, spacing=case.spacing, tolerance=tolerance, n_codes=len(codes), regions=parts)
         if save_to: d['prediction'] = _save_mask(pred, case, Path(save_to)/d['image'], codes)
-        if mirrored is not None: d['quality'] = agreement(pred, mirrored, len(codes))
+        if quality: d['quality'] = agreement(plain, mirrored, len(codes))
         return d
-    def mirrored(t, preds): return predict_cases(learn, t, mirror=True) if quality else [None]*len(preds)
     if per=='volume' and isinstance(cases['mask'].iloc[0], Pixels) and cases['mask'].iloc[0].index is not None:
-        def one(g):
-            preds = predict_cases(learn, g)
-            return row(*_whole(preds, g, codes), slices_to_volume(mirrored(g, preds), g) if quality else None)
+        def one(g): return row(*_whole(g, codes), *(slices_to_volume(o, g) for o in zip(*predict_ways(learn, g))))
         return pd.DataFrame([one(g) for g in _scans(cases)])
-    def some(t):
-        preds = predict_cases(learn, t)
-        return [row(c, p, read_mask(c.mask, codes), m) for c,p,m in zip(t.itertuples(), preds, mirrored(t, preds))]
+    def some(t): return [row(c, read_mask(c.mask, codes), *o) for c,o in zip(t.itertuples(), predict_ways(learn, t))]
     return pd.DataFrame([o for i in range(0, len(cases), 64) for o in some(cases.iloc[i:i+64])]) # not all predictions at once
 
 def _save_mask(pred, case, path, codes):
@@ -888,7 +888,7 @@ def _volume_learner(cases, s, steps, **kwargs):
     size = patch or tuple(dls.one_batch()[0].shape[2:])
     learn = brainseg_learner(dls, size=size, **kwargs)
     learn.input_shape = list(size)
-    learn.predict_volumes = partial(predict_volumes, learn.model, patch=patch, steps=steps, n_out=len(s['codes']))
+    learn.volume_masks = partial(volume_masks, learn.model, patch=patch, steps=steps, n_out=len(s['codes']))
     return learn
 
 def make_learner(

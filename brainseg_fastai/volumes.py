@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SAMPLERS', 'FOREGROUND_SHARE', 'zscore_volume', 'to_subject', 'widen', 'narrow', 'widen_subject', 'sampling_map',
            'random_patches', 'volume_transforms', 'augment_subject', 'epoch_order', 'VolumeItems', 'VolumeLoader',
-           'volume_dls', 'volume_scores', 'predict_volumes', 'write_segmentation', 'slices_to_volume']
+           'volume_dls', 'volume_scores', 'both_ways', 'volume_masks', 'predict_volumes', 'write_segmentation',
+           'slices_to_volume']
 
 # %% ../nbs/09_volumes.ipynb #3517c177
 import os, random
@@ -18,6 +19,7 @@ import nibabel as nib, numpy as np, pandas as pd, torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.torch_core import default_device
+from fastcore.meta import delegates
 
 from .cases import DataError, Pixels, image_size, need_package, read_image, read_mask
 
@@ -348,7 +350,16 @@ def volume_scores(
     return narrow(res, inner)
 
 # %% ../nbs/09_volumes.ipynb #3d7d4b4a
-def predict_volumes(
+def both_ways(
+    scores,       # Class scores (K,...) of an image
+    mirrored=None # Those of its mirror image, mirrored back
+)->tuple: # Three uint8 arrays: classes by both, by the image alone, by the mirror image alone; without the latter the first two are one
+    "What an image and its mirror image are predicted to be, together and alone"
+    def classes(o): return o.argmax(0).to(torch.uint8).cpu().numpy()
+    plain = classes(scores)
+    return (plain, plain, None) if mirrored is None else (classes(scores+mirrored), plain, classes(mirrored))
+
+def volume_masks(
     model,              # Network from (N,C,X,Y,Z) to class scores (N,K,X,Y,Z)
     cases:pd.DataFrame, # Case table of whole volumes; masks are not needed
     patch=None,         # Size of the patches; None: whole volumes
@@ -358,21 +369,26 @@ def predict_volumes(
     n_out=None,         # Classes that the network must give, checked where it is given
     mode='hann',        # 'hann' or 'average'
     multiple=16,        # Sides of whole volumes become multiples of it, as the network needs
-    mirror=False        # Mirror the volumes left to right, and the predictions back
-)->list: # One uint8 array of classes (X,Y,Z) per case, in canonical orientation and the case's own shape
+    flips=True          # Predict the mirror images as well? Twice the time
+)->list: # What `both_ways` gives, (X,Y,Z) each, in canonical orientation and the case's own shape
     "Predicted classes of whole volumes, one volume in memory at a time"
     was,res = model.training, []
     model.eval()
     try:
         for case in cases.itertuples():
             x = to_subject(case, steps=steps).image.data
-            scores = volume_scores(model, x.flip(1) if mirror else x, patch, overlap, bs, mode, multiple)
-            if mirror: scores = scores.flip(1)
+            def scores_of(x): return volume_scores(model, x, patch, overlap, bs, mode, multiple)
+            scores = scores_of(x)
             if n_out not in (None, len(scores)):
                 raise DataError(f'{case.image}: the network gave {len(scores)} classes, expected {n_out}; train it for these codes')
-            res.append(scores.argmax(0).to(torch.uint8).numpy())
+            res.append(both_ways(scores, scores_of(x.flip(1)).flip(1) if flips else None))
     finally: model.train(was)
     return res
+
+@delegates(volume_masks)
+def predict_volumes(model, cases:pd.DataFrame, flips=False, **kwargs)->list: # One uint8 array of classes (X,Y,Z) per case
+    "Predicted classes of whole volumes, as `volume_masks`"
+    return [o[0] for o in volume_masks(model, cases, flips=flips, **kwargs)]
 
 # %% ../nbs/09_volumes.ipynb #5f8d1bef
 def _native(pred, like):

@@ -160,12 +160,13 @@ def test_evans_index_of_a_drawn_head():
 def test_pictures_as_the_training_sees_them(bundle):
     "The same masks as `predict_cases`; with the mirror image, symmetry"
     learn,cases,_ = bundle; paths = [str(o) for o in cases['image']]
-    want = predict_cases(learn, cases); got = predict_pictures(learn, [read_scan(p) for p in paths], flips=False)
+    want = predict_cases(learn, cases, flips=False); got = predict_pictures(learn, [read_scan(p) for p in paths], flips=False)
     assert any(w.any() for w in want) # fastai's augmentations pass the image through an identity, which costs the last bits
     assert all((p.mask==w).mean()>.995 for p,w in zip(got, want))
     xb, = learn.dls.test_dl(cases, bs=8, num_workers=0).one_batch(); pics = np.stack([read_scan(p).image for p in paths])
     assert torch.allclose(network_input(learn, pics, fit_of(pics, None, learn.bundle)), xb.as_subclass(torch.Tensor), atol=1e-3)
     ps = predict_pictures(learn, [read_scan(p) for p in paths])
+    assert all((p.mask==w).mean()>.995 for p,w in zip(ps, predict_cases(learn, cases))) # what was scored is what one gets
     assert all(0<=p.quality<=1 for p in ps) and np.isnan(got[0].quality)
     a = np.array(Image.open(paths[0])); a = np.concatenate([a[:,:32], a[:,:32][:,::-1]], 1)
     im = read_scan(paths[0]); im.image = a

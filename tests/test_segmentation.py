@@ -13,8 +13,8 @@ import brainseg_fastai.segmentation as seg
 from brainseg_fastai.cases import DataError, adni_cases, mask_codes, read_image, read_mask
 from brainseg_fastai.scores import score_mask
 from brainseg_fastai.segmentation import (Checkpoint, brainseg_block, brainseg_learner, dice_per_image, fit_recipe, load_run,
-                                          make_learner, predict_cases, score_cases, split_cases, train_folds, train_run, with_split,
-                                          written_beside)
+                                          make_learner, predict_cases, predict_ways, score_cases, split_cases, train_folds, train_run,
+                                          with_split, written_beside)
 from helpers import make_folder
 
 @pytest.fixture(autouse=True)
@@ -192,22 +192,27 @@ def cut(folder, shapes):
     return folder
 
 class Leftmost(torch.nn.Module):
-    "Class 1 in the left half of the picture, whatever is in it"
+    "Class 1 in the left half of the picture, whatever is in it, as sure of it as `yes` says"
+    def __init__(self, yes): super().__init__(); self.yes = yes
     def forward(self, x):
         s = torch.linspace(1, -1, x.shape[-1]).expand(x.shape[0], 1, *x.shape[-2:])
-        return torch.cat([-s, s], 1)
+        return torch.cat([0*s, torch.where(s>0, self.yes*s, s)], 1)
 
 @pytest.mark.parametrize('size', [96, 64])
 def test_mirrored_predictions(tmp_path, size):
     "What does not depend on left and right agrees with its mirror image; what does, does not"
     t = adni_cases(cut(make_folder(tmp_path, 6, 1, size=96), [(96,61),(45,96),(95,96)])); learn = oracle(t, size)
-    for a,b in zip(predict_cases(learn, t), predict_cases(learn, t, mirror=True)): assert (a!=b).mean()<.01 and a.any()
+    for both,a,b in predict_ways(learn, t): assert (a!=b).mean()<.01 and (a!=both).mean()<.01 and a.any()
     assert score_cases(learn, t, quality=True).quality.min()>.95 and 'quality' not in score_cases(learn, t)
-    learn.model = Leftmost()
-    for a,b in zip(predict_cases(learn, t), predict_cases(learn, t, mirror=True)):
+    learn.model = Leftmost(yes=.5)
+    for both,a,b in predict_ways(learn, t):
         half = a.shape[1]//2
+        assert not both[:,:half-1].any() and not both[:,half+2:].any(), 'the surer one wins'
         assert a[:,:half].all() and not a[:,half+1:].any() and not b[:,:half].any() and b[:,half+1:].all()
     assert score_cases(learn, t, quality=True).quality.max()<.05
+    for both,a,b in predict_ways(learn, t, flips=False): assert both is a and b is None and a[:,:a.shape[1]//2].all()
+    learn.model = Leftmost(yes=2)
+    for both,_,_ in predict_ways(learn, t): assert both[:,:both.shape[1]//2-1].all() and both[:,both.shape[1]//2+2:].all()
 
 @pytest.mark.parametrize('shapes,size,least', [([(96,61),(45,96),(96,96),(95,96)], 96, 1.), ([(61,44),(90,57),(33,60)], 128, .99),
                                                 ([(128,96),(100,127),(99,75)], 64, .95)], ids=['same','enlarged','reduced'])
