@@ -16,6 +16,7 @@ from curves import TARGETS, next_point
 from systems import SYSTEMS
 
 VALID_PCT,SPLIT_SEED = .3, 42 # the same split for every system and seed
+EVAL_PAUSE = .5               # training between two evaluations, as a share of what the last one took
 
 def split_of(
     cases:pd.DataFrame # Case table
@@ -95,9 +96,10 @@ class Clock:
         "Evaluate, with the clock standing still"
         start = self.now()
         dice = self.evaluate()
-        self.evaluating += self.now()-start
+        took = self.now()-start
+        self.evaluating += took
         self.curve.append((round(self.seconds, 3), dice))
-        self.due = next_point(self.seconds)
+        self.due = max(next_point(self.seconds), self.seconds+EVAL_PAUSE*took)
         self.show(self.seconds, dice)
 
     def finish(self):

@@ -43,10 +43,11 @@ def plot(runs, path):
     ax = fig.subplots()
     for t in TARGETS: ax.axhline(t, color='#cccccc', lw=.7, zorder=0)
     for name in dict.fromkeys(r['system'] for r in runs):
+        colour = COLOURS.get(name) or f'C{len(ax.lines)%10}'
         for i,r in enumerate(o for o in runs if o['system']==name):
             s,d = zip(*((max(s, .1), d) for s,d in r['curve']))
-            ax.plot(s, d, color=COLOURS[name], lw=1, label=NAMES[name].replace('`','') if i==0 else None)
-            ax.plot(s[-1], d[-1], '.', color=COLOURS[name], ms=4)
+            ax.plot(s, d, color=colour, lw=1, label=NAMES[name].replace('`','') if i==0 else None)
+            ax.plot(s[-1], d[-1], '.', color=colour, ms=4)
     ax.set(xscale='log', ylim=(0,1), xlabel='seconds of training', ylabel='per-image Dice, validation subjects', title=runs[0]['machine'])
     ax.xaxis.set_major_formatter(lambda x, pos: f'{x:g}')
     ax.legend(loc='center left', bbox_to_anchor=(1,.5), fontsize='small', frameon=False)

@@ -9,8 +9,9 @@ so that clock, evaluation and tables are written once."""
 import math
 
 import numpy as np, torch, torch.nn.functional as F
-from fastai.vision.all import (Callback, CancelFitException, DataBlock, ImageBlock, MaskBlock, PILImage, PILMask, Resize, aug_transforms,
-                               default_device, resnet34, unet_learner)
+from fastai.vision.all import (Callback, CancelFitException, DataBlock, ImageBlock, MaskBlock, Pipeline, PILImage,
+                               PILMask, Resize, aug_transforms, create_unet_model, default_device, in_channels, resnet18, resnet34,
+                               unet_learner)
 from monai.data import CacheDataset, DataLoader
 from monai.losses import DiceCELoss
 from monai.networks.nets import BasicUNet, UNet
@@ -19,9 +20,10 @@ from monai.transforms import (Compose, NormalizeIntensityd, RandAdjustContrastd,
                               RandSimulateLowResolutiond, RandZoomd, Transform)
 from monai.utils import set_determinism
 from brainseg_fastai.cases import DataError, read_image, read_mask
+from brainseg_fastai.networks import make_loss
 # `_run_settings` fills in what `train_run` decides by itself: whatever becomes the default there, is measured here
-from brainseg_fastai.segmentation import (FitSquare, ReadMask, TensorScan, _run_settings, fit_recipe, imagenet_weights, make_learner,
-                                          predict_cases, split_column, training_defaults)
+from brainseg_fastai.segmentation import (RECIPES, FitSquare, InBf16, InMemory, MoveHeads, ReadMask, TensorScan, _run_settings, fit_recipe,
+                                          imagenet_weights, make_learner, predict_cases, split_column, training_defaults)
 
 PUBLISHED_ARCH = 'resnet34'  # encoder of the published recipe
 BS = 8                       # of the systems that prescribe none
@@ -91,6 +93,70 @@ class Ours(Fastai):
         try: return super().predict(cases)
         finally:
             if mean: mean.show(mean=False)
+
+# ---- ours with one thing changed: what does each bring?
+
+class Reshape(Callback):
+    "Change the batches of training after all else"
+    order = 12
+    def __init__(self, f, until=1.): self.f,self.until = f,until
+    def before_batch(self):
+        if self.training and self.pct_train<self.until: self.learn.xb,self.learn.yb = self.f(self.xb[0], self.yb[0])
+
+def _float32(learn): learn.model.forward = learn.model.scores # without autocast around it
+
+def _contiguous(learn):
+    learn.fast_batches.before_fit = lambda: None
+    learn.model.to(memory_format=torch.contiguous_format)
+    learn.add_cb(Reshape(lambda x,y: ((x.clone(memory_format=torch.contiguous_format),), (y,)))) # a channel alone lies both ways
+
+def _decoder(learn):
+    net = create_unet_model(resnet18, len(learn.codes), (256,256), pretrained=False, n_in=in_channels(learn.model.body))
+    learn.model = InBf16(net).to(learn.dls.device)
+    learn.splitter = lambda m: [list(m.parameters())]
+    learn.fast_batches.before_fit()
+    learn.create_opt()
+
+def _whole(learn): learn.fast_batches.window = 1.
+
+def _resize(learn):
+    def smaller(x, y):
+        size = [o*3//4//32*32 for o in x.shape[-2:]]
+        x = F.interpolate(x, size=size, mode='bilinear', antialias=True).contiguous(memory_format=torch.channels_last)
+        return (x,), (F.interpolate(y[:,None].float(), size=size)[:,0].long(),)
+    _whole(learn)
+    learn.add_cb(Reshape(smaller, learn.fast_batches.until))
+
+def _last(learn): learn.remove_cb(learn.average_weights)
+
+def _ce(learn): learn.loss_func = make_loss('ce')
+
+def _rate(learn): RECIPES['light'] = RECIPES['light'] | dict(lr=1e-3)
+
+def _reading(learn): InMemory.__call__ = lambda self, case: self.read(case)
+
+def _fastai_aug(learn):
+    dl = learn.dls.train
+    m = next(o for o in dl.after_batch.fs if isinstance(o, MoveHeads))
+    new = aug_transforms(max_rotate=m.max_rotate, min_zoom=m.min_zoom, max_zoom=m.max_zoom, max_lighting=m.max_lighting, max_warp=0.,
+                         p_affine=m.p_affine, p_lighting=m.p_lighting)
+    dl.after_batch = Pipeline([*new, *(o for o in dl.after_batch.fs if o is not m)], split_idx=0)
+
+def _compile(learn): learn.model.scores = torch.compile(learn.model.scores)
+
+CHANGES = dict(float32=_float32, contiguous=_contiguous, decoder=_decoder, whole=_whole, resize=_resize, last=_last, ce=_ce, rate=_rate,
+               batch=None, reading=_reading, fastai_aug=_fastai_aug, compile=_compile)
+
+def changed(name):
+    "The class for ours with one thing changed"
+    class Changed(Ours):
+        asked = dict(bs=8) if name=='batch' else {}
+        def make(self, pretrained):
+            learn = super().make(pretrained)
+            if CHANGES[name]: CHANGES[name](learn)
+            return learn
+    Changed.__name__ = name
+    return Changed
 
 class Published(Ours):
     "The published recipe, unchanged"
@@ -285,4 +351,5 @@ class NnUNet(Plain):
         try: return self.model(x)
         finally: self.model.decoder.deep_supervision = True
 
-SYSTEMS = dict(ours=Ours, published=Published, stock=Stock, smp=Smp, monai_unet=MonaiUNet, monai_basic=MonaiBasic, nnunet=NnUNet)
+SYSTEMS = dict(ours=Ours, published=Published, stock=Stock, smp=Smp, monai_unet=MonaiUNet, monai_basic=MonaiBasic, nnunet=NnUNet,
+               **{f'ours-{k}': changed(k) for k in CHANGES})

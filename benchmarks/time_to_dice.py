@@ -10,7 +10,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from brainseg_fastai.cases import DataError
-from curves import caps, time_to
+from curves import ABLATIONS, caps, time_to
 from report import read_run, write_report
 
 ORDER = 'ours','published','stock','smp','monai_unet','monai_basic','nnunet' # within a seed; the caps of all need ours
@@ -23,17 +23,19 @@ CODE = 'one_run.py','systems.py','curves.py','../brainseg_fastai/segmentation.py
 def parse(args=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('data', nargs='?', help='folder with mask/ and the images; with --quick a small simulated one if left out')
-    p.add_argument('--out', default=HERE/'results', type=Path, help='folder for results (default benchmarks/results)')
+    p.add_argument('--out', type=Path, help='folder for results (default benchmarks/results, with --ablation benchmarks/results/ablation)')
     p.add_argument('--kind', default='orig', help='folder of the images within DATA (default orig, the full skull)')
     p.add_argument('--size', type=int, help='pixels (default 256)')
     p.add_argument('--seeds', type=int, help='runs of each system; of the published recipe always one (default 3)')
-    p.add_argument('--systems', nargs='+', choices=ORDER, default=list(ORDER), metavar='NAME',
-                   help=f"of {', '.join(ORDER)} (default all)")
+    p.add_argument('--systems', nargs='+', choices=(*ORDER, *ABLATIONS), metavar='NAME', help=f"of {', '.join(ORDER)} (default all)")
+    p.add_argument('--ablation', action='store_true', help='compare ours with ours where one thing is changed, not with others')
     p.add_argument('--init', choices=('scratch','pretrained'), default='scratch',
                    help='ImageNet weights for none (default), or for all that have some')
     p.add_argument('--threads', type=int, help='of every run (default 2)')
     p.add_argument('--quick', action='store_true', help='a few steps of each on 64 px: does the benchmark itself work?')
     a = p.parse_args(args)
+    a.systems = a.systems or ['ours', *ABLATIONS] if a.ablation else a.systems or list(ORDER)
+    a.out = a.out or (HERE/'results'/'ablation' if a.ablation else HERE/'results')
     usual = dict(size=256, seeds=3, threads=2) | {k: QUICK[k] for k in ('size','seeds','threads') if a.quick}
     for k,v in usual.items():
         if getattr(a, k) is None: setattr(a, k, v)
@@ -50,7 +52,7 @@ def missing(
 
 def planned(systems, seeds)->list: # (seed, system), in order
     "Seed by seed, all systems within a seed, ours first"
-    return [(k, s) for k in range(seeds) for s in ORDER if s in systems and not (s=='published' and k)]
+    return [(k, s) for k in range(seeds) for s in (*ORDER, *ABLATIONS) if s in systems and not (s=='published' and k)]
 
 def code_version():
     h = hashlib.sha256()

@@ -38,7 +38,8 @@ def test_caps():
     assert C.caps('published', 30, 50)==(0, 930)
     assert C.caps('stock', 30, 50)==(50, 315)
     assert C.caps('stock', 3, 50)==(50, 50)       # never less than ours' end
-    assert C.caps('nnunet', 30, 50)==(50, 300)
+    assert C.caps('nnunet', 30, 50)==(50, 125)
+    assert C.caps('ours-whole', 30, 50)==(125, 125) # to its own end
 
 # ---- several runs
 
@@ -99,7 +100,7 @@ def test_clock():
     time = [0.]
     dices = iter([.2, .5, .9, .94])
     def wait(s): time[0] += s
-    def evaluate(): wait(100); return next(dices) # must not count
+    def evaluate(): wait(.6); return next(dices) # must not count
     c = Clock(evaluate, at_least=7, at_most=50, compare_at=None, now=lambda: time[0])
     wait(5)                                       # setup
     c.start()
@@ -111,7 +112,16 @@ def test_clock():
     assert not step(1., 1.) and c.curve[-1]==(6.,.9)
     assert step(1., 1.) and c.curve[-1]==(8.,.94) and c.stopped # 0.93 is reached, and 7 s are over
     c.finish()
-    assert (c.seconds, c.waited, c.images, c.evaluating, len(c.curve))==(8., pytest.approx(3.5), 20, 400., 4)
+    assert (c.seconds, c.waited, c.images, c.evaluating, len(c.curve))==(8., pytest.approx(3.5), 20, pytest.approx(2.4), 4)
+
+def test_slow_evaluations_are_rare():
+    from one_run import EVAL_PAUSE, Clock
+    time = [0.]
+    def evaluate(): time[0] += 20; return .5
+    c = Clock(evaluate, max_steps=40, now=lambda: time[0])
+    c.start()
+    for _ in range(40): time[0] += 1; c.loaded(); c.step(1, 1.)
+    assert [s for s,_ in c.curve]==[2, 12, 22, 32, 40] and c.seconds==40 and EVAL_PAUSE==.5
 
 def test_clock_limits():
     from one_run import Clock
@@ -173,7 +183,39 @@ def test_order():
 def test_time_left():
     ours = run('ours', 0, [(10,.91)], 30, wall_s=50.)
     assert T.time_left([(0,'smp')], []) is None
-    assert T.time_left([(1,'ours'),(0,'smp')], [ours])==pytest.approx(50 + 180*1.4 + 8)
+    assert T.time_left([(1,'ours'),(0,'smp')], [ours])==pytest.approx(50 + 75*1.4 + 8)
+
+def test_every_change_of_ours_trains(tmp_path, monkeypatch):
+    "What is left out in an ablation is left out, and it still learns"
+    import systems as S
+    from fastai.torch_core import set_seed
+    from brainseg_fastai.cases import adni_cases
+    from one_run import split_of
+    cases = split_of(adni_cases(make_folder(tmp_path, 6, 1), 'brain'))
+    assert {f'ours-{k}' for k in S.CHANGES}==set(C.ABLATIONS)
+    monkeypatch.setitem(S.RECIPES, 'light', S.RECIPES['light'])
+    monkeypatch.setattr(S.InMemory, '__call__', S.InMemory.__call__)
+    light = S.RECIPES['light']
+    def losses(name):
+        class Once:
+            seconds,stopped,got = 0.,False,[]
+            def start(self): pass
+            def pause(self): pass
+            def loaded(self): pass
+            def step(self, n, loss): self.got = self.got+[loss.item()]; return len(self.got)==2
+        set_seed(1, reproducible=True)
+        s,clock = S.SYSTEMS[name](cases, (0,255), 128, 1, False, epochs=2), Once()
+        s.train(clock)
+        S.RECIPES['light'] = light
+        return s, clock.got
+    usual = losses('ours')[1]
+    for name in C.ABLATIONS:
+        if name=='ours-compile': continue # minutes, and only with a compiler; run where there is time
+        s,got = losses(name)
+        assert np.isfinite(got).all() and len(got)==2, name
+        if name in ('ours-last','ours-reading'): # they change what is done, not what is learnt
+            assert got==pytest.approx(usual, rel=1e-3), name
+        else: assert got!=usual, name
 
 # ---- what goes wrong
 
