@@ -44,7 +44,7 @@ def own_pixels(
 
 class Ticks(Callback):
     "Drives the clock from within fastai's training loop"
-    order = -100 # first to see a batch; everything after it counts as computing
+    order = -100 # first to see a batch: what comes after it counts as computing
     def __init__(self, clock, by_clock=False): self.clock,self.by_clock,self.few = clock,by_clock,None
     def before_fit(self):
         if self.clock.stopped: raise CancelFitException
@@ -53,12 +53,17 @@ class Ticks(Callback):
         if not self.training: return
         self.clock.loaded()
         if self.by_clock and self.n_epoch==FOREVER: self.learn.pct_train = self.clock.share() # the schedule spans the time that there is
-    def after_batch(self):
-        if self.training and self.clock.step(len(self.xb[0]), self.loss): raise CancelFitException
     def after_train(self): self.clock.pause()
     def before_validate(self): # the harness evaluates; fastai's own pass over the validation images is cut to one image
         if self.few is None: self.few = [tuple(o[:1] for o in self.dls.valid.one_batch())]
         self.learn.dl = self.few
+
+class Tocks(Callback):
+    "A step is done when all callbacks are done with it"
+    order = 1000
+    def __init__(self, clock): self.clock = clock
+    def after_batch(self):
+        if self.training and self.clock.step(len(self.xb[0]), self.loss): raise CancelFitException
 
 class Fastai:
     "A learner under the clock"
@@ -70,10 +75,8 @@ class Fastai:
     @property
     def model(self): return self.learn.model
     def train(self, clock):
-        ticks = Ticks(clock, self.by_clock)
-        self.learn.add_cb(ticks)
-        with self.learn.no_bar(), self.learn.no_logging(): self.fit()
-        self.learn.remove_cb(ticks)
+        watch = [Ticks(clock, self.by_clock), Tocks(clock)]
+        with self.learn.no_bar(), self.learn.no_logging(), self.learn.added_cbs(watch): self.fit()
     def predict(self, cases): return list(predict_cases(self.learn, cases, bs=EVAL_BS, flips=False))
     def predict_all(self, cases): return self.predict(cases)
 

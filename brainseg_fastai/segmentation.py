@@ -276,7 +276,7 @@ class FitSquare(DisplayedTransform):
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #fdbdb4e3
 class MoveHeads(RandTransform):
-    "Mirror, tilt, scale, shift and light each image of a batch at random, as fastai's `aug_transforms`, but image and mask by one grid"
+    "Mirror, tilt, scale, shift, bend and light each image of a batch at random, image and mask by one grid"
     split_idx,order = 0,30
     def __init__(self,
         do_flip=True,     # Mirror every other image left to right
@@ -284,7 +284,8 @@ class MoveHeads(RandTransform):
         min_zoom=.9,
         max_zoom=1.1,     # A head that is zoomed is shifted, too, by up to the room that this gives
         max_lighting=.15, # Of brightness and contrast
-        p_affine=.75,     # Share of the images that are turned, and of those that are zoomed
+        bend=0.,          # Standard deviation of smooth shifts at 5 × 5 points and between them, as a share of half the side
+        p_affine=.75,     # Share of the images that are turned, of those that are zoomed, and of those that are bent
         p_lighting=.75
     ):
         super().__init__(p=1)
@@ -303,8 +304,13 @@ class MoveHeads(RandTransform):
         turn = [each(s*flip*angle.cos()), each(-s*flip*angle.sin()), each(s*angle.sin()), each(s*angle.cos())]
         ys = ys[:,None]
         self.grid = torch.stack([turn[0]*xs + turn[1]*ys + each(shift[0]), turn[2]*xs + turn[3]*ys + each(shift[1])], dim=-1)
+        if self.bend: self.grid = self.grid + self.shifts(n, h, w).to(x.device)
         self.scale = each(some(math.log(lo), math.log(hi), self.p_lighting, 0.).exp())[...,None]
         self.bright = each(torch.logit(some(.5*lo, 1-.5*lo, self.p_lighting, .5)))[...,None]
+
+    def shifts(self, n, h, w):
+        some = self.bend*torch.randn(n,2,5,5)*(torch.rand(n,1,1,1)<self.p_affine)
+        return F.interpolate(some, size=(h,w), mode='bicubic', align_corners=True).movedim(1, -1)
 
     def move(self, x, mode):
         return F.grid_sample(x.as_subclass(torch.Tensor).float(), self.grid, mode=mode, padding_mode='reflection', align_corners=True)
@@ -549,7 +555,7 @@ def recipe_settings(recipe, arch='resnet18'):
     return RECIPES[recipe] | ({} if getattr(arch, '__name__', arch) in RESNETS else BY_NAME)
 
 FEW_IMAGES = 16 # training images; below, heads are bent, scaled and lit more than they are likely to differ
-STRONGER = dict(max_rotate=15., min_zoom=.8, max_zoom=1.25, max_lighting=.3)
+STRONGER = dict(max_rotate=15., min_zoom=.8, max_zoom=1.25, max_lighting=.3, bend=.1)
 
 def augmentation(recipe, n_train):
     "What `brainseg_block` is told about augmentation for `n_train` training images"

@@ -185,6 +185,7 @@ def test_time_left():
     assert T.time_left([(0,'smp')], []) is None
     assert T.time_left([(1,'ours'),(0,'smp')], [ours])==pytest.approx(50 + 75*1.4 + 8)
 
+@pytest.mark.slow
 def test_every_change_of_ours_trains(tmp_path, monkeypatch):
     "What is left out in an ablation is left out, and it still learns"
     import systems as S
