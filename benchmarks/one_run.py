@@ -3,12 +3,10 @@ import json, os, sys, time
 
 STARTED = time.perf_counter() # imports are part of the setup
 
-try: import resource
-except ImportError: resource = None # Windows
-
 import numpy as np, pandas as pd, torch
 from fastai.torch_core import default_device, set_seed
 from brainseg_fastai.cases import adni_cases, data_fingerprint, mask_codes, read_mask
+from brainseg_fastai.plan import peak_mb
 from brainseg_fastai.scores import empty_score, overlap
 from brainseg_fastai.segmentation import SubjectSplitter, assert_apart, case_name, environment, write_json
 
@@ -36,11 +34,6 @@ def mean_dice(
         empty = empty_score(not o['n_true'], not o['n_pred'], 1.)
         return (empty or o)['dice']
     return float(np.mean([one(p, t) for p,t in zip(preds, truths)]))
-
-def peak_memory_mb():
-    "Highest memory of this process so far; None where the system does not tell"
-    if resource is None: return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e6 if sys.platform=='darwin' else 1e3)
 
 class Clock:
     "Counts seconds of training only; evaluates on the grid, and says when to stop"
@@ -158,7 +151,8 @@ def run(
                 best=max(d for _,d in clock.curve), steps=clock.steps, images=clock.images, losses=clock.losses, about=system.about,
                 parameters=sum(p.numel() for p in system.model.parameters()), setup_s=(clock.first or begin)-STARTED,
                 train_images_per_s=clock.images/clock.seconds, predict_images_per_s=speed, wait_share=clock.waited/clock.seconds,
-                evaluation_s=clock.evaluating, memory_mb=peak_memory_mb(), machine=f"{env['device']}, {env['threads']} threads{bf16}",
+                evaluation_s=clock.evaluating, memory_mb=None if np.isnan(m := peak_mb()) else m,
+                machine=f"{env['device']}, {env['threads']} threads{bf16}",
                 environment=env, split=dict(zip(map(case_name, cases.itertuples()), cases['split'])),
                 sides={p: sorted(set(g['subject'])) for p,g in cases.groupby('split')}, data=data_fingerprint(cases))
 
