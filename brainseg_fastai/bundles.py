@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'PALETTE', 'WHOLE', 'KEYS', 'CLAIM_FILLED', 'CLAIM_OPEN', 'label_table', 'training_slab',
            'training_spacing', 'training_field', 'image_reference', 'out_of_fold', 'test_scores', 'bundle_config',
-           'model_card', 'write_config', 'save_bundle', 'read_config', 'load_bundle', 'export_onnx', 'pool_bundle']
+           'model_card', 'write_config', 'save_bundle', 'read_config', 'load_bundle', 'export_onnx', 'OnnxNet',
+           'with_onnx', 'pool_bundle']
 
 # %% ../nbs/12_bundles.ipynb #2febdc3b
 import hashlib, json, os, shutil, tempfile
@@ -283,6 +284,28 @@ def export_onnx(
         tmp.replace(path)
     finally: tmp.unlink(missing_ok=True)
     return diff
+
+class OnnxNet(torch.nn.Module):
+    "The network of a learner, computed by ONNX Runtime for images of the size that it was trained for, by PyTorch for others"
+    def __init__(self, learn):
+        super().__init__()
+        ort = need_package('onnxruntime', 'onnx')
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        with tempfile.TemporaryDirectory() as d:
+            export_onnx(learn, Path(d)/'net.onnx')
+            self.session = ort.InferenceSession((Path(d)/'net.onnx').read_bytes(), options, providers=['CPUExecutionProvider'])
+        self.net,self.shape = learn.model, self.session.get_inputs()[0].shape[1:]
+    def forward(self, x):
+        if list(x.shape[1:])!=self.shape: return self.net(x)
+        return torch.from_numpy(self.session.run(None, {'image': np.ascontiguousarray(x.float().cpu().numpy())})[0])
+
+def with_onnx(
+    learn # From `load_bundle`, on the processor
+): # The same
+    "Let ONNX Runtime compute the network of a learner"
+    learn.model = OnnxNet(learn)
+    return learn
 
 # %% ../nbs/12_bundles.ipynb #41bcb243
 def pool_bundle(

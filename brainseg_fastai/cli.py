@@ -94,6 +94,7 @@ def _predict(p):
     p.add_argument('--out', type=Path, required=True, metavar='DIR', help='folder for masks and volumes.csv; what is there already is not done again')
     p.add_argument('--spacing', type=_spacing, metavar='MM', help='mm per pixel of pictures, or row,column; volumes have it in their header')
     p.add_argument('--slab', type=_slab, metavar='LO,HI', help='slices so many mm below the top of the brain; left out: those of the training')
+    p.add_argument('--onnx', action='store_true', help='compute with ONNX Runtime, which may be faster on a processor without bfloat16')
     p.add_argument('--no-flips', dest='flips', action='store_false', help='without the mirror image: twice as fast, but no quality')
     p.add_argument('--overwrite', action='store_true', help='predict again what is there already')
 
@@ -287,8 +288,9 @@ def app(a):
 
 def predict(a):
     "Predict new scans; those that fail are named at the end"
+    from brainseg_fastai.bundles import load_bundle, with_onnx
     from brainseg_fastai.prediction import predict
-    t = predict(a.bundle, a.scans, a.out, a.spacing, a.slab, a.flips, sys.stderr.isatty(), a.overwrite)
+    t = predict(with_onnx(load_bundle(a.bundle, 'cpu')) if a.onnx else a.bundle, a.scans, a.out, a.spacing, a.slab, a.flips, sys.stderr.isatty(), a.overwrite)
     failed = t.attrs['failed']; n = t['name'].nunique() if len(t) else 0
     if n: print(f'{n} scan{"s"*(n>1)} in {a.out}\nNumbers: volumes.csv beside the masks\nTo look at: {a.out/"qc.html"}')
     for _,why in failed: print(f'brainseg: {why}', file=sys.stderr)

@@ -3,7 +3,7 @@ import hashlib, json, os, pickle, shutil, subprocess, sys
 
 import numpy as np, pandas as pd, pytest, torch
 
-from brainseg_fastai.bundles import KEYS, label_table, load_bundle, pool_bundle, read_config, save_bundle, training_slab, training_spacing
+from brainseg_fastai.bundles import KEYS, label_table, load_bundle, pool_bundle, read_config, save_bundle, training_slab, training_spacing, with_onnx
 from brainseg_fastai.cases import DataError, adni_cases, read_image
 from brainseg_fastai.cli import main
 from brainseg_fastai.datasets import LAYOUTS, standin
@@ -142,3 +142,17 @@ def test_export(bundle, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ort.InferenceSession, 'run', lambda *a: [real(*a)[0]+.01])
     assert main(['export', str(bundle[0]), '--onnx', str(tmp_path/'n.onnx')])==2 and 'differ' in capsys.readouterr().err
     assert sorted(o.name for o in tmp_path.iterdir())==['m.onnx']
+
+def test_predicting_with_onnx(bundle, tmp_path, monkeypatch):
+    ort = pytest.importorskip('onnxruntime', reason='ONNX needs the extra onnx'); pytest.importorskip('onnx')
+    there,plain = with_onnx(load_bundle(bundle[0], 'cpu')), load_bundle(bundle[0], 'cpu')
+    x,runs,real = torch.randn(2,1,64,64), [], ort.InferenceSession.run
+    monkeypatch.setattr(ort.InferenceSession, 'run', lambda *a: runs.append(1) or real(*a))
+    with torch.inference_mode():
+        assert (there.model(x)-plain.model.scores(x)).abs().max()<1e-3 and len(runs)==1
+        assert there.model(torch.randn(1,1,96,96)).shape==(1,2,96,96) and len(runs)==1 # another size: PyTorch
+    test = bundle[2][bundle[2]['split']=='test']
+    assert all((a!=b).mean()<.02 for a,b in zip(predict_cases(there, test), predict_cases(plain, test))) and len(runs)>1
+    n = len(runs)
+    assert main(['predict', str(bundle[0]), str(test['image'].iloc[0]), '--out', str(tmp_path/'o'), '--onnx'])==0
+    assert len(runs)>n and list((tmp_path/'o').rglob('*.png'))
