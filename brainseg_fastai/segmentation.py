@@ -882,7 +882,7 @@ def _foreground_weights(cases, s):
 def _slice_dls(cases, s, steps):
     more = augmentation(s['recipe'], int((cases['split']=='train').sum()))
     block = brainseg_block(s['kind'], s['codes'], s['size'], rgb=recipe_settings(s['recipe'])['rgb'], steps=steps, **more)
-    kw = dict(bs=s['bs'], val_bs=8, num_workers=0)
+    kw = dict(bs=s['bs'], val_bs=8, num_workers=0, pin_memory=default_device().type=='cuda') # copies to a GPU need not wait then
     if s['sampling']=='uniform': return block.dataloaders(cases, **kw)
     return block.weighted_dataloaders(cases, _foreground_weights(cases, s), **kw)
 

@@ -5,14 +5,14 @@ from pathlib import Path
 import matplotlib; matplotlib.use('Agg')
 import numpy as np, pandas as pd, pytest, torch
 from fastai.layers import SelfAttention
-from fastai.vision.all import (Callback, CrossEntropyLossFlat, DynamicUnet, Learner, Mish, load_learner, nn, resnet18, set_seed)
+from fastai.vision.all import (Callback, CrossEntropyLossFlat, DynamicUnet, Learner, Mish, TensorMask, load_learner, nn, resnet18, set_seed)
 from PIL import Image
 from torchvision.models import ResNet18_Weights
 
 import brainseg_fastai.segmentation as seg
 from brainseg_fastai.cases import DataError, adni_cases, mask_codes, read_image, read_mask
 from brainseg_fastai.scores import score_mask
-from brainseg_fastai.segmentation import (Checkpoint, brainseg_block, brainseg_learner, dice_per_image, fit_recipe, load_run,
+from brainseg_fastai.segmentation import (Checkpoint, MoveHeads, brainseg_block, brainseg_learner, dice_per_image, fit_recipe, load_run,
                                           make_learner, predict_cases, predict_ways, score_cases, split_cases, train_folds, train_run,
                                           with_split, written_beside)
 from helpers import make_folder
@@ -524,3 +524,33 @@ def test_cached_imagenet_weights(cases, hub, recipe):
     have = [p for p in learn.model.parameters()]
     inside = [k for k,w in weights.items() if k.startswith(('layer1','layer2')) and k.endswith('conv2.weight')]
     assert learn.pretrained and inside and all(any(p.shape==weights[k].shape and torch.equal(p, weights[k]) for p in have) for k in inside)
+
+# ---- what a GPU would do, as far as a processor can show it
+
+def test_augmentation_happens_where_the_batch_is():
+    "Nothing but the random numbers is made on the processor: tensors without data would refuse to meet one that has some"
+    x,y = torch.zeros(3,1,64,64, device='meta'), torch.zeros(3,64,64, dtype=torch.long, device='meta')
+    a,b = MoveHeads(bend=.1)((seg.TensorScan(x), TensorMask(y)), split_idx=0)
+    assert a.device.type==b.device.type=='meta' and a.shape==x.shape and b.shape==y.shape
+    z = seg.ImageZScore()(seg.TensorScan(x))
+    assert z.device.type=='meta' and z.shape==x.shape
+
+@pytest.mark.parametrize('device', ['cpu','cuda'])
+def test_batches_are_pinned_for_a_gpu(device, cases, monkeypatch):
+    got = []
+    class Block:
+        def dataloaders(self, t, **kw): got.append(kw['pin_memory'])
+    monkeypatch.setattr(seg, 'default_device', lambda *a: torch.device(device))
+    monkeypatch.setattr(seg, 'brainseg_block', lambda *a, **kw: Block())
+    seg._slice_dls(with_split(cases, split_cases(cases, 1)), settings(sampling='uniform'), None)
+    assert got==[device=='cuda']
+
+@pytest.mark.parametrize('able', [True,False])
+def test_bfloat16_where_the_hardware_has_it(able, monkeypatch):
+    monkeypatch.setattr(seg, 'fast_bf16', lambda device: able)
+    seen = []
+    class Net(torch.nn.Module):
+        def __init__(self): super().__init__(); self.conv = torch.nn.Conv2d(1, 1, 1)
+        def forward(self, x): seen.append((y := self.conv(x)).dtype); return y
+    seg.InBf16(Net())(torch.zeros(1,1,8,8))
+    assert seen==[torch.bfloat16 if able else torch.float32]
