@@ -183,8 +183,8 @@ class Stock(Fastai):
                           workers=learn.dls.train.fake_l.num_workers)
         return learn
     def fit(self):
-        if self.pretrained: self.learn.fine_tune(FOREVER)
-        else: self.learn.fit_one_cycle(FOREVER)
+        if self.pretrained: self.learn.fine_tune(self.epochs or FOREVER)
+        else: self.learn.fit_one_cycle(self.epochs or FOREVER)
     def predict(self, cases):
         dl,res = self.learn.dls.test_dl(cases, bs=EVAL_BS, num_workers=0), []
         for xb, in dl: res += list(self.model(xb.as_subclass(torch.Tensor)).float().cpu())

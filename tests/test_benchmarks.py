@@ -244,6 +244,24 @@ def test_runs_must_be_comparable():
         with pytest.raises(DataError) as e: same_for_all([a, {**a, **other}])
         assert what in str(e.value)
 
+@pytest.mark.slow
+def test_out_of_fold(tmp_path, monkeypatch, capsys):
+    import out_of_fold as O
+    import systems as S
+    monkeypatch.setattr(O.torch, 'set_num_threads', lambda n: None)
+    monkeypatch.setitem(S.RECIPES, 'light', dict(S.RECIPES['light'], views=4, min_epochs=1))
+    data,out = make_folder(tmp_path/'data', 6, 1), tmp_path/'out'
+    args = [str(data), '--kind', 'brain', '--size', '64', '--epochs', '1', '--folds', '2', '--out', str(out)]
+    assert O.main(args)==0
+    r = json.loads((out/'out_of_fold.json').read_text(encoding='utf-8'))
+    tables = sorted((out/'out_of_fold').glob('*.csv'))
+    assert r['subjects']==6 and set(r['dice'])=={'ours','stock'} and r['ci90'][0]<=r['difference']<=r['ci90'][1] and len(tables)==4
+    got = [row for o in tables if 'stock' in o.name for row in csv.DictReader(o.open())]
+    assert len(got)==len({o['subject'] for o in got})==6 # everybody once
+    assert r['dice']['stock']==pytest.approx(np.mean([float(o['dice']) for o in got]))
+    monkeypatch.setattr(O, 'tested', None) # nothing is trained twice
+    assert O.main(args)==0 and 'ours minus stock' in capsys.readouterr().out
+
 # ---- all of it, quickly
 
 def quick(data, out, *args):
