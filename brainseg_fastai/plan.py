@@ -101,7 +101,7 @@ def plan_variants(
     progress=True,
     **kwargs         # As for `train_run`
 )->pd.DataFrame: # A row per variant: trainings, minutes (of all of them), and what `measure_training` gives
-    "What `train_variants` with these arguments will cost on this machine. Nothing is written"
+    "What `train_variants` with these arguments will cost on this machine, whatever the weights to start from. Nothing is written"
     lay = find_layout(layout)
     full = {k: {'per': lay_per(lay), 'regions': lay.regions, **kwargs, **{o: x for o,x in v.items() if o!='inputs'}} for k,v in variants.items()}
     for o in full.values(): check_settings(**o)
@@ -109,7 +109,7 @@ def plan_variants(
     ready = prepare(root, modes, folds, seed, subject, previous, progress, layout)
     rows,n = [], ready['split']['fold'].nunique()*repeats
     for i,(k,t) in enumerate(ready['tables'].items()):
-        d = measure_training(with_split(t, ready['split'], 0), seconds/len(variants), **{**full[k], 'codes': ready['codes'], 'seed': seed})
+        d = measure_training(with_split(t, ready['split'], 0), seconds/len(variants), **{**full[k], 'codes': ready['codes'], 'seed': seed, 'pretrained': False})
         swaps = len(variants) if all(set(v)=={'inputs'} for v in variants.values()) and layout=='adni' else 1 # each is tested on the input of the other, too
         trainings = n + (control and repeats==1 and len(variants)>1 and i==0)
         rows.append(dict(variant=k, trainings=trainings, minutes=trainings*(d['setup_s']+d['epochs']*d['epoch_s']+swaps*d['score_s'])/60, **d))
