@@ -538,6 +538,8 @@ class Layout:
     regions:dict=None  # What is scored: names of sets of raw codes; None: each code
     stratify:str=None  # Column that splits should be balanced by
     inputs:tuple=()    # All inputs that can be asked for
+    per:str='case'     # 'volume': the field scores whole scans in three dimensions, not slice by slice
+    whole:bool=False   # Do its scans show the whole of what is segmented?
 
 def _adni_layout_cases(root, inputs=None, unit='slice', **options):
     _unit(unit, ('slice',))
@@ -550,11 +552,11 @@ LAYOUTS = {o.name: o for o in [
     Layout('figshare', figshare_cases, _checked_root(_check_figshare, _figshare_what), (0,1), {0:'background', 1:'tumour'},
            {'tumour':(1,)}, 'label', ('t1c',)),
     Layout('brats', brats_cases, _checked_root(_check_brats, _brats_what), (0,1,2,4), _brats_labels,
-           {'ET':(4,), 'TC':(1,4), 'WT':(1,2,4)}, None, _sequences),
+           {'ET':(4,), 'TC':(1,4), 'WT':(1,2,4)}, None, _sequences, 'volume', True),
     Layout('ibsr', ibsr_cases, _checked_root(_check_ibsr, _ibsr_what), (0,1,2,3), _ibsr_labels,
-           {'CSF':(1,), 'GM':(2,), 'WM':(3,)}, None, ('t1',)),
+           {'CSF':(1,), 'GM':(2,), 'WM':(3,)}, None, ('t1',), 'volume', True),
     Layout('lgg', lgg_cases, _checked_root(_check_lgg, _lgg_what), (0,255), {0:'background', 255:'tumour'},
-           {'tumour':(255,)}, None, _lgg_inputs)]}
+           {'tumour':(255,)}, None, _lgg_inputs, whole=True)]}
 
 def find_layout(
     name:str # Such as 'brats'

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd, torch
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
 
-from .comparison import lay_per, prepare
+from .comparison import differs_in, prepare
 from .datasets import find_layout
 from .segmentation import _run_settings, check_settings, make_learner, predict_ways, score_cases, training_defaults, with_split
 
@@ -103,16 +103,18 @@ def plan_variants(
 )->pd.DataFrame: # A row per variant: trainings, minutes (of all of them), and what `measure_training` gives
     "What `train_variants` with these arguments will cost on this machine, whatever the weights to start from. Nothing is written"
     lay = find_layout(layout)
-    full = {k: {'per': lay_per(lay), 'regions': lay.regions, **kwargs, **{o: x for o,x in v.items() if o!='inputs'}} for k,v in variants.items()}
+    usual = dict(per=lay.per, regions=lay.regions, **kwargs)
+    full = {k: {**usual, **{o: x for o,x in v.items() if o!='inputs'}} for k,v in variants.items()}
     for o in full.values(): check_settings(**o)
     modes = {k: {**v, 'mode': full[k].get('mode', 'slice')} for k,v in variants.items()}
     ready = prepare(root, modes, folds, seed, subject, previous, progress, layout)
     rows,n = [], ready['split']['fold'].nunique()*repeats
+    tests = len(variants) if differs_in(variants)=='input' and layout=='adni' else 1 # each is tested on the input of the other, too
     for i,(k,t) in enumerate(ready['tables'].items()):
-        d = measure_training(with_split(t, ready['split'], 0), seconds/len(variants), **{**full[k], 'codes': ready['codes'], 'seed': seed, 'pretrained': False})
-        swaps = len(variants) if all(set(v)=={'inputs'} for v in variants.values()) and layout=='adni' else 1 # each is tested on the input of the other, too
+        s = {**full[k], 'codes': ready['codes'], 'seed': seed, 'pretrained': False}
+        d = measure_training(with_split(t, ready['split'], 0), seconds/len(variants), **s)
         trainings = n + (control and repeats==1 and len(variants)>1 and i==0)
-        rows.append(dict(variant=k, trainings=trainings, minutes=trainings*(d['setup_s']+d['epochs']*d['epoch_s']+swaps*d['score_s'])/60, **d))
+        rows.append(dict(variant=k, trainings=trainings, minutes=trainings*(d['setup_s']+d['epochs']*d['epoch_s']+tests*d['score_s'])/60, **d))
     return pd.DataFrame(rows)
 
 # %% ../nbs/8_speed.ipynb #7f5e4e48
