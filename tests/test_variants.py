@@ -2,13 +2,15 @@
 import json, os
 
 import nibabel as nib, numpy as np, pandas as pd, pytest, torch
+from fastai.torch_core import set_seed
 
 from brainseg_fastai.cases import DataError, Pixels
 from brainseg_fastai.cli import main
 from brainseg_fastai.comparison import QUESTIONS, compare_variants, named_variants, parse_variant, prepare
 from brainseg_fastai.datasets import LAYOUTS, standin
 from brainseg_fastai.networks import ARCHS
-from brainseg_fastai.segmentation import load_run, predict_cases, split_cases, train_run, with_split
+from brainseg_fastai.segmentation import (Checkpoint, _run_settings, fit_recipe, load_run, make_learner, predict_cases, split_cases, train_run,
+                                          training_defaults, with_split)
 from helpers import dataset, make_folder
 
 NATIVE = [o for o in LAYOUTS if o!='adni']
@@ -117,6 +119,22 @@ def test_every_network_learns(arch, tmp_path):
     r = train_run(t, tmp_path/'r', arch=arch, epochs=2, pretrained=False, **more)
     loss = r['curve'].train_loss
     assert np.isfinite(loss).all() and loss.iloc[-1] < loss.iloc[0]
+
+@pytest.mark.slow
+@pytest.mark.parametrize('arch', ARCHS)
+def test_every_network_learns_on_a_sample(arch):
+    "The same on development data; without scoring, which takes most of the time there"
+    flat = 2 in np.atleast_1d(ARCHS[arch].dims)
+    layout = 'figshare' if flat else 'ibsr'
+    t = LAYOUTS[layout].cases(dataset(FOLDERS[layout]), unit='slice' if flat else 'volume')
+    t = with_split(t, split_cases(t, 3, stratify=LAYOUTS[layout].stratify))
+    more = dict(size=128) if flat else dict(mode='patch', patch=(32,32,32), bs=1)
+    s = _run_settings(t, {**training_defaults(), 'arch': arch, 'epochs': 2, 'pretrained': False, 'codes': LAYOUTS[layout].codes, **more})
+    set_seed(1, reproducible=True)
+    learn,ck = make_learner(t, s), Checkpoint()
+    fit_recipe(learn, epochs=2, checkpoint=ck)
+    first,last = (o['train_loss'] for o in ck.curve)
+    assert np.isfinite([first,last]).all() and last<first
 
 def test_tracking_is_off_unless_asked_for(tmp_path, monkeypatch):
     import brainseg_fastai.tracking as tracking
