@@ -83,7 +83,7 @@ def measure_training(
     one = _timed(predict_ways, learn, some)/len(some)
     score = one if s['per']=='volume' else _timed(score_cases, learn, some, regions=s['regions'], quality=True)/len(some)
     steps = max(1, sides['train']//s['bs'])
-    return dict(epochs=s['epochs'], steps=int(steps), step_s=step, epoch_s=steps*step + sides['valid']*one/2, score_s=float(sides['test']*score),
+    return dict(epochs=s['epochs'], steps=int(steps), step_s=step, epoch_s=float(steps*step + sides['valid']*one/2), score_s=float(sides['test']*score),
                 setup_s=setup, memory_mb=peak_mb())
 
 # %% ../nbs/8_speed.ipynb #9e983aeb

@@ -300,3 +300,10 @@ def test_quick(tmp_path):
     assert {o: o.stat().st_mtime_ns for o in (out/'runs').glob('*.json')}==before
     other = quick(data, out, '--size', '96')
     assert other.returncode==2 and 'size 64' in other.stderr and len(other.stderr.strip().splitlines())==1
+
+def test_the_readme_shows_what_was_measured():
+    measured = (BENCH/'results'/'time_to_dice.md').read_text(encoding='utf-8')
+    shown = (ROOT/'README.md').read_text(encoding='utf-8').split('<!-- benchmark -->')[1].split('<!-- end of benchmark -->')[0]
+    assert shown.strip()==measured.strip()
+    with open(BENCH/'results'/'time_to_dice.csv', encoding='utf-8') as f: rows = list(csv.DictReader(f))
+    assert {'ours','stock'} <= {o['system'] for o in rows} <= set(T.ORDER) and len({o['machine'] for o in rows})==1 and rows[0]['machine'] in shown
