@@ -1,5 +1,5 @@
 "One system, one seed, in a process of its own: split, clock, evaluation, and the figures as one JSON file"
-import json, os, sys, time
+import json, sys, time
 
 STARTED = time.perf_counter() # imports are part of the setup
 

@@ -1,5 +1,5 @@
 "The benchmark: its arithmetic, its clock, and one quick run of all systems"
-import csv, importlib.util, json, math, os, subprocess, sys
+import csv, json, math, os, subprocess, sys
 from pathlib import Path
 
 import numpy as np, pytest
@@ -11,7 +11,7 @@ sys.path.insert(0, str(BENCH))
 
 import curves as C, time_to_dice as T
 from brainseg_fastai.cases import DataError
-from report import csv_text, read_run, same_for_all, write_report
+from report import csv_text, read_run, same_for_all
 
 # ---- one curve
 

@@ -1,7 +1,7 @@
 "Plans: what is measured, what is multiplied, what is said, and that nothing is written"
-import pandas as pd, pytest, torch
+import pandas as pd, pytest
 
-from brainseg_fastai.cases import DataError, adni_cases
+from brainseg_fastai.cases import adni_cases
 from brainseg_fastai.cli import main
 from brainseg_fastai.plan import Stopwatch, advice, measure_training, peak_mb, plan_variants, step_seconds
 from brainseg_fastai.segmentation import _run_settings, make_learner, split_cases, training_defaults, with_split
