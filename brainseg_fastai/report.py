@@ -360,7 +360,7 @@ def paired_plot(
     b.set(yticks=[-gap*(i+1) for i in range(len(rows))], yticklabels=[r[0] for r in rows], ylim=(-gap*(len(rows)+.6), len(d)-.3),
           xlabel=f'Difference in Dice:  ← {lower_name(k2)} better  ·  {lower_name(k1)} better →')
     b.set_title('Differences, sorted' + (f'; grey: margin ±{c["margin"]:g}' if c.get('margin') else ''), loc='left')
-    b.grid(axis='x'); b.tick_params(axis='y', length=0)
+    b.grid(axis='x'); b.tick_params(axis='y', length=0); b.locator_params(axis='x', nbins=5)
     return fig
 
 # %% ../nbs/04_report.ipynb #98589a5a
@@ -667,7 +667,7 @@ def control_text(c):
     k = c.get('control')
     if not k: return ('How much would two trainings of the same differ? This run cannot say: it has no control. Add '
                       '--repeats 2 to train again with other seeds and see it here.')
-    return (f'For scale, the same ({lower_name(k.get("kind",""))}) trained twice with other seeds differs '
+    return (f'For scale: {lower_name(k.get("kind","")) or "the same"}, trained twice with other seeds, differs '
             f'by {_estimate(k)} on {k.get("n_subjects","the same")} subjects. A difference between the two means something only '
             'where it stands out from this.')
 
