@@ -111,6 +111,7 @@ ABLATIONS = { # ours with one thing changed, see `CHANGES` in systems.py
     'ours-float32':    '32-bit floats, no bfloat16',
     'ours-contiguous': 'channels first in memory',
     'ours-decoder':    "fastai's U-Net decoder on the same encoder, the image at full size",
+    'ours-three':      'three channels, as pictures have, instead of one',
     'ours-whole':      'whole images from the start, no windows',
     'ours-resize':     'progressive resizing (images of 3/4 of the side) in place of windows',
     'ours-last':       'no average of the weights',

@@ -10,7 +10,7 @@ import math
 
 import numpy as np, torch, torch.nn.functional as F
 from fastai.vision.all import (Callback, CancelFitException, DataBlock, ImageBlock, MaskBlock, Pipeline, PILImage,
-                               PILMask, Resize, aug_transforms, create_unet_model, default_device, in_channels, resnet18, resnet34,
+                               PILMask, Resize, aug_transforms, create_body, create_unet_model, default_device, in_channels, resnet18, resnet34,
                                unet_learner)
 from monai.data import CacheDataset, DataLoader
 from monai.losses import DiceCELoss
@@ -22,7 +22,7 @@ from monai.utils import set_determinism
 from brainseg_fastai.cases import DataError, read_image, read_mask
 from brainseg_fastai.networks import make_loss
 # `_run_settings` fills in what `train_run` decides by itself: whatever becomes the default there, is measured here
-from brainseg_fastai.segmentation import (RECIPES, FitSquare, InBf16, InMemory, MoveHeads, ReadMask, TensorScan, _run_settings, fit_recipe,
+from brainseg_fastai.segmentation import (RECIPES, FitSquare, InBf16, InMemory, LightUnet, MoveHeads, ReadMask, TensorScan, _run_settings, fit_recipe,
                                           imagenet_weights, make_learner, predict_cases, split_column, training_defaults)
 
 PUBLISHED_ARCH = 'resnet34'  # encoder of the published recipe
@@ -120,6 +120,13 @@ def _decoder(learn):
     learn.fast_batches.before_fit()
     learn.create_opt()
 
+def _three(learn):
+    learn.model = LightUnet(create_body(resnet18(), n_in=3, pretrained=False, cut=-3), len(learn.codes)).to(learn.dls.device)
+    one = learn.model.scores
+    learn.model.scores = lambda x: one(x.expand(-1, 3, -1, -1))
+    learn.fast_batches.before_fit()
+    learn.create_opt()
+
 def _whole(learn): learn.fast_batches.window = 1.
 
 def _resize(learn):
@@ -147,7 +154,7 @@ def _fastai_aug(learn):
 
 def _compile(learn): learn.model.scores = torch.compile(learn.model.scores)
 
-CHANGES = dict(float32=_float32, contiguous=_contiguous, decoder=_decoder, whole=_whole, resize=_resize, last=_last, ce=_ce, rate=_rate,
+CHANGES = dict(float32=_float32, contiguous=_contiguous, decoder=_decoder, three=_three, whole=_whole, resize=_resize, last=_last, ce=_ce, rate=_rate,
                batch=None, reading=_reading, fastai_aug=_fastai_aug, compile=_compile)
 
 def changed(name):

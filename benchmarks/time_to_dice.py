@@ -27,7 +27,7 @@ def parse(args=None):
     p.add_argument('--kind', default='orig', help='folder of the images within DATA (default orig, the full skull)')
     p.add_argument('--size', type=int, help='pixels (default 256)')
     p.add_argument('--seeds', type=int, help='runs of each system; of the published recipe always one (default 3)')
-    p.add_argument('--systems', nargs='+', choices=(*ORDER, *ABLATIONS), metavar='NAME', help=f"of {', '.join(ORDER)} (default all)")
+    p.add_argument('--systems', nargs='+', choices=(*ORDER, *ABLATIONS), metavar='NAME', help=f"of {', '.join(ORDER)} (default all); ours with one change: {', '.join(ABLATIONS)}")
     p.add_argument('--ablation', action='store_true', help='compare ours with ours where one thing is changed, not with others')
     p.add_argument('--init', choices=('scratch','pretrained'), default='scratch',
                    help='ImageNet weights for none (default), or for all that have some')

@@ -270,6 +270,9 @@ def train(a):
 def plan(a):
     "Print how long it would take"
     from brainseg_fastai.plan import advice, plan_variants
+    if a.kind and (a.a or a.b):
+        from brainseg_fastai.cases import DataError
+        raise DataError(f'--kind {a.kind}: plans one training, and --a and --b plan a comparison. Leave one of them out.')
     variants = {a.kind: dict(inputs=a.kind)} if a.kind else _compared(a)
     if sys.stderr.isatty(): print('Measuring a few batches …', file=sys.stderr)
     print('\n'.join(advice(plan_variants(a.data, variants, control=a.control, progress=sys.stderr.isatty(), **_settings(a)), a.minutes, a.memory)))

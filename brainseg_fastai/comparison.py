@@ -313,7 +313,8 @@ def compare_variants(
     r,what = train_variants(root, out, variants, **kwargs), differs_in(variants)
     a,b = (r['scores'][r['scores']['kind']==k] for k in variants)
     c = compare_scores(a, b, margin=margin, names=tuple(variants), simulated=r['simulated'], control=r['control'], what=what)
-    if c.control and abs(c.control['difference']) >= abs(c.difference): c.warnings.append(CHANCE.format(c.control['difference'], what))
+    if c.control and c.verdict!='equivalent' and abs(c.control['difference']) >= abs(c.difference): # beside `equivalent` it is no news
+        c.warnings.append(CHANCE.format(c.control['difference'], what))
     swap = swap_table(r['all_scores'].query('tested_on!="external"')) if what=='input' and r['settings']['layout']=='adni' else None
     if swap is not None: write_csv(r['out']/'swap.csv', swap)
     write_json(r['out']/'comparison.json', c.to_dict())

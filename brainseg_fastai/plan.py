@@ -15,6 +15,7 @@ from fastai.callback.core import Callback, CancelFitException, CancelValidExcept
 from .comparison import differs_in, prepare
 from .datasets import find_layout
 from .segmentation import _run_settings, check_settings, make_learner, predict_ways, score_cases, training_defaults, with_split
+from .volumes import to_subject, volume_scores
 
 # %% ../nbs/8_speed.ipynb #9cced8b5
 class Stopwatch(Callback):
@@ -64,6 +65,17 @@ def _timed(f, *args, **kwargs):
     f(*args, **kwargs)
     return time.perf_counter()-start
 
+def _patchwise_seconds(learn, case):
+    "Seconds until a volume and its mirror image are predicted: those of two patches, times the number of patches in each"
+    start,how = time.perf_counter(), learn.volume_masks.keywords
+    x,patch = to_subject(case, steps=how['steps']).image.data, how['patch']
+    read,strides = time.perf_counter()-start, [p-min(p//2//2*2, p-1) for p in patch] # patches overlap by half
+    n = math.prod(1+math.ceil(max(0, o-p)/t) for o,p,t in zip(x.shape[1:], patch, strides))
+    two,was = x.new_zeros((len(x), *patch[:2], patch[2]+strides[2])), learn.model.training
+    learn.model.eval()
+    try: return read + n*min(_timed(volume_scores, learn.model, two, patch) for _ in range(2)) # the first time takes longer
+    finally: learn.model.train(was)
+
 def measure_training(
     cases:pd.DataFrame, # Case table with the column `split`
     seconds=20.,        # How long to measure, about
@@ -80,8 +92,8 @@ def measure_training(
     sides = cases['split'].value_counts()
     some = cases[cases['split']=='test'].head(2 if s['mode']=='slice' else 1)
     if s['mode']=='slice': predict_ways(learn, some) # the first time takes longer; a volume takes long enough
-    one = _timed(predict_ways, learn, some)/len(some)
-    score = one if s['per']=='volume' else _timed(score_cases, learn, some, regions=s['regions'], quality=True)/len(some)
+    one = _patchwise_seconds(learn, some.iloc[0]) if s['mode']=='patch' else _timed(predict_ways, learn, some)/len(some)
+    score = one if s['per']=='volume' or s['mode']=='patch' else _timed(score_cases, learn, some, regions=s['regions'], quality=True)/len(some)
     steps = max(1, sides['train']//s['bs'])
     return dict(epochs=s['epochs'], steps=int(steps), step_s=step, epoch_s=float(steps*step + sides['valid']*one/2), score_s=float(sides['test']*score),
                 setup_s=setup, memory_mb=peak_mb())
@@ -114,7 +126,8 @@ def plan_variants(
         s = {**full[k], 'codes': ready['codes'], 'seed': seed, 'pretrained': False}
         d = measure_training(with_split(t, ready['split'], 0), seconds/len(variants), **s)
         trainings = n + (control and repeats==1 and len(variants)>1 and i==0)
-        rows.append(dict(variant=k, trainings=trainings, minutes=trainings*(d['setup_s']+d['epochs']*d['epoch_s']+tests*d['score_s'])/60, **d))
+        d['score_s'] *= tests
+        rows.append(dict(variant=k, trainings=trainings, minutes=trainings*(d['setup_s']+d['epochs']*d['epoch_s']+d['score_s'])/60, **d))
     return pd.DataFrame(rows)
 
 # %% ../nbs/8_speed.ipynb #7f5e4e48

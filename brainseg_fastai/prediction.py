@@ -28,6 +28,7 @@ from .scans import (DARK_RIM, SCALP_AND_SKULL, Scan, dark_rim, find_scans_to_pre
 from .scans import _outline
 from .segmentation import (FitSquare, ImageZScore, ScoreRange, TensorScan, codes_of, plain_batch, recipe_settings, score_limit,
                                           write_csv, write_json, written_beside)
+from .stats import _plain
 from .trust import agreement, find_flags, predicted_dice, scan_features
 from .volumes import both_ways, volume_scores, zscore_volume
 
@@ -407,13 +408,6 @@ def _bundle_hash(cfg):
     return hashlib.sha256(json.dumps(keys, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 def _options(cfg, spacing, slab, flips): return dict(spacing=spacing, slab=_slab_of(cfg, slab), flips=bool(flips))
-
-def _plain(o):
-    "Numbers that JSON knows; what is not a number becomes null"
-    if isinstance(o, dict): return {k: _plain(v) for k,v in o.items()}
-    if isinstance(o, (list,tuple)): return [_plain(v) for v in o]
-    if isinstance(o, np.generic): o = o.item()
-    return None if isinstance(o, float) and not np.isfinite(o) else o
 
 def write_prediction(
     p:Prediction,

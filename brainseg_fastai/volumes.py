@@ -11,7 +11,6 @@ __all__ = ['SAMPLERS', 'FOREGROUND_SHARE', 'zscore_volume', 'to_subject', 'widen
 # %% ../nbs/09_volumes.ipynb #3517c177
 import os, random
 from collections import OrderedDict
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 

@@ -2,7 +2,7 @@
 import csv, json, math, os, subprocess, sys
 from pathlib import Path
 
-import numpy as np, pytest
+import numpy as np, pandas as pd, pytest
 from helpers import make_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -244,6 +244,19 @@ def test_runs_must_be_comparable():
         with pytest.raises(DataError) as e: same_for_all([a, {**a, **other}])
         assert what in str(e.value)
 
+def test_stock_in_bf16():
+    import torch
+    from types import SimpleNamespace
+    import out_of_fold as O
+    from brainseg_fastai.segmentation import fast_bf16
+    net,x = torch.nn.Conv2d(3, 2, 3), torch.rand(2, 3, 9, 9)
+    full = net(x)
+    O.in_bf16(SimpleNamespace(model=net))
+    res = net(x)
+    res.sum().backward()
+    assert res.dtype==net.weight.grad.dtype==torch.float32
+    assert 0 <= (res-full).abs().max() < .02 and (res.bfloat16().float()==res).all()==fast_bf16(x.device)
+
 @pytest.mark.slow
 def test_out_of_fold(tmp_path, monkeypatch, capsys):
     import out_of_fold as O
@@ -251,14 +264,19 @@ def test_out_of_fold(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(O.torch, 'set_num_threads', lambda n: None)
     monkeypatch.setitem(S.RECIPES, 'light', dict(S.RECIPES['light'], views=4, min_epochs=1))
     data,out = make_folder(tmp_path/'data', 6, 1), tmp_path/'out'
-    args = [str(data), '--kind', 'brain', '--size', '64', '--epochs', '1', '--folds', '2', '--out', str(out)]
+    args = [str(data), '--kind', 'brain', '--size', '64', '--epochs', '2', '--folds', '2', '--bf16', '--out', str(out)]
     assert O.main(args)==0
     r = json.loads((out/'out_of_fold.json').read_text(encoding='utf-8'))
-    tables = sorted((out/'out_of_fold').glob('*.csv'))
+    tables = sorted((out/'runs'/'out_of_fold').glob('*fold?of2.csv'))
     assert r['subjects']==6 and set(r['dice'])=={'ours','stock'} and r['ci90'][0]<=r['difference']<=r['ci90'][1] and len(tables)==4
     got = [row for o in tables if 'stock' in o.name for row in csv.DictReader(o.open())]
     assert len(got)==len({o['subject'] for o in got})==6 # everybody once
     assert r['dice']['stock']==pytest.approx(np.mean([float(o['dice']) for o in got]))
+    assert np.mean([o['ours']-o['stock'] for o in r['by_subject']])==pytest.approx(r['difference'], abs=1e-5) and len(r['by_subject'])==6
+    assert len(r['loss']['stock'])==2 and r['machine']
+    for o in tables:
+        loss = pd.read_csv(o.with_suffix('.loss.csv'))
+        assert loss['epoch'].tolist()==list(range(1, len(loss)+1)) and np.isfinite(loss['loss']).all() and (len(loss)==2 or 'ours' in o.name)
     monkeypatch.setattr(O, 'tested', None) # nothing is trained twice
     assert O.main(args)==0 and 'ours minus stock' in capsys.readouterr().out
 

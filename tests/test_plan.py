@@ -1,8 +1,9 @@
 "Plans: what is measured, what is multiplied, what is said, and that nothing is written"
-import pandas as pd, pytest
+import pandas as pd, pytest, torch
 
 from brainseg_fastai.cases import adni_cases
 from brainseg_fastai.cli import main
+from brainseg_fastai.datasets import LAYOUTS, standin
 from brainseg_fastai.plan import Stopwatch, advice, measure_training, peak_mb, plan_variants, step_seconds
 from brainseg_fastai.segmentation import _run_settings, make_learner, split_cases, training_defaults, with_split
 from helpers import make_folder
@@ -46,10 +47,36 @@ def test_a_training_is_as_long_as_its_parts(cases):
     assert d['epochs']==7 and d['steps']==n['train']//2 and d['epoch_s']>d['steps']*d['step_s']>0 and d['score_s']>0
     assert peak_mb()>=d['memory_mb']>50 # of torch alone
 
-def test_trainings_are_counted(folder):
+@pytest.mark.parametrize('patch', [(32,32,32), (16,48,24)])
+def test_volumes_of_patches_are_counted_not_predicted(patch, monkeypatch):
+    tio = pytest.importorskip('torchio', reason='volumes need the extra all')
+    import brainseg_fastai.plan as plan
+    from brainseg_fastai.volumes import to_subject, volume_scores
+    t = LAYOUTS['brats'].cases(standin('brats'), unit='volume')
+    t,seen = with_split(t, split_cases(t, 3)), []
+    def timed(f, *args): seen.append((f, args)); return 1000.
+    monkeypatch.setattr(plan, '_timed', timed)
+    d = measure_training(t, seconds=.1, codes=LAYOUTS['brats'].codes, mode='patch', patch=patch, arch='unet3d', depth=2, width=4, pretrained=False)
+    (f,(model,two,size)),test = seen[0], t[t['split']=='test']
+    assert len(seen)==2 and f is volume_scores and tuple(size)==patch
+    def patches(x): return len(tio.GridSampler(tio.Subject(image=tio.ScalarImage(tensor=x)), patch, [o//4*2 for o in patch]))
+    whole = to_subject(test.iloc[0]).image.data
+    whole = torch.nn.functional.pad(whole, [o for a,b in zip(whole.shape[:0:-1], patch[::-1]) for o in (0, max(0, b-a))])
+    assert patches(two)==2 and int(d['score_s']/len(test)/1000)==patches(whole)
+
+def test_trainings_are_counted(folder, monkeypatch):
+    import brainseg_fastai.plan as plan
+    measure,scores = plan.measure_training,[]
+    def measured(*args, **kwargs):
+        d = measure(*args, **kwargs)
+        scores.append(d['score_s'])
+        return d
+    monkeypatch.setattr(plan, 'measure_training', measured)
     def counts(**kwargs):
+        scores.clear()
         t = plan_variants(folder, {k: dict(inputs=k) for k in ('brain','orig')}, seconds=.1, progress=False, **{**SMALL, **kwargs})
-        one = t.setup_s + t.epochs*t.epoch_s + 2*t.score_s # each model is tested on both kinds
+        assert t.score_s.tolist()==pytest.approx([2*o for o in scores]) # each model is tested on both kinds
+        one = t.setup_s + t.epochs*t.epoch_s + t.score_s
         assert (t.minutes*60).tolist()==pytest.approx((t.trainings*one).tolist())
         return t.trainings.tolist()
     assert counts(folds=2)==[3,2]                # the control is one more of the first
@@ -78,7 +105,8 @@ def test_command(folder, capsys, tmp_path, monkeypatch):
     assert sorted(folder.rglob('*'))==before and not list(tmp_path.iterdir())
 
 @pytest.mark.parametrize('args,why', [(['nowhere'], 'nowhere'), (['DATA','--minutes','0'], 'above 0'), (['DATA','--arch','resnet9'], 'resnet9'),
-                                      (['DATA','--kind','flair'], 'flair'), (['DATA','--out','x'], '--out')])
+                                      (['DATA','--kind','flair'], 'flair'), (['DATA','--kind','orig','--a','loss=ce','--b','loss=dice'], 'Leave one'),
+                                      (['DATA','--out','x'], '--out')])
 def test_what_cannot_be_planned(folder, args, why, capsys):
     with pytest.raises(SystemExit) as e: raise SystemExit(main(['plan', *(str(folder) if o=='DATA' else o for o in args)]))
     err = capsys.readouterr().err
