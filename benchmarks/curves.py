@@ -120,6 +120,8 @@ ABLATIONS = { # ours with one thing changed, see `CHANGES` in systems.py
     'ours-batch':      'batches of 8',
     'ours-reading':    'images read from the file each time',
     'ours-fastai_aug': "fastai's `aug_transforms` of the same strength",
+    'ours-single':     'augmentation of one image at a time, not of the batch',
+    'ours-workers':    'two processes that load, instead of none',
     'ours-compile':    '`torch.compile`'}
 
 NAMES = dict(ours='ours', published='published recipe', stock='fastai `unet_learner` resnet34, defaults', smp='SMP U-Net resnet34',

@@ -10,8 +10,8 @@ import math
 
 import numpy as np, torch, torch.nn.functional as F
 from fastai.vision.all import (Callback, CancelFitException, DataBlock, ImageBlock, MaskBlock, Pipeline, PILImage,
-                               PILMask, Resize, aug_transforms, create_body, create_unet_model, default_device, in_channels, resnet18, resnet34,
-                               unet_learner)
+                               PILMask, RandTransform, Resize, aug_transforms, create_body, create_unet_model, default_device, in_channels, resnet18,
+                               resnet34, unet_learner)
 from monai.data import CacheDataset, DataLoader
 from monai.losses import DiceCELoss
 from monai.networks.nets import BasicUNet, UNet
@@ -152,10 +152,25 @@ def _fastai_aug(learn):
                          p_affine=m.p_affine, p_lighting=m.p_lighting)
     dl.after_batch = Pipeline([*new, *(o for o in dl.after_batch.fs if o is not m)], split_idx=0)
 
+class OneByOne(RandTransform):
+    "Apply a random transform of batches to each image of a batch alone"
+    split_idx,order = 0,30
+    def __init__(self, tfm): super().__init__(p=1); self.tfm = tfm
+    def __call__(self, b, **kwargs):
+        ones = [self.tfm(tuple(o[i:i+1] for o in b), **kwargs) for i in range(len(b[0]))]
+        return tuple(torch.cat(o) for o in zip(*ones))
+
+def _single(learn):
+    dl = learn.dls.train
+    dl.after_batch = Pipeline([OneByOne(o) if isinstance(o, MoveHeads) else o for o in dl.after_batch.fs], split_idx=0)
+
+def _workers(learn): learn.dls.loaders[0] = learn.dls.train.new(num_workers=2)
+
 def _compile(learn): learn.model.scores = torch.compile(learn.model.scores)
 
 CHANGES = dict(float32=_float32, contiguous=_contiguous, decoder=_decoder, three=_three, whole=_whole, resize=_resize, last=_last, ce=_ce, rate=_rate,
-               batch=None, reading=_reading, fastai_aug=_fastai_aug, compile=_compile)
+               batch=None, reading=_reading, fastai_aug=_fastai_aug,
+               single=_single, workers=_workers, compile=_compile)
 
 def changed(name):
     "The class for ours with one thing changed"
