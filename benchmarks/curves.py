@@ -127,12 +127,11 @@ ABLATIONS = { # ours with one thing changed, see `CHANGES` in systems.py
 NAMES = dict(ours='ours', published='published recipe', stock='fastai `unet_learner` resnet34, defaults', smp='SMP U-Net resnet34',
              monai_unet='MONAI UNet', monai_basic='MONAI BasicUNet', nnunet='network that nnU-Net plans') | ABLATIONS
 
-def _number(x, digits=2): return '–' if x is None else f'{x:.{digits}f}'
+def _number(x, digits=2, sign=''): return '–' if x is None else f'{x:{sign}.{digits}f}'
 
-def _range(d, k, digits):
-    lo,hi = d[f'{k}_min'], d[f'{k}_max']
-    text = _number(d[k], digits)
-    return text if d['runs']==1 or lo is None else f'{text} ({_number(lo, digits)}–{_number(hi, digits)})'
+def _range(d, k, digits, sign=''):
+    text,lo,hi = (_number(d[o], digits, sign) for o in (k, f'{k}_min', f'{k}_max'))
+    return text if d['runs']==1 or d[f'{k}_min'] is None else f"{text} ({lo}{' to ' if sign else '–'}{hi})"
 
 def ratio_text(ratio, at_least)->str:
     "Such as `12×`, or `more than 12×` where runs were stopped"
@@ -169,3 +168,31 @@ def markdown(
                     'best Dice when ours is done'], times) + '\n\n' +
             _table(['system','images/s in training','images/s in prediction','waiting for data','peak memory','s of setup'],
                    map(cost, summary)) + '\n')
+
+# ---- what each piece brings
+
+def ablations(runs)->list: # One dict for each change, in the order of `ABLATIONS`
+    "Ours with one thing changed beside ours with the same seed: ratio of the time for an image, differences in Dice; median and range over seeds"
+    ours,summary = {r['seed']: r for r in runs if r['system']=='ours'}, {d['system']: d for d in summarise(runs)}
+    res = []
+    for name in ABLATIONS:
+        pairs = [(r, ours[r['seed']]) for r in runs if r['system']==name and r['seed'] in ours]
+        if not pairs: continue
+        last = [(r['curve'][-1][1], o['curve'][-1][1]) for r,o in pairs]
+        res.append(dict(system=name, name=ABLATIONS[name], runs=len(pairs), ratio090=summary[name]['ratio090'],
+                        ratio090_at_least=summary[name]['ratio090_at_least'],
+                        **_spread('time_per_image', [o['train_images_per_s']/r['train_images_per_s'] for r,o in pairs]),
+                        **_spread('then', [best_by(r['curve'], o['end'])-best_by(o['curve'], o['end']) for r,o in pairs]),
+                        **_spread('last', [a-b for a,b in last])))
+    return res
+
+def ablation_markdown(
+    runs # Finished runs, those of ours among them
+)->str:
+    "The table for the story: what is lost without each piece"
+    our = next(d for d in summarise(runs) if d['system']=='ours')
+    rows = [[d['name'], _range(d, 'time_per_image', 2), ratio_text(d['ratio090'], d['ratio090_at_least']), _range(d, 'then', 3, '+'), _range(d, 'last', 3, '+')]
+            for d in ablations(runs)]
+    return (f"Ours as it is: {time_text(our, '090')} s to 0.90, Dice {_range(our, 'best_at_our_end', 3)} when it is done; {our['runs']} trainings. Below, ours with "
+            'one thing changed, each beside ours with the same seed. Median over seeds (range).\n\n' +
+            _table(['changed','time per image, times ours','time to 0.90, times ours','Dice when ours is done, minus ours','Dice at its own end, minus ours'], rows) + '\n')

@@ -124,6 +124,12 @@ def prediction_speed(predict, cases, seconds=2.):
     while n==0 or _now()-start<seconds: predict(cases); n += len(cases)
     return n/(_now()-start)
 
+def machine_name(
+    env # From `environment`
+)->str:
+    "What figures are labelled with"
+    return f"{env['device']}, {env['threads']} threads{', bf16 in hardware'*env['bf16']}"
+
 def run(
     spec # dict: data, kind, size, system, seed, init, threads, and if wanted the limits of `Clock`, epochs, speed_s
 )->dict: # What is kept of the run
@@ -145,14 +151,13 @@ def run(
     clock.finish()
     speed = undisturbed(system.model, lambda: prediction_speed(system.predict_all, valid, spec.get('speed_s', 2.)))
     env = environment(default_device())
-    bf16 = ', bf16 in hardware' if env['bf16'] else ''
     init = 'pretrained' if system.pretrained else 'scratch'
     return dict(spec=spec, system=spec['system'], seed=spec['seed'], init=init, end=clock.seconds, curve=clock.curve,
                 best=max(d for _,d in clock.curve), steps=clock.steps, images=clock.images, losses=clock.losses, about=system.about,
                 parameters=sum(p.numel() for p in system.model.parameters()), setup_s=(clock.first or begin)-STARTED,
                 train_images_per_s=clock.images/clock.seconds, predict_images_per_s=speed, wait_share=clock.waited/clock.seconds,
                 evaluation_s=clock.evaluating, memory_mb=None if np.isnan(m := peak_mb()) else m,
-                machine=f"{env['device']}, {env['threads']} threads{bf16}",
+                machine=machine_name(env),
                 environment=env, split=dict(zip(map(case_name, cases.itertuples()), cases['split'])),
                 sides={p: sorted(set(g['subject'])) for p,g in cases.groupby('split')}, data=data_fingerprint(cases))
 

@@ -2,7 +2,8 @@
 
     python benchmarks/out_of_fold.py DATA --epochs 20 --bf16
 
-Every subject is tested once. Each training leaves its scores and its losses in OUT/runs/out_of_fold, so that the same command goes on after an interruption."""
+Every subject is tested once. The validation subjects of time_to_dice.py, by which the recipe was found, are marked, and the comparison is made without them,
+too. Each training leaves its scores and its losses in OUT/runs/out_of_fold, so that the same command goes on after an interruption."""
 import argparse, sys, time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from brainseg_fastai.cases import DataError, adni_cases, is_simulated, mask_code
 from brainseg_fastai.scores import score_mask
 from brainseg_fastai.segmentation import autocast_of, environment, split_cases, with_split, write_csv, write_json
 from brainseg_fastai.stats import compare_scores
+from one_run import machine_name, split_of
 from systems import SYSTEMS
 
 class Progress:
@@ -86,15 +88,20 @@ def main(args=None):
             done.append(pd.read_csv(path, dtype=dict(subject=str, scan=str, slice=str)))
             losses[system].append(pd.read_csv(path.with_suffix('.loss.csv')))
     ours,stock = (pd.concat(o, ignore_index=True) for o in tables.values())
-    c = compare_scores(ours, stock, names=('ours','stock'), what='setting', simulated=is_simulated(a.data))
-    subjects = pd.DataFrame({k: o.groupby('subject')['dice'].mean() for k,o in (('ours',ours), ('stock',stock))}).sort_values('stock')
+    helped = set(split_of(cases).query('split=="valid"')['subject'])
+    def compared(keep=lambda subject: subject==subject):
+        pair = [o[keep(o['subject'])] for o in (ours,stock)]
+        c = compare_scores(*pair, names=('ours','stock'), what='setting', simulated=is_simulated(a.data))
+        return dict(subjects=c.n_subjects, dice={k: v['dice'] for k,v in c.metrics.items()}, difference=c.difference, ci90=c.ci90, ci95=c.ci95, verdict=c.verdict)
+    res = dict(compared(), without_helped=compared(lambda subject: ~subject.isin(helped)))
+    by_subject = pd.DataFrame({k: o.groupby('subject')['dice'].mean() for k,o in (('ours',ours), ('stock',stock))}).round(5)
+    by_subject['helped'] = by_subject.index.isin(helped)
     loss = {k: pd.concat(o).groupby('epoch')['loss'].mean().round(5).tolist() for k,o in losses.items()} # mean over folds
-    write_json(a.out/'out_of_fold.json', dict(data=a.data.name, kind=a.kind, size=a.size, epochs=a.epochs, bf16=a.bf16, folds=a.folds, subjects=c.n_subjects,
-               dice={k: v['dice'] for k,v in c.metrics.items()}, difference=c.difference, ci90=c.ci90, ci95=c.ci95, verdict=c.verdict,
-               machine=f"{(env := environment(default_device()))['device']}{', bf16 in hardware' if env['bf16'] else ''}",
-               by_subject=subjects.round(5).to_dict('records'), loss=loss))
-    print(f"Mean over subjects of per-image Dice, ours minus stock: {c.difference:+.4f} (90 % {c.ci90[0]:+.4f} to {c.ci90[1]:+.4f}), "
-          f'{c.n_subjects} subjects, {a.folds} folds, {a.epochs} epochs of stock')
+    write_json(a.out/'out_of_fold.json', dict(data=a.data.name, kind=a.kind, size=a.size, epochs=a.epochs, bf16=a.bf16, folds=a.folds, **res,
+               machine=machine_name(environment(default_device())), by_subject=by_subject.sort_values('stock').to_dict('records'), loss=loss))
+    for r,who in ((res, 'subjects'), (res['without_helped'], 'that did not help to find the recipe')):
+        print('Mean over subjects of per-image Dice, ours minus stock: {:+.4f} (90 % {:+.4f} to {:+.4f}), '.format(r['difference'], *r['ci90']) +
+              f"{r['subjects']} {who}, {a.folds} folds, {a.epochs} epochs of stock")
     return 0
 
 if __name__=='__main__':

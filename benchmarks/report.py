@@ -3,7 +3,7 @@ import csv, io, json
 from pathlib import Path
 
 from brainseg_fastai.cases import DataError
-from curves import COLUMNS, NAMES, TARGETS, markdown, summarise, target_rows
+from curves import COLUMNS, NAMES, TARGETS, ablation_markdown, ablations, markdown, summarise, target_rows
 
 COLOURS = dict(ours='#d55e00', published='#000000', stock='#0072b2', smp='#009e73', monai_unet='#cc79a7', monai_basic='#e69f00',
                nnunet='#56b4e9')
@@ -76,6 +76,7 @@ def write_report(
     written(out/'curves.csv', csv_text(points, ('system','seed','seconds','dice')))
     written(out/'split.csv', csv_text([dict(image=k, split=v) for k,v in runs[0]['split'].items()], ('image','split')))
     written(out/'time_to_dice.md', markdown(summary, about(runs)))
+    if ablations(runs): written(out/'ablation.md', ablation_markdown(runs))
     plot(runs, out/'time_to_dice.png')
 
 def read_run(path):

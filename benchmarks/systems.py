@@ -22,8 +22,8 @@ from monai.utils import set_determinism
 from brainseg_fastai.cases import DataError, read_image, read_mask
 from brainseg_fastai.networks import make_loss
 # `_run_settings` fills in what `train_run` decides by itself: whatever becomes the default there, is measured here
-from brainseg_fastai.segmentation import (RECIPES, FitSquare, InBf16, InMemory, LightUnet, MoveHeads, ReadMask, TensorScan, _run_settings, fit_recipe,
-                                          imagenet_weights, make_learner, predict_cases, split_column, training_defaults)
+from brainseg_fastai.segmentation import (RECIPES, FitSquare, InBf16, InMemory, LightUnet, MoveHeads, ReadMask, TensorScan, _own_pixels, _run_settings,
+                                          fit_recipe, imagenet_weights, make_learner, predict_cases, split_column, training_defaults)
 
 PUBLISHED_ARCH = 'resnet34'  # encoder of the published recipe
 BS = 8                       # of the systems that prescribe none
@@ -34,11 +34,8 @@ def own_pixels(
     scores, # Class scores (C,S,S) of a padded and scaled square
     h, w    # Of the image
 )->np.ndarray: # Classes (h,w)
-    "Classes in the image's own pixels: the inverse of `FitSquare`"
-    m = max(h, w)
-    if scores.shape[-1]!=m: scores = F.interpolate(scores[None], size=(m,m), mode='bilinear', align_corners=False)[0]
-    left,_,top,_ = FitSquare(m).pads(h, w)
-    return scores[:, top:top+h, left:left+w].argmax(0).byte().numpy()
+    "Classes in the image's own pixels"
+    return _own_pixels(scores, h, w).argmax(0).byte().numpy()
 
 # ---- systems that fastai trains
 

@@ -87,6 +87,18 @@ def test_markdown(runs):
     assert '| 5.0× | pretrained / from scratch |' in row['SMP U-Net resnet34'] and '0 of 3 got there' in row['SMP U-Net resnet34']
     assert all(l.count('|')==text.splitlines()[2].count('|') for l in text.splitlines()[2:7])
 
+def test_ablations(runs):
+    "Each change beside ours with the same seed, while ours trains and at its own end"
+    assert C.ablations(runs)==[]
+    ce = [dict(run('ours-ce', k, [(20,.80),(29,.90-.01*k),(40,.96)], 40), train_images_per_s=5.) for k in (0,2)] # one seed is yet to come
+    d, = C.ablations([*runs, *ce])
+    assert (d['runs'], d['ratio090'])==(2, 34.5/12) # seed 2 got to 0.90 after 40 s
+    assert [d[f'time_per_image{o}'] for o in ('_min','','_max')]==[2., 2.2, 2.4]
+    assert [round(d[k], 3) for k in ('then','then_min','then_max','last','last_min')]==[-.06, -.07, -.05, .01, .01]
+    text = C.ablation_markdown([*runs, *ce])
+    assert '12 (10–14) s to 0.90, Dice 0.950 (0.950–0.950) when it is done; 3 trainings' in text
+    assert text.splitlines()[-1]==f"| {C.ABLATIONS['ours-ce']} | 2.20 (2.00–2.40) | 2.9× | -0.060 (-0.070 to -0.050) | +0.010 (+0.010 to +0.010) |"
+
 def test_rows_and_csv(runs):
     rows = list(csv.DictReader(csv_text(C.target_rows(runs), C.COLUMNS).splitlines()))
     assert list(rows[0])==['system','seed','target','seconds','reached','init','machine'] and len(rows)==7*3
@@ -273,6 +285,8 @@ def test_out_of_fold(tmp_path, monkeypatch, capsys):
     assert len(got)==len({o['subject'] for o in got})==6 # everybody once
     assert r['dice']['stock']==pytest.approx(np.mean([float(o['dice']) for o in got]))
     assert np.mean([o['ours']-o['stock'] for o in r['by_subject']])==pytest.approx(r['difference'], abs=1e-5) and len(r['by_subject'])==6
+    new,rest = [o['ours']-o['stock'] for o in r['by_subject'] if not o['helped']], r['without_helped']
+    assert 0<len(new)==rest['subjects']<6 and np.mean(new)==pytest.approx(rest['difference'], abs=1e-5)
     assert len(r['loss']['stock'])==2 and r['machine']
     for o in tables:
         loss = pd.read_csv(o.with_suffix('.loss.csv'))
