@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'COLOURS', 'TRUTH', 'PRED', 'INK', 'CSS', 'OWN', 'SIMULATED'
            'need', 'split_table', 'as_metrics', 'score_table_html', 'swap_html', 'svg', 'paired_plot', 'curves_plot',
            'worst_first', 'contact_sheet', 'Report', 'para', 'section', 'facts', 'terms', 'flat', 'dict_html',
            'sentences', 'by_label_html', 'evidence', 'page', 'verdict_tag', 'rule_terms', 'difference_text',
-           'control_text', 'key_facts', 'compare_report', 'train_report']
+           'control_text', 'key_facts', 'notes_html', 'compare_report', 'train_report']
 
 # %% ../nbs/04_report.ipynb #f3924fa3
 import base64, io, re
@@ -21,6 +21,7 @@ from PIL import Image
 
 from .cases import DataError, _raw_mask, _scan_folder, read_image
 from .scores import PARTS
+from .stats import found_nothing
 
 # %% ../nbs/04_report.ipynb #d026f728
 KINDS = dict(brain='Skull-stripped', orig='Full skull')
@@ -693,6 +694,10 @@ def key_facts(
     return facts(d)
 
 # %% ../nbs/04_report.ipynb #7890582d
+def notes_html(notes)->str:
+    "What must be known beside the result, as a list; empty where there is nothing"
+    return f"<ul>{''.join(f'<li>{escape(str(o))}</li>' for o in notes)}</ul>" if notes else ''
+
 def compare_report(
     comparison, # dict, as in comparison.json
     scores, # Score table of both kinds
@@ -711,12 +716,11 @@ def compare_report(
     c,(k1,k2) = comparison,pair_of(comparison)
     per,metrics = _pairs(scores,(k1,k2)),{k: as_metrics(m) for k,m in (metrics or comparison['metrics']).items()}
     tag,colour = verdict_tag(c)
-    warn = ''.join(f'<li>{escape(str(w))}</li>' for w in c.get('warnings') or [])
     alt = f'Mean Dice of {len(per)} subjects with both inputs. {difference_text(c)} The table below the plot has the numbers.'
     diff = pd.Series([Html(num(v,4,True)) for v in per[k1]-per[k2]], per.index, dtype=object)
     table = table_html(per.assign(difference=diff).rename(columns=KINDS).rename_axis(columns=None).reset_index())
     return page(f'brainseg: {tag}', tag, colour, c['sentence'], key_facts(c,metrics), [
-        section('Please note', warn and f'<ul>{warn}</ul>'),
+        section('Please note', notes_html(c.get('warnings'))),
         section('The comparison', svg(paired_plot(scores,c), alt), para(difference_text(c), control_text(c)),
             f'<details><summary>The numbers behind the plot</summary>{table}</details>'),
         section('Scores on test subjects', score_table_html(metrics, _unit(scores))),
@@ -754,6 +758,7 @@ def train_report(
                   'Tested': _with(_count(len(per),'subject'), _count(n,case))})
     words = {f'Per-{case} Dice': f'Computed for each {case}, averaged within and then over subjects: each subject counts once.'}
     return page(f'brainseg: {kind_name(k)}', kind_name(k), k if k in KINDS else '', sentence, lead, [
+        section('Please note', notes_html(found_nothing(scores))),
         section('Scores on test subjects', score_table_html(metrics, _unit(scores))),
         section('On the external data set', table_html(external)) if external is not None and len(external) else None,
         *evidence(scores, curves, split, problems, info, data_root, out, words, simulated, sources)], simulated)

@@ -34,6 +34,7 @@ from .datasets import standin
 from .demo import demo_cohort
 from .networks import build_network, check_size, class_weights, make_loss, parse_loss
 from .scores import score_mask
+from .stats import found_nothing
 from .steps import Steps, make_steps
 from .trust import agreement
 from .volumes import both_ways, slices_to_volume, volume_dls, volume_masks, write_segmentation
@@ -961,6 +962,7 @@ def train_run(
         scores = pd.concat([score_cases(learn, t, save_to=folder/'predictions'/k, regions=regions, per=per, quality=k==kind).assign(
                             kind=kind, tested_on=k) for k,t in test_sets.items() if len(t)], ignore_index=True)
         scores['prediction'] = [Path(o).relative_to(folder).as_posix() for o in scores['prediction']]
+        for o in found_nothing(scores[scores['tested_on']==kind].assign(seed=seed)): warnings.warn(o)
         write_csv(folder/'scores.csv', scores)
         s |= dict(steps_state=learn.steps and learn.steps.state(), imagenet=learn.pretrained, environment=environment(learn.dls.device))
         own = scores[scores['tested_on']==kind]

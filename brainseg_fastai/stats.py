@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MIN_BOOTSTRAP', 'MAX_BOOTSTRAP', 'GENERATORS', 'FAILED', 'MAX_SKEW', 'SHOWN_AS', 'WORTHWHILE', 'estimand',
            'paired_differences', 'subject_means', 'bootstrap_t', 'subjects_needed', 'verdict', 'verdict_sentence',
-           'simulate_coverage', 'failure_warning', 'same_input_control', 'Comparison', 'compare_scores',
-           'training_longer']
+           'simulate_coverage', 'failure_warning', 'found_nothing', 'same_input_control', 'Comparison',
+           'compare_scores', 'training_longer']
 
 # %% ../nbs/03_statistics.ipynb #77ce30d6
 import json
@@ -258,6 +258,22 @@ def failure_warning(
     return (f'Rare failures in {fail.sum()} of {len(d)} cases ({what}). In simulated studies like this one, {n} subjects, the 95 % '
             f'interval contains the true mean difference in {sim["coverage"]:.0%} of studies{" only"*(sim["coverage"] < .94)}.')
 
+# %% ../nbs/03_statistics.ipynb #8a6907d6
+SHOWN_AS = {'orig': 'full skull'} # what a kind is called in words
+
+def found_nothing(
+    scores:pd.DataFrame, # Score table; of several trainings if it has some of the columns `kind`, `fold` and `seed`
+)->list: # A sentence for each training whose predictions are all empty although there was something to find
+    "Trainings that failed as a whole"
+    by = [k for k in ('kind', 'fold', 'seed') if k in scores]
+    if not {'area_true', 'area_pred'} <= set(scores): return []
+    def told(keys, g):
+        who = [SHOWN_AS.get(v, str(v)) if c == 'kind' else f'{c} {v + (c == "fold")}' for c, v in zip(by, keys)]
+        return (f'{", ".join(who) or "This training"}: the network found nothing in any of its {len(g)} test cases. Its training got stuck; '
+                'take another seed, more epochs, or a smaller batch.')
+    return [told(k, g) for k, g in (scores.groupby(by, sort=False) if by else [((), scores)])
+            if g['area_true'].any() and not g['area_pred'].any()]
+
 # %% ../nbs/03_statistics.ipynb #db8dd9b9
 def same_input_control(
     scores:pd.DataFrame, # Score table, several seeds of one kind in a fold
@@ -316,8 +332,6 @@ class Comparison:
     def __str__(self): return '\n'.join([self.sentence, *self.warnings])
 
 # %% ../nbs/03_statistics.ipynb #7bd122cc
-SHOWN_AS = {'orig': 'full skull'} # what a kind is called in words
-
 def _wilcoxon(x):
     from scipy.stats import wilcoxon
     return float(wilcoxon(x).pvalue) if np.any(x) else 1.
@@ -368,7 +382,7 @@ def _warnings(a, b, diff, n, units, seed):
         f'Left out, without a partner under the other input: {lost} scored case{"s"*(lost > 1)}.' if lost else None,
         f'Only {n} test subject{"s"*(n != 1)}: the interval rests on few people.' if n < 10 else None,
         f'HD95 and areas mix the units {" and ".join(units)}: compare Dice alone.' if len(units) > 1 else None,
-        failure_warning(diff.a, diff.b, diff.subject, seed=seed)) if o]
+        *found_nothing(a), *found_nothing(b), failure_warning(diff.a, diff.b, diff.subject, seed=seed)) if o]
 
 # %% ../nbs/03_statistics.ipynb #639ed8d9
 WORTHWHILE = .005 # a gain in validation Dice worth training longer for

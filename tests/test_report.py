@@ -253,6 +253,12 @@ def test_plots_leave_no_figure_open(toy):
     R.svg(R.paired_plot(toy['scores'],toy['comparison']), 'x')
     assert plt.get_fignums()==before
 
+def test_train_report_names_a_training_that_found_nothing(toy):
+    s = toy['scores'].query('kind=="orig"')
+    html = lambda s: R.train_report(s, toy['curves'], toy['split'], data_root=toy['data_root'], out=toy['out']).html
+    trainings = len(s.groupby(['fold','seed'] if 'seed' in s else 'fold'))
+    assert 'Please note' not in html(s) and html(s.assign(area_pred=0.)).count('found nothing in any of its')==trainings
+
 def test_train_report(toy):
     s = toy['scores'].query('kind=="orig"')
     args = (s, toy['curves'].query('kind=="orig"'), toy['split'], None, dict(seed=1), toy['data_root'], toy['out'])

@@ -35,6 +35,12 @@ def tiny(cases, folder, **kwargs):
     "One short training run"
     return train_run(cases, folder, **{**dict(epochs=1, size=64, pretrained=False, arch=resnet18), **kwargs})
 
+def test_a_training_that_found_nothing_says_so(cases, tmp_path, monkeypatch):
+    score = seg.score_cases
+    monkeypatch.setattr(seg, 'score_cases', lambda *args, **kwargs: score(*args, **kwargs).assign(area_pred=0.))
+    with pytest.warns(UserWarning, match=r'^brain, seed 42: the network found nothing in any of its \d+ test cases\. Its training got stuck'):
+        tiny(cases, tmp_path/'run')
+
 def settings(**kwargs):
     "What `make_learner` needs to know"
     return {**dict(kind='brain', recipe='light', arch='resnet18', size=64, codes=(0,255), bs=2, pretrained=False), **kwargs}

@@ -2,8 +2,8 @@ import json, re
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from brainseg_fastai.cases import DataError
-from brainseg_fastai.stats import (GENERATORS, bootstrap_t, compare_scores, failure_warning, paired_differences, same_input_control,
-                                   simulate_coverage, subject_means, subjects_needed, training_longer, verdict, verdict_sentence)
+from brainseg_fastai.stats import (GENERATORS, bootstrap_t, compare_scores, failure_warning, found_nothing, paired_differences,
+                                   same_input_control, simulate_coverage, subject_means, subjects_needed, training_longer, verdict, verdict_sentence)
 
 def study(n=20, gain=0., seeds=(1,), folds=1, scans=2, seed=0, noise=.01):
     "Two score tables of invented subjects, brain and orig"
@@ -196,6 +196,18 @@ def test_failures_are_announced_with_a_coverage():
     assert failure_warning(fail, both, s) is None # failing under both inputs is no difference
     skew = a.copy(); skew[5] = .4
     assert 'skewness' in failure_warning(skew, b, s)
+
+def test_a_training_that_found_nothing_is_named():
+    a, b = (o.assign(area_true=9., area_pred=8.) for o in study(12, folds=3))
+    assert found_nothing(a) == found_nothing(b.drop(columns='area_pred')) == []
+    stuck = b.assign(area_pred=np.where(b.fold == 1, 0., 8.), dice=np.where(b.fold == 1, 0., b.dice))
+    w, = found_nothing(pd.concat([a, stuck]))
+    assert w.startswith('full skull, fold 2, seed 11: the network found nothing in any of its 8 test cases.')
+    assert w in compare_scores(a, stuck).warnings
+    one = stuck.area_pred.where(stuck.index != stuck[stuck.fold == 1].index[0], 1.) # a pixel somewhere is something
+    assert found_nothing(stuck.assign(area_pred=one)) == []
+    assert found_nothing(stuck[stuck.fold == 1][['area_true', 'area_pred']])[0].startswith('This training: ')
+    assert found_nothing(stuck.assign(area_true=0.)) == [] # there was nothing to find
 
 # --- curves
 
