@@ -178,12 +178,11 @@ def ablations(runs)->list: # One dict for each change, in the order of `ABLATION
     for name in ABLATIONS:
         pairs = [(r, ours[r['seed']]) for r in runs if r['system']==name and r['seed'] in ours]
         if not pairs: continue
-        last = [(r['curve'][-1][1], o['curve'][-1][1]) for r,o in pairs]
         res.append(dict(system=name, name=ABLATIONS[name], runs=len(pairs), ratio090=summary[name]['ratio090'],
                         ratio090_at_least=summary[name]['ratio090_at_least'],
                         **_spread('time_per_image', [o['train_images_per_s']/r['train_images_per_s'] for r,o in pairs]),
                         **_spread('then', [best_by(r['curve'], o['end'])-best_by(o['curve'], o['end']) for r,o in pairs]),
-                        **_spread('last', [a-b for a,b in last])))
+                        **_spread('last', [r['curve'][-1][1]-o['curve'][-1][1] for r,o in pairs])))
     return res
 
 def ablation_markdown(

@@ -89,11 +89,11 @@ def main(args=None):
             losses[system].append(pd.read_csv(path.with_suffix('.loss.csv')))
     ours,stock = (pd.concat(o, ignore_index=True) for o in tables.values())
     helped = set(split_of(cases).query('split=="valid"')['subject'])
-    def compared(keep=lambda subject: subject==subject):
-        pair = [o[keep(o['subject'])] for o in (ours,stock)]
+    def compared(without=()):
+        pair = [o[~o['subject'].isin(without)] for o in (ours,stock)]
         c = compare_scores(*pair, names=('ours','stock'), what='setting', simulated=is_simulated(a.data))
         return dict(subjects=c.n_subjects, dice={k: v['dice'] for k,v in c.metrics.items()}, difference=c.difference, ci90=c.ci90, ci95=c.ci95, verdict=c.verdict)
-    res = dict(compared(), without_helped=compared(lambda subject: ~subject.isin(helped)))
+    res = dict(compared(), without_helped=compared(helped))
     by_subject = pd.DataFrame({k: o.groupby('subject')['dice'].mean() for k,o in (('ours',ours), ('stock',stock))}).round(5)
     by_subject['helped'] = by_subject.index.isin(helped)
     loss = {k: pd.concat(o).groupby('epoch')['loss'].mean().round(5).tolist() for k,o in losses.items()} # mean over folds
