@@ -114,6 +114,7 @@ ABLATIONS = { # ours with one thing changed, see `CHANGES` in systems.py
     'ours-three':      'three channels, as pictures have, instead of one',
     'ours-whole':      'whole images from the start, no windows',
     'ours-resize':     'progressive resizing (images of 3/4 of the side) in place of windows',
+    'ours-alike':      'first guesses alike for all classes, not at their share of the pixels',
     'ours-last':       'no average of the weights',
     'ours-ce':         'cross-entropy alone, without Dice',
     'ours-rate':       "largest learning rate 1e-3, fastai's default",

@@ -22,7 +22,7 @@ from monai.utils import set_determinism
 from brainseg_fastai.cases import DataError, read_image, read_mask
 from brainseg_fastai.networks import make_loss
 # `_run_settings` fills in what `train_run` decides by itself: whatever becomes the default there, is measured here
-from brainseg_fastai.segmentation import (RECIPES, FitSquare, InBf16, InMemory, LightUnet, MoveHeads, ReadMask, TensorScan, _own_pixels, _run_settings,
+from brainseg_fastai.segmentation import (RECIPES, FitSquare, InBf16, InMemory, LightUnet, MoveHeads, ReadMask, TensorScan, _own_pixels, _run_settings, class_shares,
                                           fit_recipe, imagenet_weights, make_learner, predict_cases, split_column, training_defaults)
 
 PUBLISHED_ARCH = 'resnet34'  # encoder of the published recipe
@@ -112,13 +112,16 @@ def _contiguous(learn):
 
 def _decoder(learn):
     net = create_unet_model(resnet18, len(learn.codes), (256,256), pretrained=False, n_in=in_channels(learn.model.body))
+    last = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)][-1]
+    with torch.no_grad(): last.bias.copy_(learn.model.head[-1][0].bias) # both start at the same guess
     learn.model = InBf16(net).to(learn.dls.device)
     learn.splitter = lambda m: [list(m.parameters())]
     learn.fast_batches.before_fit()
     learn.create_opt()
 
 def _three(learn):
-    learn.model = LightUnet(create_body(resnet18(), n_in=3, pretrained=False, cut=-3), len(learn.codes)).to(learn.dls.device)
+    body,n = create_body(resnet18(), n_in=3, pretrained=False, cut=-3), len(learn.codes)
+    learn.model = LightUnet(body, n, shares=class_shares(learn.dls.train_ds, n)).to(learn.dls.device)
     one = learn.model.scores
     learn.model.scores = lambda x: one(x.expand(-1, 3, -1, -1))
     learn.fast_batches.before_fit()
@@ -133,6 +136,8 @@ def _resize(learn):
         return (x,), (F.interpolate(y[:,None].float(), size=size)[:,0].long(),)
     _whole(learn)
     learn.add_cb(Reshape(smaller, learn.fast_batches.until))
+
+def _alike(learn): torch.nn.init.zeros_(learn.model.head[-1][0].bias)
 
 def _last(learn): learn.remove_cb(learn.average_weights)
 
@@ -165,7 +170,7 @@ def _workers(learn): learn.dls.loaders[0] = learn.dls.train.new(num_workers=2)
 
 def _compile(learn): learn.model.scores = torch.compile(learn.model.scores)
 
-CHANGES = dict(float32=_float32, contiguous=_contiguous, decoder=_decoder, three=_three, whole=_whole, resize=_resize, last=_last, ce=_ce, rate=_rate,
+CHANGES = dict(float32=_float32, contiguous=_contiguous, decoder=_decoder, three=_three, whole=_whole, resize=_resize, alike=_alike, last=_last, ce=_ce, rate=_rate,
                batch=None, reading=_reading, fastai_aug=_fastai_aug,
                single=_single, workers=_workers, compile=_compile)
 

@@ -7,12 +7,12 @@ __all__ = ['ENOUGH_SUBJECTS', 'RESNETS', 'RECIPES', 'adamw', 'BY_NAME', 'FEW_IMA
            'VOLUME_EPOCHS', 'data_folder', 'closest_subset', 'assert_apart', 'read_split', 'SubjectSplitter',
            'PrefixSplitter', 'split_cases', 'case_name', 'with_split', 'TensorScan', 'score_limit', 'ReadImage',
            'FitSquare', 'MoveHeads', 'InMemory', 'ReadMask', 'ReadCases', 'ImageZScore', 'ScoreRange', 'split_column',
-           'brainseg_block', 'fast_bf16', 'channels_last', 'plain_batch', 'autocast_of', 'LightUnet', 'light_splitter',
-           'dice_per_image', 'InBf16', 'FastBatches', 'AverageWeights', 'imagenet_weights', 'recipe_settings',
-           'augmentation', 'default_epochs', 'brainseg_learner', 'written_beside', 'write_json', 'save_weights',
-           'load_weights', 'write_csv', 'Checkpoint', 'fit_recipe', 'predict_ways', 'predict_cases', 'codes_of',
-           'score_cases', 'environment', 'training_defaults', 'check_settings', 'make_learner', 'train_run', 'load_run',
-           'file_name', 'train_folds', 'plot_curves', 'image_split']
+           'brainseg_block', 'fast_bf16', 'channels_last', 'plain_batch', 'autocast_of', 'class_shares', 'LightUnet',
+           'light_splitter', 'dice_per_image', 'InBf16', 'FastBatches', 'AverageWeights', 'imagenet_weights',
+           'recipe_settings', 'augmentation', 'default_epochs', 'brainseg_learner', 'written_beside', 'write_json',
+           'save_weights', 'load_weights', 'write_csv', 'Checkpoint', 'fit_recipe', 'predict_ways', 'predict_cases',
+           'codes_of', 'score_cases', 'environment', 'training_defaults', 'check_settings', 'make_learner', 'train_run',
+           'load_run', 'file_name', 'train_folds', 'plot_curves', 'image_split']
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #e60898f8
 import contextlib, hashlib, inspect, json, math, os, random, re, shutil, sys, time, warnings
@@ -418,12 +418,23 @@ def autocast_of(device, dims=2):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=good and fast_bf16(device))
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #7144465e
+def class_shares(
+    items,     # Pairs of image and classes, such as `dls.train_ds`
+    n_out:int, # Number of classes
+    most=64    # Of so many items, from the first to the last, at even steps
+)->np.ndarray: # One share for each class
+    "Share of the pixels that each class has"
+    some = np.linspace(0, len(items)-1, min(len(items), most)).round().astype(int)
+    counts = sum(np.bincount(np.asarray(items[int(i)][1]).ravel(), minlength=n_out) for i in some)
+    return counts/counts.sum()
+
 class LightUnet(nn.Module):
     "ResNet encoder on the image at half its size, a narrow decoder, and the image itself once more at half and at full resolution"
     def __init__(self,
         body,                    # Encoder, as made by fastai's `create_body`
         n_out:int,               # Number of classes
-        widths=(64,32,16,16,8)   # Channels of the decoder's steps, from the deepest
+        widths=(64,32,16,16,8),  # Channels of the decoder's steps, from the deepest
+        shares=None              # Of the pixels, by class: where its guesses start (Lin et al. 2017, "Focal loss"); None: all alike
     ):
         super().__init__()
         sizes,n_in = model_sizes(body, (64,64)), in_channels(body)
@@ -435,6 +446,8 @@ class LightUnet(nn.Module):
         self.ups = nn.ModuleList(nn.Sequential(ConvLayer(i+s, w), ConvLayer(w, w)) for i,s,w in zip([sizes[-1][1], *ups], skip_chs, ups))
         self.shuffle = PixelShuffle_ICNR(ups[-1], full, act_cls=nn.ReLU, norm_type=None)
         self.head = nn.Sequential(ConvLayer(full+n_in, full), ConvLayer(full, n_out, ks=1, act_cls=None, norm_type=None))
+        if shares is not None:
+            with torch.no_grad(): self.head[-1][0].bias.copy_(torch.as_tensor(shares).clamp(min=1e-3).log()) # of a class never seen, too
 
     def forward(self, image):
         with autocast_of(image.device): return self.scores(image)
@@ -598,7 +611,7 @@ def brainseg_learner(
     if recipe=='published':
         return unet_learner(dls, arch, pretrained=weights, **(dict(self_attention=True, act_cls=Mish) | kwargs))
     learn = unet_learner(dls, arch, n_in=n_in, cut=-3, normalize=False, pretrained=weights, **kwargs)
-    learn.model = LightUnet(learn.model[0], learn.n_out).to(dls.device)
+    learn.model = LightUnet(learn.model[0], learn.n_out, shares=class_shares(dls.train_ds, learn.n_out)).to(dls.device)
     learn.splitter = light_splitter
     learn.create_opt()
     return learn.add_cbs([FastBatches(window=.75), AverageWeights()])

@@ -116,6 +116,17 @@ def test_images_are_read_once_while_there_is_room(tmp_path):
     Image.fromarray(255-read_image(rows[0]['image'])).save(rows[0]['image']) # written anew: read anew
     assert np.array_equal(keep(rows[0]), read_image(rows[0]['image'])[None])
 
+def test_guesses_start_at_the_share_of_each_class_in_the_training_masks(cases):
+    dls = make_learner(cases, settings()).dls
+    train = cases[cases.split=='train']
+    share = np.mean([np.array(dls.train_ds[i][1])>0 for i in range(len(train))])
+    bias = make_learner(cases, settings()).model.head[-1][0].bias.detach().numpy()
+    assert 0<share<1 and np.allclose(np.exp(bias), (1-share, share), rtol=1e-4)
+    blank = cases.assign(mask=[o if p=='train' else None for o,p in zip(cases['mask'], cases['split'])])
+    assert np.allclose(make_learner(blank, settings()).model.head[-1][0].bias.detach().numpy(), bias) # no other mask is looked at
+    bias = make_learner(cases, settings(codes=(0,7,255))).model.head[-1][0].bias.detach().numpy()
+    assert np.allclose(np.exp(bias), (1-share, 1e-3, share), rtol=1e-4) # a class that is in no training mask
+
 # ---- DataBlock
 
 @pytest.mark.parametrize('mask_value,raw', [(255,(0,255)), (1,(0,1)), (None,(0,50,200))], ids=['0/255','0/1','multi-class'])
@@ -412,7 +423,7 @@ def test_changed_images_are_noticed(tmp_path, monkeypatch):
     t = adni_cases(make_folder(tmp_path/'data', 4, 1))
     t = with_split(t, split_cases(t, 1))
     other = adni_cases(make_folder(tmp_path/'other', 3, 1, seed=5))
-    run = lambda: tiny(t, tmp_path/'run', test_sets={'brain': t[t.split=='test'], 'external': other})
+    run = lambda: tiny(t, tmp_path/'run', epochs=12, test_sets={'brain': t[t.split=='test'], 'external': other}) # until something is found
     run()
     Image.fromarray(255-np.array(Image.open(other.image[0]))).save(other.image[0])
     old = (tmp_path/'run'/'scores.csv').read_bytes()
