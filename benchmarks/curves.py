@@ -134,16 +134,20 @@ def _range(d, k, digits, sign=''):
     text,lo,hi = (_number(d[o], digits, sign) for o in (k, f'{k}_min', f'{k}_max'))
     return text if d['runs']==1 or d[f'{k}_min'] is None else f"{text} ({lo}{' to ' if sign else '–'}{hi})"
 
+def _at_least(x, at_least, digits=0):
+    "A number, or `more than` it, rounded down then so as not to say too much"
+    if not at_least: return f'{x:.{digits}f}'
+    return f'more than {math.floor(x*10**digits+1e-9)/10**digits:.{digits}f}'
+
 def ratio_text(ratio, at_least)->str:
     "Such as `12×`, or `more than 12×` where runs were stopped"
     if ratio is None: return '–'
-    return f"{'more than ' if at_least else ''}{ratio:.{1 if ratio<10 else 0}f}×"
+    return _at_least(ratio, at_least, 1 if ratio<10 else 0) + '×'
 
 def time_text(d, k)->str:
     "Median and range of the seconds to a target, and how many runs got there"
-    text = f"{d[f't{k}']:.0f}"
+    text = _at_least(d[f't{k}'], d[f't{k}_at_least'])
     if d['runs']>1: text += f" ({d[f't{k}_min']:.0f}–{d[f't{k}_max']:.0f})"
-    if d[f't{k}_at_least']: text = f'more than {text}'
     return text if d[f't{k}_reached']==d['runs'] else f"{text}, {d[f't{k}_reached']} of {d['runs']} got there"
 
 def _table(head, rows):

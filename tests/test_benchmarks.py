@@ -60,6 +60,9 @@ def test_ratio():
     assert C.ratio_to({0:(30,True)}, {0:(10,False)})==(None, False) # ours did not get there: no ratio
     assert C.ratio_to({5:(30,True)}, ours)==(None, False)
     assert C.ratio_text(31, True)=='more than 31×' and C.ratio_text(3.04, False)=='3.0×' and C.ratio_text(None, False)=='–'
+    assert C.ratio_text(10.57, True)=='more than 10×' and C.ratio_text(9.29, True)=='more than 9.2×' and C.ratio_text(10.57, False)=='11×' # no more than was seen
+    late = dict(runs=1, t090=121.94, t090_at_least=True, t090_reached=0)
+    assert C.time_text(late, '090')=='more than 121, 0 of 1 got there' and C.time_text({**late, 't090_at_least': False, 't090_reached': 1}, '090')=='122'
 
 @pytest.fixture
 def runs():

@@ -203,7 +203,11 @@ def test_a_training_that_found_nothing_is_named():
     stuck = b.assign(area_pred=np.where(b.fold == 1, 0., 8.), dice=np.where(b.fold == 1, 0., b.dice))
     w, = found_nothing(pd.concat([a, stuck]))
     assert w.startswith('full skull, fold 2, seed 11: the network found nothing in any of its 8 test cases.')
-    assert w in compare_scores(a, stuck).warnings
+    assert compare_scores(a, stuck).warnings.count(w) == 1
+    first = a[a.fold == 0]
+    again = pd.concat([first, first.assign(seed=first.seed+500, area_pred=0., dice=0.)]) # the control is a training, too
+    w, = found_nothing(again)
+    assert w in compare_scores(a, b, control=again).warnings
     one = stuck.area_pred.where(stuck.index != stuck[stuck.fold == 1].index[0], 1.) # a pixel somewhere is something
     assert found_nothing(stuck.assign(area_pred=one)) == []
     assert found_nothing(stuck[stuck.fold == 1][['area_true', 'area_pred']])[0].startswith('This training: ')
