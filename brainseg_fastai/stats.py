@@ -269,8 +269,8 @@ def found_nothing(
     if not {'area_true', 'area_pred'} <= set(scores): return []
     def told(keys, g):
         who = [SHOWN_AS.get(v, str(v)) if c == 'kind' else f'{c} {v + (c == "fold")}' for c, v in zip(by, keys)]
-        return (f'{", ".join(who) or "This training"}: the network found nothing in any of its {len(g)} test cases. Its training got stuck; '
-                'take another seed, more epochs, or a smaller batch.')
+        return (f'{", ".join(who) or "This training"}: the network found nothing in any of its {len(g)} test cases. Its training got stuck, or was too '
+                'short; take more epochs, another seed, or a smaller batch.')
     return [told(k, g) for k, g in (scores.groupby(by, sort=False) if by else [((), scores)])
             if g['area_true'].any() and not g['area_pred'].any()]
 
@@ -368,21 +368,21 @@ def compare_scores(
     sentence = verdict_sentence(words, small, x.mean(), ci95, margin, len(x), needed, len(each) == 1, agree, shown, case, what)
     keys = [k for k in ('subject', 'scan', 'slice') if k in diff]
     units = sorted({u for s in (a, b) if 'unit' in s for u in s.unit.unique()})
-    control = same_input_control(pd.concat([a, b]) if control is None else control, n_boot=n_boot, seed=seed)
+    again = pd.concat([a, b]) if control is None else control
     return Comparison(verdict=words, sentence=sentence, by_less_than_margin=small, estimand=estimand(case, what), names=shown, n_subjects=len(x),
         n_images=len(diff[keys].drop_duplicates()), metrics={n: _means(s, diff) for n, s in zip(names, (a, b))}, case=case, unit=' and '.join(units),
         difference=float(x.mean()), ci95=ci95, ci90=ci90, p_value=p, wilcoxon_p=_wilcoxon(x), margin=margin, subjects_needed=needed,
-        folds=diff.fold.nunique(), repeats=diff.repeat.nunique(), by_training=each, control=control, simulated=simulated,
-        warnings=_warnings(a, b, diff, len(x), units, seed))
+        folds=diff.fold.nunique(), repeats=diff.repeat.nunique(), by_training=each, simulated=simulated,
+        control=same_input_control(again, n_boot=n_boot, seed=seed), warnings=_warnings(a, b, again, diff, len(x), units, seed))
 
-def _warnings(a, b, diff, n, units, seed):
+def _warnings(a, b, again, diff, n, units, seed):
     "What a reader of the comparison must know beside it"
     lost = len(a) + len(b) - 2*len(diff)
     return [o for o in (
         f'Left out, without a partner under the other input: {lost} scored case{"s"*(lost > 1)}.' if lost else None,
         f'Only {n} test subject{"s"*(n != 1)}: the interval rests on few people.' if n < 10 else None,
         f'HD95 and areas mix the units {" and ".join(units)}: compare Dice alone.' if len(units) > 1 else None,
-        *found_nothing(a), *found_nothing(b), failure_warning(diff.a, diff.b, diff.subject, seed=seed)) if o]
+        *dict.fromkeys(o for t in (a, b, again) for o in found_nothing(t)), failure_warning(diff.a, diff.b, diff.subject, seed=seed)) if o]
 
 # %% ../nbs/03_statistics.ipynb #639ed8d9
 WORTHWHILE = .005 # a gain in validation Dice worth training longer for
