@@ -485,6 +485,8 @@ def test_export_and_load(whole, cases, tmp_path):
     loaded = load_learner(tmp_path/'model.pkl')
     t = cases[cases.split=='test']
     assert all(np.array_equal(a, b) for a,b in zip(predict_cases(learn, t), predict_cases(loaded, t)))
+    x = torch.randn(1,1,64,64)
+    with torch.inference_mode(): assert torch.equal(loaded.model.eval()(x), learn.model.eval()(x)) # masks after three epochs say little
     assert list(score_cases(loaded, t).dice)==list(whole['scores'].dice)
     mask,*_ = loaded.predict(t.iloc[0])
     assert mask.shape==(64,64)
