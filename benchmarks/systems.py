@@ -22,8 +22,8 @@ from monai.utils import set_determinism
 from brainseg_fastai.cases import DataError, read_image, read_mask
 from brainseg_fastai.networks import make_loss
 # `_run_settings` fills in what `train_run` decides by itself: whatever becomes the default there, is measured here
-from brainseg_fastai.segmentation import (RECIPES, FitSquare, InBf16, InMemory, LightUnet, MoveHeads, ReadMask, TensorScan, _own_pixels, _run_settings, class_shares,
-                                          fit_recipe, imagenet_weights, make_learner, predict_cases, split_column, training_defaults)
+from brainseg_fastai.segmentation import (RECIPES, FitSquare, InBf16, InMemory, LightUnet, MoveHeads, ReadMask, TensorScan, _own_pixels, _run_settings,
+                                          class_shares, fit_recipe, imagenet_weights, make_learner, predict_cases, split_column, training_defaults)
 
 PUBLISHED_ARCH = 'resnet34'  # encoder of the published recipe
 BS = 8                       # of the systems that prescribe none
@@ -120,8 +120,8 @@ def _decoder(learn):
     learn.create_opt()
 
 def _three(learn):
-    body,n = create_body(resnet18(), n_in=3, pretrained=False, cut=-3), len(learn.codes)
-    learn.model = LightUnet(body, n, shares=class_shares(learn.dls.train_ds, n)).to(learn.dls.device)
+    body,shares = create_body(resnet18(), n_in=3, pretrained=False, cut=-3), class_shares(learn.dls.train_ds, learn.codes)
+    learn.model = LightUnet(body, len(learn.codes), shares=shares).to(learn.dls.device)
     one = learn.model.scores
     learn.model.scores = lambda x: one(x.expand(-1, 3, -1, -1))
     learn.fast_batches.before_fit()
@@ -170,9 +170,8 @@ def _workers(learn): learn.dls.loaders[0] = learn.dls.train.new(num_workers=2)
 
 def _compile(learn): learn.model.scores = torch.compile(learn.model.scores)
 
-CHANGES = dict(float32=_float32, contiguous=_contiguous, decoder=_decoder, three=_three, whole=_whole, resize=_resize, alike=_alike, last=_last, ce=_ce, rate=_rate,
-               batch=None, reading=_reading, fastai_aug=_fastai_aug,
-               single=_single, workers=_workers, compile=_compile)
+CHANGES = dict(float32=_float32, contiguous=_contiguous, decoder=_decoder, three=_three, whole=_whole, resize=_resize, alike=_alike, last=_last,
+               ce=_ce, rate=_rate, batch=None, reading=_reading, fastai_aug=_fastai_aug, single=_single, workers=_workers, compile=_compile)
 
 def changed(name):
     "The class for ours with one thing changed"

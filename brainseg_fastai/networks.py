@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'LOSSES', 'Arch', 'arch_help', 'check_size', 'weights_at_hand', 'build_network', 'memory_estimate',
-           'describe_network', 'parse_loss', 'SumLoss', 'make_loss', 'class_weights']
+           'describe_network', 'parse_loss', 'SumLoss', 'make_loss', 'class_counts', 'class_weights']
 
 # %% ../nbs/08_networks.ipynb #42734aaf
 import re, warnings, weakref
@@ -275,6 +275,18 @@ def make_loss(
     return SumLoss(parse_loss(spec), weights)
 
 # %% ../nbs/08_networks.ipynb #071e9409
+def class_counts(
+    masks, # Arrays of classes
+    codes  # Raw mask codes, background first
+)->np.ndarray: # One number per class
+    "Pixels of each class in some masks"
+    counts = np.zeros(len(codes), np.int64)
+    for m in masks:
+        c = np.bincount(np.asarray(m).ravel(), minlength=len(codes))
+        if len(c)>len(codes): raise DataError(f'mask: holds the class {len(c)-1}; expected classes 0 to {len(codes)-1} for the codes {list(codes)}.')
+        counts += c
+    return counts
+
 def class_weights(
     cases,      # Case table (its training rows, if it has the column `split`), or masks: files or arrays of classes
     codes       # Raw mask codes, background first, as for `read_mask`
@@ -283,12 +295,8 @@ def class_weights(
     if isinstance(cases, pd.DataFrame):
         if 'split' in cases: cases = cases[cases['split']=='train']
         cases = cases.loc[cases['mask'].notna(), 'mask']
-    counts,some = np.zeros(len(codes), np.int64), False
-    for m in cases:
-        c = np.bincount((m if isinstance(m, np.ndarray) else read_mask(m, codes)).ravel(), minlength=len(codes))
-        if len(c)>len(codes): raise DataError(f'mask: holds the class {len(c)-1}; expected classes 0 to {len(codes)-1} for the codes {list(codes)}.')
-        counts,some = counts + c, True
-    if not some: raise DataError('class weights: there is no training mask; expected cases with a mask and, if there is a split, with train in it.')
+    counts = class_counts((m if isinstance(m, np.ndarray) else read_mask(m, codes) for m in cases), codes)
+    if not counts.any(): raise DataError('class weights: there is no training mask; expected cases with a mask and, if there is a split, with train in it.')
     here = counts>0
     if not here.all():
         warnings.warn(f'The codes {[c for c,h in zip(codes, here) if not h]} are in no training mask; they get the weight 1.', stacklevel=2)

@@ -32,7 +32,7 @@ from .cases import (DataError, Pixels, _stamp, adni_cases, check_cases, data_fin
                                    mask_codes, open_volume, read_image, read_mask, refuse_errors, show_cases, subject_id)
 from .datasets import standin
 from .demo import demo_cohort
-from .networks import build_network, check_size, class_weights, make_loss, parse_loss
+from .networks import build_network, check_size, class_counts, class_weights, make_loss, parse_loss
 from .scores import score_mask
 from .stats import found_nothing
 from .steps import Steps, make_steps
@@ -419,13 +419,13 @@ def autocast_of(device, dims=2):
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #7144465e
 def class_shares(
-    items,     # Pairs of image and classes, such as `dls.train_ds`
-    n_out:int, # Number of classes
-    most=64    # Of so many items, from the first to the last, at even steps
+    items,  # Pairs of image and classes, such as `dls.train_ds`
+    codes,  # Raw mask codes, background first
+    most=64 # Of so many items, from the first to the last, at even steps
 )->np.ndarray: # One share for each class
     "Share of the pixels that each class has"
     some = np.linspace(0, len(items)-1, min(len(items), most)).round().astype(int)
-    counts = sum(np.bincount(np.asarray(items[int(i)][1]).ravel(), minlength=n_out) for i in some)
+    counts = class_counts((items[int(i)][1] for i in some), codes)
     return counts/counts.sum()
 
 class LightUnet(nn.Module):
@@ -447,7 +447,7 @@ class LightUnet(nn.Module):
         self.shuffle = PixelShuffle_ICNR(ups[-1], full, act_cls=nn.ReLU, norm_type=None)
         self.head = nn.Sequential(ConvLayer(full+n_in, full), ConvLayer(full, n_out, ks=1, act_cls=None, norm_type=None))
         if shares is not None:
-            with torch.no_grad(): self.head[-1][0].bias.copy_(torch.as_tensor(shares).clamp(min=1e-3).log()) # of a class never seen, too
+            with torch.no_grad(): self.head[-1][0].bias.copy_(torch.as_tensor(shares).clamp(min=1e-3).log()) # a thousandth for a class that was not seen
 
     def forward(self, image):
         with autocast_of(image.device): return self.scores(image)
@@ -611,7 +611,7 @@ def brainseg_learner(
     if recipe=='published':
         return unet_learner(dls, arch, pretrained=weights, **(dict(self_attention=True, act_cls=Mish) | kwargs))
     learn = unet_learner(dls, arch, n_in=n_in, cut=-3, normalize=False, pretrained=weights, **kwargs)
-    learn.model = LightUnet(learn.model[0], learn.n_out, shares=class_shares(dls.train_ds, learn.n_out)).to(dls.device)
+    learn.model = LightUnet(learn.model[0], learn.n_out, shares=class_shares(dls.train_ds, range(learn.n_out))).to(dls.device)
     learn.splitter = light_splitter
     learn.create_opt()
     return learn.add_cbs([FastBatches(window=.75), AverageWeights()])
