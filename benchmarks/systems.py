@@ -9,9 +9,9 @@ so that clock, evaluation and tables are written once."""
 import math
 
 import numpy as np, torch, torch.nn.functional as F
-from fastai.vision.all import (Callback, CancelFitException, DataBlock, ImageBlock, MaskBlock, Pipeline, PILImage,
-                               PILMask, RandTransform, Resize, aug_transforms, create_body, create_unet_model, default_device, in_channels, resnet18,
-                               resnet34, unet_learner)
+from fastai.vision.all import (Callback, CancelFitException, DataBlock, ImageBlock, MaskBlock, Pipeline, PILImage, PILMask,
+                               RandTransform, Resize, aug_transforms, create_body, create_unet_model, default_device,
+                               in_channels, resnet18, resnet34, unet_learner)
 from monai.data import CacheDataset, DataLoader
 from monai.losses import DiceCELoss
 from monai.networks.nets import BasicUNet, UNet
@@ -19,23 +19,26 @@ from monai.transforms import (Compose, NormalizeIntensityd, RandAdjustContrastd,
                               RandGaussianSmoothd, RandRotated, RandScaleIntensityd, RandScaleIntensityFixedMeand, RandShiftIntensityd,
                               RandSimulateLowResolutiond, RandZoomd, Transform)
 from monai.utils import set_determinism
-from brainseg_fastai.cases import DataError, read_image, read_mask
-from brainseg_fastai.networks import make_loss
-# `_run_settings` fills in what `train_run` decides by itself: whatever becomes the default there, is measured here
-from brainseg_fastai.segmentation import (RECIPES, FitSquare, InBf16, InMemory, LightUnet, MoveHeads, ReadMask, TensorScan, _own_pixels, _run_settings,
-                                          class_shares, fit_recipe, imagenet_weights, make_learner, predict_cases, split_column, training_defaults)
+from brainseg_fastai.core import DataError, need
+from brainseg_fastai.images import read_image, read_mask
+from brainseg_fastai.inference import Fit, own_pixels
+from brainseg_fastai.networks import InBf16, LightUnet, class_shares, imagenet_weights, make_loss
+from brainseg_fastai.runs import prepare_learner
+from brainseg_fastai.segmentation import predict_cases, split_column
+from brainseg_fastai.settings import RECIPES, Settings
+from brainseg_fastai.training import AffineAugment, InMemory, ReadMask, SquarePad, TensorScan, fit_recipe
 
 PUBLISHED_ARCH = 'resnet34'  # encoder of the published recipe
 BS = 8                       # of the systems that prescribe none
 EVAL_BS = 8                  # of every system
 FOREVER = 10_000             # epochs; the clock stops the run long before
 
-def own_pixels(
+def own_classes(
     scores, # Class scores (C,S,S) of a padded and scaled square
     h, w    # Of the image
 )->np.ndarray: # Classes (h,w)
     "Classes in the image's own pixels"
-    return _own_pixels(scores, h, w).argmax(0).byte().numpy()
+    return own_pixels(scores[None], Fit((h,w), (h,w), max(h,w)))[0].argmax(0).byte().numpy()
 
 # ---- systems that fastai trains
 
@@ -49,7 +52,7 @@ class Ticks(Callback):
     def before_batch(self):
         if not self.training: return
         self.clock.loaded()
-        if self.by_clock and self.n_epoch==FOREVER: self.learn.pct_train = self.clock.share() # the schedule spans the time that there is
+        if self.by_clock and self.n_epoch==FOREVER: self.learn.pct_train = self.clock.share() # the schedule spans its time
     def after_train(self): self.clock.pause()
     def before_validate(self): # the harness evaluates; fastai's own pass over the validation images is cut to one image
         if self.few is None: self.few = [tuple(o[:1] for o in self.dls.valid.one_batch())]
@@ -74,18 +77,18 @@ class Fastai:
     def train(self, clock):
         watch = [Ticks(clock, self.by_clock), Tocks(clock)]
         with self.learn.no_bar(), self.learn.no_logging(), self.learn.added_cbs(watch): self.fit()
-    def predict(self, cases): return list(predict_cases(self.learn, cases, bs=EVAL_BS, flips=False))
+    def predict(self, cases): return [m.mask for _,m in predict_cases(self.learn, cases, flips=False)]
     def predict_all(self, cases): return self.predict(cases)
 
 class Ours(Fastai):
     "What `train_run` does unless told otherwise: the same calls, without files"
     asked = {}
     def make(self, pretrained):
-        given = dict(size=self.size, seed=self.seed, codes=self.codes, pretrained=pretrained, epochs=self.epochs, **self.asked)
-        self.s = _run_settings(self.cases, {**training_defaults(), **given})
-        self.about = {k: self.s[k] for k in ('recipe','arch','epochs','bs','schedule')}
-        return make_learner(self.cases, self.s)
-    def fit(self): fit_recipe(self.learn, self.s['recipe'], self.s['epochs'], schedule=self.s['schedule'])
+        given = Settings(size=self.size, seed=self.seed, pretrained=pretrained, epochs=self.epochs, **self.asked)
+        self.settings = given.filled(int((self.cases['split']=='train').sum())) # whatever is the default is measured
+        self.about = {k: getattr(self.settings, k) for k in ('recipe','arch','epochs','bs','schedule')}
+        return prepare_learner(self.cases, self.settings, self.codes)
+    def fit(self): fit_recipe(self.learn, self.settings)
     def predict(self, cases):
         "By the weights that would be kept, which are the averaged ones where the recipe averages them"
         mean = getattr(self.learn, 'average_weights', None)
@@ -103,15 +106,16 @@ class Reshape(Callback):
     def before_batch(self):
         if self.training and self.pct_train<self.until: self.learn.xb,self.learn.yb = self.f(self.xb[0], self.yb[0])
 
-def _float32(learn): learn.model.forward = learn.model.scores # without autocast around it
+def in_float32(learn): learn.model.forward = learn.model.scores # without autocast around it
 
-def _contiguous(learn):
+def contiguous(learn):
     learn.fast_batches.before_fit = lambda: None
     learn.model.to(memory_format=torch.contiguous_format)
-    learn.add_cb(Reshape(lambda x,y: ((x.clone(memory_format=torch.contiguous_format),), (y,)))) # a channel alone lies both ways
+    def flat(x, y): return (x.clone(memory_format=torch.contiguous_format),), (y,) # a channel alone lies both ways
+    learn.add_cb(Reshape(flat))
 
-def _decoder(learn):
-    net = create_unet_model(resnet18, len(learn.codes), (256,256), pretrained=False, n_in=in_channels(learn.model.body))
+def full_decoder(learn):
+    net = create_unet_model(resnet18, len(learn.frame.codes), (256,256), pretrained=False, n_in=in_channels(learn.model.body))
     last = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)][-1]
     with torch.no_grad(): last.bias.copy_(learn.model.head[-1][0].bias) # both start at the same guess
     learn.model = InBf16(net).to(learn.dls.device)
@@ -119,39 +123,39 @@ def _decoder(learn):
     learn.fast_batches.before_fit()
     learn.create_opt()
 
-def _three(learn):
-    body,shares = create_body(resnet18(), n_in=3, pretrained=False, cut=-3), class_shares(learn.dls.train_ds, learn.codes)
-    learn.model = LightUnet(body, len(learn.codes), shares=shares).to(learn.dls.device)
+def three_channels(learn):
+    body,n = create_body(resnet18(), n_in=3, pretrained=False, cut=-3), len(learn.frame.codes)
+    learn.model = LightUnet(body, n, shares=class_shares(learn.dls.train_ds, range(n))).to(learn.dls.device)
     one = learn.model.scores
     learn.model.scores = lambda x: one(x.expand(-1, 3, -1, -1))
     learn.fast_batches.before_fit()
     learn.create_opt()
 
-def _whole(learn): learn.fast_batches.window = 1.
+def whole_images(learn): learn.fast_batches.window = 1.
 
-def _resize(learn):
+def resized_images(learn):
     def smaller(x, y):
         size = [o*3//4//32*32 for o in x.shape[-2:]]
         x = F.interpolate(x, size=size, mode='bilinear', antialias=True).contiguous(memory_format=torch.channels_last)
         return (x,), (F.interpolate(y[:,None].float(), size=size)[:,0].long(),)
-    _whole(learn)
+    whole_images(learn)
     learn.add_cb(Reshape(smaller, learn.fast_batches.until))
 
-def _alike(learn): torch.nn.init.zeros_(learn.model.head[-1][0].bias)
+def guesses_alike(learn): torch.nn.init.zeros_(learn.model.head[-1][0].bias)
 
-def _last(learn): learn.remove_cb(learn.average_weights)
+def last_weights(learn): learn.remove_cb(learn.average_weights)
 
-def _ce(learn): learn.loss_func = make_loss('ce')
+def cross_entropy(learn): learn.loss_func = make_loss('ce')
 
-def _rate(learn): RECIPES['light'] = RECIPES['light'] | dict(lr=1e-3)
+def usual_rate(learn): RECIPES['light'] = RECIPES['light'] | dict(lr=1e-3)
 
-def _reading(learn): InMemory.__call__ = lambda self, case: self.read(case)
+def read_each_time(learn): InMemory.__call__ = lambda self, case: self.read(case)
 
-def _fastai_aug(learn):
+def fastai_augmentation(learn):
     dl = learn.dls.train
-    m = next(o for o in dl.after_batch.fs if isinstance(o, MoveHeads))
-    new = aug_transforms(max_rotate=m.max_rotate, min_zoom=m.min_zoom, max_zoom=m.max_zoom, max_lighting=m.max_lighting, max_warp=0.,
-                         p_affine=m.p_affine, p_lighting=m.p_lighting)
+    m = next(o for o in dl.after_batch.fs if isinstance(o, AffineAugment))
+    same = {k: getattr(m, k) for k in ('max_rotate','min_zoom','max_zoom','max_lighting','p_affine','p_lighting')}
+    new = aug_transforms(max_warp=0., **same)
     dl.after_batch = Pipeline([*new, *(o for o in dl.after_batch.fs if o is not m)], split_idx=0)
 
 class OneByOne(RandTransform):
@@ -162,16 +166,17 @@ class OneByOne(RandTransform):
         ones = [self.tfm(tuple(o[i:i+1] for o in b), **kwargs) for i in range(len(b[0]))]
         return tuple(torch.cat(o) for o in zip(*ones))
 
-def _single(learn):
+def one_by_one(learn):
     dl = learn.dls.train
-    dl.after_batch = Pipeline([OneByOne(o) if isinstance(o, MoveHeads) else o for o in dl.after_batch.fs], split_idx=0)
+    dl.after_batch = Pipeline([OneByOne(o) if isinstance(o, AffineAugment) else o for o in dl.after_batch.fs], split_idx=0)
 
-def _workers(learn): learn.dls.loaders[0] = learn.dls.train.new(num_workers=2)
+def with_workers(learn): learn.dls.loaders[0] = learn.dls.train.new(num_workers=2)
 
-def _compile(learn): learn.model.scores = torch.compile(learn.model.scores)
+def compiled(learn): learn.model.scores = torch.compile(learn.model.scores)
 
-CHANGES = dict(float32=_float32, contiguous=_contiguous, decoder=_decoder, three=_three, whole=_whole, resize=_resize, alike=_alike, last=_last,
-               ce=_ce, rate=_rate, batch=None, reading=_reading, fastai_aug=_fastai_aug, single=_single, workers=_workers, compile=_compile)
+CHANGES = dict(float32=in_float32, contiguous=contiguous, decoder=full_decoder, three=three_channels, whole=whole_images,
+               resize=resized_images, alike=guesses_alike, last=last_weights, ce=cross_entropy, rate=usual_rate, batch=None,
+               reading=read_each_time, fastai_aug=fastai_augmentation, single=one_by_one, workers=with_workers, compile=compiled)
 
 def changed(name):
     "The class for ours with one thing changed"
@@ -211,13 +216,13 @@ class Stock(Fastai):
     def predict(self, cases):
         dl,res = self.learn.dls.test_dl(cases, bs=EVAL_BS, num_workers=0), []
         for xb, in dl: res += list(self.model(xb.as_subclass(torch.Tensor)).float().cpu())
-        return [own_pixels(o, *hw) for o,hw in zip(res, _sizes(cases))]
+        return [own_classes(o, *hw) for o,hw in zip(res, sizes_of(cases))]
     def predict_all(self, cases):
         dl = self.learn.dls.test_dl(cases)
         with self.learn.no_bar(), self.learn.no_logging(): preds = self.learn.get_preds(dl=dl)[0]
-        return [own_pixels(o.as_subclass(torch.Tensor), *hw) for o,hw in zip(preds, _sizes(cases))]
+        return [own_classes(o.as_subclass(torch.Tensor), *hw) for o,hw in zip(preds, sizes_of(cases))]
 
-def _sizes(cases): return [read_image(o).shape[:2] for o in cases['image']]
+def sizes_of(cases): return [read_image(o).shape[:2] for o in cases['image']]
 
 def require_imagenet(system):
     "One line where the ImageNet weights cannot be had, instead of a run from scratch under a wrong label"
@@ -225,14 +230,14 @@ def require_imagenet(system):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         if imagenet_weights('resnet34'): return
-    raise DataError(f'{system}: found no ImageNet weights of resnet34 in the cache of torch, and no way to download them; expected them for '
-                    '--init pretrained. Take --init scratch.')
+    raise DataError(f'{system}: found no ImageNet weights of resnet34 in the cache of torch, and no way to download them; '
+                    'expected them for --init pretrained. Take --init scratch.')
 
 # ---- systems with a plain training loop, on MONAI's transforms, cache and loader
 
 class ReadCase(Transform):
     "Image (C,S,S), 0 to 255, and classes (1,S,S) of a case"
-    def __init__(self, codes, size): self.codes,self.fit = codes,FitSquare(size)
+    def __init__(self, codes, size): self.codes,self.fit = codes,SquarePad(size)
     def __call__(self, case):
         a = read_image(case['image'])
         x = self.fit(TensorScan(torch.from_numpy(np.ascontiguousarray(a[None] if a.ndim==2 else np.moveaxis(a, -1, 0)))))
@@ -280,7 +285,7 @@ class Plain:
     def optimiser(self): return torch.optim.Adam(self.model.parameters(), 1e-3)
     def augmentation(self): return light_augmentation()
     def set_lr(self, clock): pass
-    def loss(self, x, y): return _dice_ce(self.model(x), y)
+    def loss(self, x, y): return dice_ce(self.model(x), y)
     def scores(self, x): return self.model(x)
 
     def _steps(self, clock):
@@ -306,11 +311,11 @@ class Plain:
         for i in range(0, len(rows), EVAL_BS):
             some = [self.read(o) for o in rows[i:i+EVAL_BS]]
             x = torch.stack([torch.as_tensor(o['image']) for o in some]).as_subclass(torch.Tensor).to(self.device)
-            res += [own_pixels(s, *o['size']) for s,o in zip(self.scores(x).float().cpu(), some)]
+            res += [own_classes(s, *o['size']) for s,o in zip(self.scores(x).float().cpu(), some)]
         return res
     def predict_all(self, cases): return self.predict(cases)
 
-_dice_ce = DiceCELoss(to_onehot_y=True, softmax=True)
+dice_ce = DiceCELoss(to_onehot_y=True, softmax=True)
 
 class Smp(Plain):
     "U-Net of segmentation_models.pytorch on a ResNet-34"
@@ -343,7 +348,7 @@ def nnunet_plan(
     from dynamic_network_architectures.architectures.unet import PlainConvUNet
     side,pools = size,0
     while side>=8: side,pools = math.ceil(side/2),pools+1 # halved until the deepest map is 4 to 7 pixels wide
-    if size % 2**pools: raise DataError(f'nnunet: found the size {size}; expected a multiple of {2**pools}. Take another --size.')
+    need(size%2**pools==0, f'nnunet: found the size {size}; expected a multiple of {2**pools}. Take another --size.')
     stages = pools+1
     arch = dict(n_stages=stages, features_per_stage=[min(512, 32*2**i) for i in range(stages)], conv_op=torch.nn.Conv2d, kernel_sizes=3,
                 strides=[1]+[2]*pools, n_conv_per_stage=2, n_conv_per_stage_decoder=2, conv_bias=True, norm_op=torch.nn.InstanceNorm2d,

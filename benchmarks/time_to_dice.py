@@ -9,25 +9,27 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from brainseg_fastai.cases import DataError
+from brainseg_fastai.core import DataError
 from curves import ABLATIONS, caps, time_to
 from report import read_run, write_report
 
 ORDER = 'ours','published','stock','smp','monai_unet','monai_basic','nnunet' # within a seed; the caps of all need ours
 NEEDS = dict(smp=('segmentation_models_pytorch','segmentation-models-pytorch'),
              nnunet=('dynamic_network_architectures','dynamic-network-architectures'))
-SAME = 'kind','size','init','threads','quick'                                 # for all runs of a folder
+SAME = 'inputs','size','init','threads','quick'                               # for all runs of a folder
 QUICK = dict(size=64, seeds=1, threads=1, max_steps=3, each_step=True, epochs=4, speed_s=0.) # does it work? Its times mean nothing
-CODE = 'one_run.py','systems.py','curves.py','../brainseg_fastai/segmentation.py','../brainseg_fastai/networks.py'
+CODE = ('one_run.py','systems.py','curves.py', *(f'../brainseg_fastai/{o}.py' for o in ('settings','networks','training','inference',
+                                                                                      'segmentation','runs')))
 
 def parse(args=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('data', nargs='?', help='folder with mask/ and the images; with --quick a small simulated one if left out')
     p.add_argument('--out', type=Path, help='folder for results (default benchmarks/results, with --ablation benchmarks/results/ablation)')
-    p.add_argument('--kind', default='orig', help='folder of the images within DATA (default orig, the full skull)')
+    p.add_argument('--inputs', '--kind', default='orig', help='folder of the images within DATA (default orig, the full skull)')
     p.add_argument('--size', type=int, help='pixels (default 256)')
     p.add_argument('--seeds', type=int, help='runs of each system; of the published recipe always one (default 3)')
-    p.add_argument('--systems', nargs='+', choices=(*ORDER, *ABLATIONS), metavar='NAME', help=f"of {', '.join(ORDER)} (default all); ours with one change: {', '.join(ABLATIONS)}")
+    p.add_argument('--systems', nargs='+', choices=(*ORDER, *ABLATIONS), metavar='NAME',
+                   help=f"of {', '.join(ORDER)} (default all); ours with one change: {', '.join(ABLATIONS)}")
     p.add_argument('--ablation', action='store_true', help='compare ours with ours where one thing is changed, not with others')
     p.add_argument('--init', choices=('scratch','pretrained'), default='scratch',
                    help='ImageNet weights for none (default), or for all that have some')
@@ -100,7 +102,8 @@ def start(spec, path):
         res.replace(path)
         log.unlink()
         return r
-    finally: todo.unlink(missing_ok=True); res.unlink(missing_ok=True)
+    finally:
+        for o in (todo, res): o.unlink(missing_ok=True)
 
 def time_left(
     todo, # (seed, system) still to run
@@ -125,10 +128,11 @@ def main(args=None):
     if lacking: raise DataError(f"found no {' and no '.join(lacking)}; expected the packages of the extra `bench`. "
                                 "Install them: pip install -e '.[bench]'")
     if not a.data:
-        from brainseg_fastai.datasets import standin
-        a.data = standin('adni')
-    if not (Path(a.data)/a.kind).is_dir():
-        raise DataError.of(a.data, f'no folder {a.kind}', 'images there and masks in mask/', 'Name the data folder, or give --kind.')
+        from brainseg_fastai.adni import ADNI
+        from brainseg_fastai.cases import standin
+        a.data = standin(ADNI)
+    if not (Path(a.data)/a.inputs).is_dir():
+        raise DataError.of(a.data, f'no folder {a.inputs}', 'images there and masks in mask/', 'Name the data folder, or give --inputs.')
     runs,ours,todo = [],{},planned(a.systems, a.seeds)
     for i,(seed,system) in enumerate(todo):
         path = a.out/'runs'/f'{system}-seed{seed}.json'
@@ -151,5 +155,9 @@ def main(args=None):
 
 if __name__=='__main__':
     try: sys.exit(main())
-    except DataError as e: print(e, file=sys.stderr); sys.exit(2)
-    except KeyboardInterrupt: print('\nInterrupted. Finished runs are kept; the same command goes on.', file=sys.stderr); sys.exit(130)
+    except DataError as e:
+        print(e, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print('\nInterrupted. Finished runs are kept; the same command goes on.', file=sys.stderr)
+        sys.exit(130)

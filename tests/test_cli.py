@@ -1,11 +1,13 @@
 "The command end to end on tiny folders, and what it says to bad input"
-import json, os, signal, subprocess, sys, time
+import json, os, re, shlex, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
 from PIL import Image
 
-from brainseg_fastai.cli import main
+from brainseg_fastai.cli import find_layout, main, parser
+from brainseg_fastai.core import DataError
+from brainseg_fastai.settings import Settings, from_flags
 from helpers import dataset, make_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +37,25 @@ def test_help_is_quick_to_import_nothing_heavy():
     r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
     assert r.returncode==0 and 'examples:' in r.stdout, r.stderr
 
+@pytest.mark.parametrize('page', ['README.md','data_README.md'])
+def test_every_command_that_is_promised_is_understood(page):
+    text = (ROOT/page).read_text(encoding='utf-8')
+    blocks = '\n'.join(re.findall('```bash\n(.*?)```', text, re.S))
+    lines = [l.split('#')[0] for l in blocks.splitlines() if l.startswith('brainseg ')]
+    assert lines
+    for l in lines: assert parser().parse_args(shlex.split(l)[1:]).run
+
+def test_flags_are_the_fields_of_the_settings():
+    for command in (['compare','x','--out','o'], ['train','x','--out','o'], ['plan','x'], ['demo']):
+        a = parser().parse_args(command)
+        assert from_flags(a)==Settings()
+        a = parser().parse_args([*command, '--kind', 'orig', '--patch', '32,48,64', '--no-pretrained', '--steps', 'n4,nyul'])
+        assert from_flags(a)==Settings(inputs='orig', patch=(32,48,64), pretrained=False, steps='n4,nyul')
+
+def test_layouts_have_names_on_the_command_line_alone():
+    assert find_layout('adni').name=='adni'
+    with pytest.raises(DataError, match='one of adni, figshare'): find_layout('bids')
+
 def test_compare_leaves_everything(report, data):
     out,said = report
     names = {o.name for o in out.iterdir()}
@@ -44,21 +65,22 @@ def test_compare_leaves_everything(report, data):
     assert not [o for o in out.rglob('.*') if o.is_file()], 'temporary files are left'
     assert 'Training 7 of 7' in said and 'report.html' in said
 
-def test_scores_are_the_kinds_own_test_rows(report):
+def test_scores_are_the_variants_own_test_rows(report):
     s = pd.read_csv(report[0]/'scores.csv', dtype={'subject': str})
-    assert list(s.columns[:13])==['kind','fold','seed','subject','scan','slice','image','dice','jaccard','hd95','nsd','area_true','area_pred']
-    assert (s.image.str.split('/').str[0]==s.kind).all()
+    assert list(s.columns[:8])==['variant','fold','seed','subject','scan','slice','image','mask']
+    assert {'dice','jaccard','hd95','nsd','size_true','size_pred','prediction'} <= set(s)
+    assert (s.image.str.split('/').str[0]==s.variant).all() and (s['mask'].str.split('/').str[0]=='mask').all()
     split = pd.read_csv(report[0]/'split.csv', dtype={'subject': str}).query('split=="test"')
     assert sorted(zip(s.image, s.fold))==sorted(zip(split.image, split.fold))
-    assert s.groupby('kind').subject.nunique().tolist()==[6,6] and s.groupby(['kind','image']).size().max()==1
+    assert s.groupby('variant').subject.nunique().tolist()==[6,6] and s.groupby(['variant','image']).size().max()==1
     assert all((report[0]/o).is_file() for o in s.prediction)
 
 def test_comparison_keys(report):
     c = json.loads((report[0]/'comparison.json').read_text(encoding='utf-8'))
     assert {'verdict','n_subjects','metrics','difference','ci95','p_value','margin','subjects_needed','folds','repeats','control','simulated'} <= set(c)
-    s = pd.read_csv(report[0]/'scores.csv').groupby(['kind','subject']).dice.mean().unstack(0)
+    s = pd.read_csv(report[0]/'scores.csv').groupby(['variant','subject']).dice.mean().unstack(0)
     assert c['difference']==pytest.approx((s.brain-s.orig).mean()) and c['n_subjects']==6 and c['folds']==3
-    assert c['control']['kind']=='brain' and c['simulated'] is False
+    assert c['control']['variant']=='brain' and c['simulated'] is False
     assert len(pd.read_csv(report[0]/'swap.csv'))==4
 
 def test_report_speaks_of_this_run(report):
@@ -90,11 +112,11 @@ def test_interrupted_and_resumed(data, tmp_path):
     p = subprocess.Popen([*COMMAND, *args], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # tests run in the background inherit that it is ignored
     end = time.time()+240
-    while not list((tmp_path/'r').rglob('run.json')) and time.time()<end and p.poll() is None: time.sleep(.05)
+    while not list((tmp_path/'r').rglob('config.json')) and time.time()<end and p.poll() is None: time.sleep(.05)
     p.send_signal(signal.SIGINT)
     _,err = p.communicate(timeout=120)
     assert p.returncode==130 and '--resume' in err and 'Traceback' not in err, err
-    done = {o: o.stat().st_mtime_ns for o in (tmp_path/'r').rglob('run.json')}
+    done = {o: o.stat().st_mtime_ns for o in (tmp_path/'r').rglob('config.json')}
     assert done and not (tmp_path/'r'/'scores.csv').exists()
     assert brainseg(*args).returncode==2, 'a begun run is not overwritten'
     r = brainseg(*args, '--resume')
@@ -134,7 +156,7 @@ def test_one_kind_alone_is_told_about_train(tmp_path, capsys):
     assert main(['compare', str(root), '--out', str(tmp_path/'o')])==2
     err = capsys.readouterr().err
     assert 'brainseg train' in err and '--kind brain' in err and not (tmp_path/'o').exists()
-    assert main(['train', str(root), '--kind', 'orig', '--out', str(tmp_path/'o')])==2
+    assert main(['train', str(root), '--inputs', 'orig', '--out', str(tmp_path/'o')])==2
     assert 'brain' in capsys.readouterr().err
 
 @pytest.mark.parametrize('make,word', [(lambda d: (d/'o').write_text('mine'), 'is a file'),
