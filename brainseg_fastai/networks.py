@@ -248,8 +248,6 @@ def build_model(
     s,light = settings, settings.recipe=='light'
     shape = check_size(s.arch, shape or s.shape or (128,128,128), s.dims, s.depth)
     if s.arch not in RESNETS:
-        expected = f'expected one of {", ".join(RESNETS)}'
-        need(light, f'arch {s.arch}: the published recipe has a ResNet encoder; {expected}')
         net = build_network(s.arch, n_in, n_out, shape, s.dims, s.depth, s.width, s.pretrained)
         have,net = net.pretrained, InBf16(net)
     else:

@@ -12,7 +12,8 @@ from typing import ClassVar
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from scipy import ndimage as ndi
-from .cases import DataError, need_package, read_image
+from .core import DataError, need_package
+from .images import read_image
 
 # %% ../nbs/library/10_preprocessing.ipynb #0b4f0c41
 _inplane = np.zeros((3,3,3), bool); _inplane[1,:,1] = _inplane[:,1,1] = True # neighbours within an axial slice

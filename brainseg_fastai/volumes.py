@@ -20,7 +20,8 @@ from fastai.data.load import DataLoader
 from fastai.torch_core import default_device
 from fastcore.meta import delegates
 
-from .cases import DataError, Pixels, image_size, need_package, read_image, read_mask
+from .core import DataError, need_package
+from .images import Pixels, image_size, read_image, read_mask
 
 # %% ../nbs/library/13_volumes.ipynb #8af425c5
 def zscore_volume(
