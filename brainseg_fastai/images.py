@@ -10,7 +10,7 @@ __all__ = ['IMAGE_SUFFIXES', 'VOLUME_SUFFIXES', 'MOST_VOXELS', 'has_suffix', 'is
            'open_volume', 'Pixels', 'pixels_of', 'read_image', 'image_size', 'raw_mask', 'read_mask', 'to_native',
            'nifti_like', 'write_mask', 'sha_of_picture', 'file_facts', 'facts_of', 'data_fingerprint']
 
-# %% ../nbs/library/01_images.ipynb #9920ecae
+# %% ../nbs/library/01_images.ipynb #f72282cf
 import gzip, hashlib, json, os
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -22,7 +22,7 @@ from PIL import Image
 from .core import (DataError, cache_dir, digest, few, in_threads, missing,
                                   need, plain, plural, stamp, times, write_json, written)
 
-# %% ../nbs/library/01_images.ipynb #eb5f3c4b
+# %% ../nbs/library/01_images.ipynb #0522a1b8
 IMAGE_SUFFIXES = '.png','.tif','.tiff','.bmp','.jpg','.jpeg'
 VOLUME_SUFFIXES = '.nii.gz','.nii','.mgz','.mgh'
 
@@ -49,7 +49,7 @@ def list_files(
             elif has_suffix(e.name, suffixes) and e.is_file(): yield e.path
     return sorted((Path(p) for p in walk(folder)), key=lambda p: p.as_posix())
 
-# %% ../nbs/library/01_images.ipynb #268e765e
+# %% ../nbs/library/01_images.ipynb #6b8f57bc
 def decode(
     path,
     what='an image', # What is expected, for messages; the palette of 'a mask' is not applied
@@ -86,7 +86,7 @@ def read_grey(path, mask=False):
         need(not mask or (a==np.round(a)).all(), path, 'values that are not whole numbers', 'whole codes', again)
     return a
 
-# %% ../nbs/library/01_images.ipynb #e1481162
+# %% ../nbs/library/01_images.ipynb #46905d57
 def read_channels(path, channels):
     "Some channels of a picture"
     a = decode(path, keep=True)
@@ -96,7 +96,7 @@ def read_channels(path, channels):
          f'at least {max(channels)+1} channels', 'Export the picture again.')
     return a[...,channels[0]] if len(channels)==1 else a[...,list(channels)]
 
-# %% ../nbs/library/01_images.ipynb #20d53b9d
+# %% ../nbs/library/01_images.ipynb #da3ae376
 def window_of(a):
     "Grey levels of a scan that become 0 and 255"
     some = a[a!=0]
@@ -119,7 +119,7 @@ def to_bytes(
     if a.dtype!=np.float64: a = a.astype(np.float32)
     return ((a-lo)*(255/(hi-lo))).clip(0, 255).round().astype(np.uint8)
 
-# %% ../nbs/library/01_images.ipynb #de7c13d1
+# %% ../nbs/library/01_images.ipynb #aab84b3e
 def histogram(a):
     "Pixels of each of the 256 values of bytes" # Pillow counts them as they are; NumPy would make eight bytes of each first
     return np.array(Image.fromarray(a.reshape(len(a), -1)).histogram())
@@ -150,7 +150,7 @@ def foreground(
     m = ndi.binary_fill_holes(a>otsu(a)*factor, within if a.ndim==3 else None)
     return largest_part(m)
 
-# %% ../nbs/library/01_images.ipynb #2fb9bc8c
+# %% ../nbs/library/01_images.ipynb #47f24ccf
 MOST_VOXELS = 1024**3
 
 def broken_volume(path, e):
@@ -172,7 +172,7 @@ def volume_header(path):
     need(placed, path, 'an affine that places no voxels in space', 'voxel sizes and directions', 'Export it again.')
     return im
 
-# %% ../nbs/library/01_images.ipynb #25727a40
+# %% ../nbs/library/01_images.ipynb #e4ef5e56
 def read_voxels(path, im):
     "All voxels of a volume; no more is unpacked than its header says"
     packed,size = has_suffix(path, ('.gz','.mgz')), os.path.getsize(path)
@@ -204,7 +204,7 @@ def load_volume(path):
     res.set_data_dtype(a.dtype)
     return res
 
-# %% ../nbs/library/01_images.ipynb #85ea0d59
+# %% ../nbs/library/01_images.ipynb #58ac8a2d
 def count_values(a):
     "Pixels of each value, as a dict"
     if not a.size: return {}
@@ -235,7 +235,7 @@ def code_counts(a):
         if len(codes)>256: return None,None
     return codes, count_values(a[all_alike(a)])
 
-# %% ../nbs/library/01_images.ipynb #9cd77341
+# %% ../nbs/library/01_images.ipynb #0c2916da
 def sha_of(*parts): return hashlib.sha256(b''.join(parts)).hexdigest()
 
 def measure_volume(path):
@@ -267,7 +267,7 @@ def volume_facts(path):
     "Shape, spacing, affine, window, slices with something in them, codes and hash of a volume, in RAS+ orientation"
     return _volume_facts(*stamp(path))
 
-# %% ../nbs/library/01_images.ipynb #11703f59
+# %% ../nbs/library/01_images.ipynb #60810bcd
 @lru_cache(maxsize=16)
 def _open_volume(*key):
     import nibabel as nib
@@ -297,7 +297,7 @@ def open_volume(
     volume_facts(path)
     return _open_volume(*stamp(path))
 
-# %% ../nbs/library/01_images.ipynb #84e0fe33
+# %% ../nbs/library/01_images.ipynb #7e992f39
 @dataclass(frozen=True)
 class Pixels:
     "Where the pixels of a case are"
@@ -375,7 +375,7 @@ class Pixels:
         if mask: d['codes'],d['inside'] = count_values(a), count_values(a[all_alike(a)])
         return d
 
-# %% ../nbs/library/01_images.ipynb #2c6b322d
+# %% ../nbs/library/01_images.ipynb #e669e91b
 def pixels_of(x): return x if isinstance(x, Pixels) else Pixels(x)
 
 def read_image(
@@ -404,7 +404,7 @@ def read_mask(
     if a.dtype!=np.uint8: return np.searchsorted(codes, a).astype(np.uint8, order='C')
     return np.ascontiguousarray(np.searchsorted(codes, np.arange(256)).astype(np.uint8)[a])
 
-# %% ../nbs/library/01_images.ipynb #8016f851
+# %% ../nbs/library/01_images.ipynb #fc8711f4
 def to_native(
     mask,   # In RAS+ orientation
     affine, # Of the file
@@ -449,7 +449,7 @@ def write_mask(
     with written(path) as tmp: (nifti_like(a, like).to_filename if volume else Image.fromarray(a).save)(tmp)
     return Path(path)
 
-# %% ../nbs/library/01_images.ipynb #d6a625d6
+# %% ../nbs/library/01_images.ipynb #c5bb0f95
 def sha_of_picture(a):
     "Hash of decoded pixels, the same for the same values whatever the file format"
     if a.dtype!=np.uint8:
@@ -472,7 +472,8 @@ def file_facts(
 def facts_of(
     images,    # Images, files or `Pixels`; None is passed over
     masks=(),  # Masks
-    show=False # Progress, as in `core.progress`
+    show=False,  # Progress, as in `core.progress`
+    strict=False # Raise the first error
 )->dict:       # By (file, is it a mask?)
     "`file_facts` of many, in threads, each file once however many slices refer to it"
     jobs = {}
@@ -481,16 +482,16 @@ def facts_of(
         for x in {(x.files, x.channels): x for x in xs}.values():
             jobs.update({(o.files[0], mask): o for o in x.looks()})
     res = in_threads(lambda o: file_facts(jobs[o], o[1]), jobs, show)
+    bad = [d['error'] for d in res if d['error']]
+    if strict and bad: raise bad[0]
     return dict(zip(jobs, res))
 
-# %% ../nbs/library/01_images.ipynb #8e16385b
+# %% ../nbs/library/01_images.ipynb #bfd3a1a8
 def data_fingerprint(
     cases:pd.DataFrame # Case table
 )->str: # 64 hexadecimal digits
     "Hash of the names and pixels of all images and masks; the place of the folder and the order of rows do not matter"
-    facts = facts_of(cases['image'], cases['mask'])
-    for d in facts.values():
-        if d['error']: raise d['error']
+    facts = facts_of(cases['image'], cases['mask'], strict=True)
     root = os.path.commonpath([os.path.dirname(f) for f,_ in facts]) if facts else ''
     name = {f: Path(f).relative_to(root).as_posix() for f,_ in facts}
     lines = [f'{name[f]} {d["sha"]}' for (f,_),d in facts.items()]
