@@ -88,8 +88,8 @@ class MatSlice(Pixels):
     def values(self, mask=False):
         "Image or mask as it is stored, upright"
         with open_mat(self) as f:
-            image,tumour = f['cjdata/image'][()], f['cjdata/tumorMask'][()]>0
-            border = np.ravel(f.get('cjdata/tumorBorder', ()))
+            g = f['cjdata']
+            image,tumour,border = g['image'][()], g['tumorMask'][()]>0, np.ravel(g.get('tumorBorder', ()))
         need(image.shape==tumour.shape, self, f'an image of {times(image.shape)} with a mask of {times(tumour.shape)}',
              'image and mask of the same size', AGAIN)
         need(np.isfinite(image).all(), self, 'values that are not numbers', 'finite grey levels', AGAIN)
@@ -106,13 +106,16 @@ TUMOURS = {1:'meningioma', 2:'glioma', 3:'pituitary'}
 
 def mat_files(root):
     "Slices in the order of their numbers: 9.mat before 10.mat"
+    need_package('h5py', 'mat')
     files = [p for p in list_files(root, '.mat') if p.name.lower()!='cvind.mat']
     return sorted(files, key=lambda p: (len(p.stem), p.stem))
 
 @lru_cache(maxsize=8192)
 def mat_row(path, size, time): # `stamp` of a file
     "What a slice says without its pixels, as a row of a case table"
-    with open_mat(path) as f: pid,label = f['cjdata/PID'][()], int(np.ravel(f['cjdata/label'])[0])
+    with open_mat(path) as f:
+        g = f['cjdata']
+        pid,label = g['PID'][()], int(np.ravel(g['label'])[0])
     if np.asarray(pid).dtype.kind in 'iu': pid = ''.join(map(chr, pid.ravel())).strip('\0 ')
     need(pid and label in TUMOURS, path, f'the patient {pid!r} with the label {label}', 'a PID, and label 1, 2 or 3',
          'Correct or delete the file.')
@@ -176,7 +179,6 @@ def figshare_folds(
 @as_problem
 def figshare_check(root, inputs=None, progress=False)->pd.DataFrame:
     "All that is wrong, doubtful or noteworthy in a folder of the figshare set"
-    need_package('h5py', 'mat')
     choose_inputs(inputs, INPUTS)
     root,rows,found = data_root(root, EXPECTED), [], []
     files = mat_files(root)
