@@ -150,12 +150,15 @@ def run(
     cases = split_of(adni_cases(spec['data'], spec['inputs']))
     valid,codes = cases[cases['split']=='valid'].reset_index(drop=True), list(mask_codes(cases['mask']))
     set_seed(spec['seed'], reproducible=True)
-    system = SYSTEMS[spec['system']](cases, codes, spec['size'], spec['seed'], spec['init']=='pretrained', spec.get('epochs'))
+    system = SYSTEMS[spec['system']](cases, codes, spec['size'], spec['seed'], spec['init']=='pretrained',
+                                     spec.get('epochs'))
     truths = [read_mask(o, codes) for o in valid['mask']]
     def look(): return undisturbed(system.model, lambda: mean_dice(system.predict(valid), truths))
     def show(seconds, dice):
-        if sys.stderr.isatty(): print(f'\r    {seconds:7.1f} s   Dice {dice:.3f} ', end='', file=sys.stderr, flush=True)
-    limits = {k: spec[k] for k in ('at_least','at_most','compare_at','max_steps','each_step') if spec.get(k) is not None}
+        if sys.stderr.isatty(): print(f'\r    {seconds:7.1f} s   Dice {dice:.3f} ', end='', file=sys.stderr,
+                                      flush=True)
+    limits = {k: spec[k] for k in ('at_least','at_most','compare_at','max_steps','each_step')
+              if spec.get(k) is not None}
     clock,begin = Clock(look, show=show, **limits), time.perf_counter()
     system.train(clock)
     clock.finish()
@@ -167,11 +170,14 @@ def figures(spec, system, clock, speed, begin, cases):
     env,mb = environment(default_device()), peak_mb()
     return dict(
         spec=spec, system=spec['system'], seed=spec['seed'], init='pretrained' if system.pretrained else 'scratch',
-        end=clock.seconds, curve=clock.curve, best=max(d for _,d in clock.curve), steps=clock.steps, images=clock.images,
+        end=clock.seconds, curve=clock.curve, best=max(d for _,d in clock.curve), steps=clock.steps,
+        images=clock.images,
         losses=clock.losses, about=system.about, parameters=sum(p.numel() for p in system.model.parameters()),
-        setup_s=(clock.first or begin)-STARTED, train_images_per_s=clock.images/clock.seconds, predict_images_per_s=speed,
+        setup_s=(clock.first or begin)-STARTED, train_images_per_s=clock.images/clock.seconds,
+        predict_images_per_s=speed,
         wait_share=clock.waited/clock.seconds, evaluation_s=clock.evaluating, memory_mb=None if np.isnan(mb) else mb,
-        machine=machine_name(env), environment=env, split=dict(zip(map(case_name, cases.itertuples()), cases['split'])),
+        machine=machine_name(env), environment=env, split=dict(zip(map(case_name, cases.itertuples()),
+                                                                   cases['split'])),
         sides={p: sorted(set(g['subject'])) for p,g in cases.groupby('split')}, data=data_fingerprint(cases))
 
 if __name__=='__main__':

@@ -1,9 +1,10 @@
-"""Is the speed paid for in quality? Ours as it is against fastai's `unet_learner` trained until it no longer gets better, on unseen subjects
+"""Is the speed paid for in quality? Ours against fastai's `unet_learner`, trained until it no longer gets better
 
     python benchmarks/out_of_fold.py DATA --epochs 20 --bf16
 
-Every subject is tested once. The validation subjects of time_to_dice.py, by which the recipe was found, are marked, and the comparison is made without them,
-too. Each training leaves its scores and its losses in OUT/runs/out_of_fold, so that the same command goes on after an interruption."""
+Every subject is tested once. The validation subjects of time_to_dice.py, by which the recipe was found, are marked,
+and the comparison is made without them, too. Each training leaves its scores and its losses in OUT/runs/out_of_fold,
+so that the same command goes on after an interruption."""
 import argparse, sys, time
 from pathlib import Path
 
@@ -37,14 +38,16 @@ class Progress:
         self.n += 1
         self.losses.append(float(loss.detach()))
         left = (time.time()-self.began)*(self.steps/self.n-1)
-        if sys.stderr.isatty(): print(f'\r{self.name}: step {self.n} of {self.steps}, about {left/60:.0f} min left ', end='', file=sys.stderr)
+        if sys.stderr.isatty(): print(f'\r{self.name}: step {self.n} of {self.steps}, about {left/60:.0f} min left ',
+                                      end='', file=sys.stderr)
         return False
 
 def in_bf16(learn):
-    "Let a learner compute as ours does: in bfloat16 where the hardware has it, channels last. Weights and loss stay in 32 bits"
+    "Let a learner compute as ours: in bfloat16 where the hardware has it, channels last; weights and loss in 32 bits"
     forward = learn.model.to(memory_format=torch.channels_last).forward
     def compute(x):
-        with autocast_of(x.device): y = forward(x.as_subclass(torch.Tensor).contiguous(memory_format=torch.channels_last))
+        x = x.as_subclass(torch.Tensor).contiguous(memory_format=torch.channels_last)
+        with autocast_of(x.device): y = forward(x)
         return y.float()
     learn.model.forward = compute
 
@@ -66,7 +69,8 @@ def tested(
     s.model.eval()
     with torch.no_grad(): preds = s.predict_all(test)
     keys = test[['subject','scan','slice']].to_dict('records')
-    rows = [dict(k, **score_mask(a, read_mask(m, codes), n_codes=len(codes))) for k,m,a in zip(keys, test['mask'], preds)]
+    rows = [dict(k, **score_mask(a, read_mask(m, codes), n_codes=len(codes)))
+            for k,m,a in zip(keys, test['mask'], preds)]
     losses = pd.DataFrame(dict(epoch=np.arange(n)+1, loss=np.reshape(p.losses, (n, steps)).mean(1)))
     return pd.DataFrame(rows).assign(variant=system, seed=seed), losses
 
@@ -74,11 +78,13 @@ def parse(args=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('data', type=Path, help='folder with mask/ and the images')
     p.add_argument('--out', default=HERE/'results', type=Path, help='folder for results (default benchmarks/results)')
-    p.add_argument('--inputs', '--kind', default='orig', help='folder of the images within DATA (default orig, the full skull)')
+    p.add_argument('--inputs', '--kind', default='orig',
+                   help='folder of the images within DATA (default orig, the full skull)')
     p.add_argument('--size', type=int, default=256, help='pixels (default 256)')
     p.add_argument('--folds', type=int, default=3)
     p.add_argument('--epochs', type=int, default=20, help='of stock; ours takes its own number (default 20)')
-    p.add_argument('--bf16', action='store_true', help='let stock compute in bfloat16, as ours does where the hardware has it: '
+    p.add_argument('--bf16', action='store_true',
+                   help='let stock compute in bfloat16, as ours does where the hardware has it: '
                    'the same training in less time')
     p.add_argument('--threads', type=int, default=2)
     return p.parse_args(args)
@@ -123,8 +129,9 @@ def main(args=None):
         machine=machine_name(environment(default_device())), loss=dict(ours=ours_loss, stock=stock_loss),
         by_subject=by_subject.sort_values('stock').to_dict('records')))
     for r,who in ((res, 'subjects'), (res['without_helped'], 'that did not help to find the recipe')):
-        print('Mean over subjects of per-image Dice, ours minus stock: {:+.4f} (90 % {:+.4f} to {:+.4f}), '.format(r['difference'], *r['ci90']) +
-              f"{r['subjects']} {who}, {a.folds} folds, {a.epochs} epochs of stock")
+        numbers = '{:+.4f} (90 % {:+.4f} to {:+.4f})'.format(r['difference'], *r['ci90'])
+        print(f'Mean over subjects of per-image Dice, ours minus stock: {numbers}, {r["subjects"]} {who}, '
+              f'{a.folds} folds, {a.epochs} epochs of stock')
     return 0
 
 if __name__=='__main__':

@@ -1,6 +1,6 @@
 """What is compared. Each system is a class with
 
-    train(clock)        train until `clock.step` says stop; `clock.start`, `clock.loaded` and `clock.step` around every batch
+    train(clock)        train until `clock.step` says stop; `clock.start`, `.loaded` and `.step` around every batch
     predict(cases)      classes of all cases, one array each, in the pixels of the image
     predict_all(cases)  the same in the way that its users predict, for the speed of prediction
     model, pretrained, about
@@ -9,14 +9,17 @@ so that clock, evaluation and tables are written once."""
 import math
 
 import numpy as np, torch, torch.nn.functional as F
-from fastai.vision.all import (Callback, CancelFitException, DataBlock, ImageBlock, MaskBlock, Pipeline, PILImage, PILMask,
+from fastai.vision.all import (Callback, CancelFitException, DataBlock, ImageBlock, MaskBlock, Pipeline, PILImage,
+                               PILMask,
                                RandTransform, Resize, aug_transforms, create_body, create_unet_model, default_device,
                                in_channels, resnet18, resnet34, unet_learner)
 from monai.data import CacheDataset, DataLoader
 from monai.losses import DiceCELoss
 from monai.networks.nets import BasicUNet, UNet
-from monai.transforms import (Compose, NormalizeIntensityd, RandAdjustContrastd, RandAffined, RandFlipd, RandGaussianNoised,
-                              RandGaussianSmoothd, RandRotated, RandScaleIntensityd, RandScaleIntensityFixedMeand, RandShiftIntensityd,
+from monai.transforms import (Compose, NormalizeIntensityd, RandAdjustContrastd, RandAffined, RandFlipd,
+                              RandGaussianNoised,
+                              RandGaussianSmoothd, RandRotated, RandScaleIntensityd, RandScaleIntensityFixedMeand,
+                              RandShiftIntensityd,
                               RandSimulateLowResolutiond, RandZoomd, Transform)
 from monai.utils import set_determinism
 from brainseg_fastai.core import DataError, need
@@ -52,9 +55,11 @@ class Ticks(Callback):
     def before_batch(self):
         if not self.training: return
         self.clock.loaded()
-        if self.by_clock and self.n_epoch==FOREVER: self.learn.pct_train = self.clock.share() # the schedule spans its time
+        # the schedule spans its time
+        if self.by_clock and self.n_epoch==FOREVER: self.learn.pct_train = self.clock.share()
     def after_train(self): self.clock.pause()
-    def before_validate(self): # the harness evaluates; fastai's own pass over the validation images is cut to one image
+    # the harness evaluates; fastai's own pass over the validation images is cut to one image
+    def before_validate(self):
         if self.few is None: self.few = [tuple(o[:1] for o in self.dls.valid.one_batch())]
         self.learn.dl = self.few
 
@@ -115,7 +120,8 @@ def contiguous(learn):
     learn.add_cb(Reshape(flat))
 
 def full_decoder(learn):
-    net = create_unet_model(resnet18, len(learn.frame.codes), (256,256), pretrained=False, n_in=in_channels(learn.model.body))
+    net = create_unet_model(resnet18, len(learn.frame.codes), (256,256), pretrained=False,
+                            n_in=in_channels(learn.model.body))
     last = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)][-1]
     with torch.no_grad(): last.bias.copy_(learn.model.head[-1][0].bias) # both start at the same guess
     learn.model = InBf16(net).to(learn.dls.device)
@@ -168,15 +174,19 @@ class OneByOne(RandTransform):
 
 def one_by_one(learn):
     dl = learn.dls.train
-    dl.after_batch = Pipeline([OneByOne(o) if isinstance(o, AffineAugment) else o for o in dl.after_batch.fs], split_idx=0)
+    dl.after_batch = Pipeline([OneByOne(o) if isinstance(o, AffineAugment) else o for o in dl.after_batch.fs],
+                              split_idx=0)
 
 def with_workers(learn): learn.dls.loaders[0] = learn.dls.train.new(num_workers=2)
 
 def compiled(learn): learn.model.scores = torch.compile(learn.model.scores)
 
-CHANGES = dict(float32=in_float32, contiguous=contiguous, decoder=full_decoder, three=three_channels, whole=whole_images,
-               resize=resized_images, alike=guesses_alike, last=last_weights, ce=cross_entropy, rate=usual_rate, batch=None,
-               reading=read_each_time, fastai_aug=fastai_augmentation, single=one_by_one, workers=with_workers, compile=compiled)
+CHANGES = dict(float32=in_float32, contiguous=contiguous, decoder=full_decoder, three=three_channels,
+               whole=whole_images,
+               resize=resized_images, alike=guesses_alike, last=last_weights, ce=cross_entropy, rate=usual_rate,
+               batch=None,
+               reading=read_each_time, fastai_aug=fastai_augmentation, single=one_by_one, workers=with_workers,
+               compile=compiled)
 
 def changed(name):
     "The class for ours with one thing changed"
@@ -202,12 +212,16 @@ class Stock(Fastai):
     by_clock = True
     def make(self, pretrained):
         if pretrained: require_imagenet('stock')
-        block = DataBlock((ImageBlock, MaskBlock(codes=np.array(self.codes))), get_x=ReadPicture(), get_y=ReadMask(self.codes),
-                          splitter=split_column, item_tfms=Resize(self.size, method='pad', pad_mode='zeros'), batch_tfms=aug_transforms())
+        block = DataBlock((ImageBlock, MaskBlock(codes=np.array(self.codes))), get_x=ReadPicture(),
+                          get_y=ReadMask(self.codes),
+                          splitter=split_column, item_tfms=Resize(self.size, method='pad', pad_mode='zeros'),
+                          batch_tfms=aug_transforms())
         n = int((self.cases['split']=='train').sum())
-        learn = unet_learner(block.dataloaders(self.cases.reset_index(drop=True), bs=min(BS, n)), resnet34, pretrained=pretrained)
+        learn = unet_learner(block.dataloaders(self.cases.reset_index(drop=True), bs=min(BS, n)), resnet34,
+                             pretrained=pretrained)
         how = 'fine_tune' if pretrained else 'fit_one_cycle'
-        self.about = dict(arch='resnet34', bs=learn.dls.bs, opt='Adam', lr=learn.lr, schedule=f'{how}, the cycle spans the time cap',
+        self.about = dict(arch='resnet34', bs=learn.dls.bs, opt='Adam', lr=learn.lr,
+                          schedule=f'{how}, the cycle spans the time cap',
                           workers=learn.dls.train.fake_l.num_workers)
         return learn
     def fit(self):
@@ -230,8 +244,8 @@ def require_imagenet(system):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         if imagenet_weights('resnet34'): return
-    raise DataError(f'{system}: found no ImageNet weights of resnet34 in the cache of torch, and no way to download them; '
-                    'expected them for --init pretrained. Take --init scratch.')
+    raise DataError(f'{system}: found no ImageNet weights of resnet34 in the cache of torch, and no way to download '
+                    'them; expected them for --init pretrained. Take --init scratch.')
 
 # ---- systems with a plain training loop, on MONAI's transforms, cache and loader
 
@@ -240,23 +254,27 @@ class ReadCase(Transform):
     def __init__(self, codes, size): self.codes,self.fit = codes,SquarePad(size)
     def __call__(self, case):
         a = read_image(case['image'])
-        x = self.fit(TensorScan(torch.from_numpy(np.ascontiguousarray(a[None] if a.ndim==2 else np.moveaxis(a, -1, 0)))))
+        x = self.fit(TensorScan(torch.from_numpy(np.ascontiguousarray(a[None]
+                                                                      if a.ndim==2 else np.moveaxis(a, -1, 0)))))
         y = self.fit(PILMask.create(read_mask(case['mask'], self.codes)))
-        return dict(image=x.as_subclass(torch.Tensor).float(), mask=torch.from_numpy(np.array(y)[None]).long(), size=a.shape[:2])
+        return dict(image=x.as_subclass(torch.Tensor).float(), mask=torch.from_numpy(np.array(y)[None]).long(),
+                    size=a.shape[:2])
 
 KEYS,MODES = ('image','mask'),('bilinear','nearest')
 
 def light_augmentation():
     "Flips left to right, small affine changes and changes of light, as far as heads differ"
     return [RandFlipd(KEYS, prob=.5, spatial_axis=1),
-            RandAffined(KEYS, prob=.5, rotate_range=math.radians(8), scale_range=.1, translate_range=5, mode=MODES, padding_mode='zeros'),
+            RandAffined(KEYS, prob=.5, rotate_range=math.radians(8), scale_range=.1, translate_range=5, mode=MODES,
+                        padding_mode='zeros'),
             RandScaleIntensityd('image', factors=.15, prob=.5), RandShiftIntensityd('image', offsets=.1, prob=.5)]
 
 def nnunet_augmentation():
     "The probabilities and ranges of nnU-Net's trainer for square slices, with MONAI's transforms"
     return [RandRotated(KEYS, range_x=math.pi, prob=.2, mode=MODES, padding_mode='zeros'),
             RandZoomd(KEYS, prob=.2, min_zoom=.7, max_zoom=1.4, mode=MODES, padding_mode='constant'),
-            RandGaussianNoised('image', prob=.1, std=math.sqrt(.1)), RandGaussianSmoothd('image', (.5,1.), (.5,1.), prob=.1),
+            RandGaussianNoised('image', prob=.1, std=math.sqrt(.1)),
+            RandGaussianSmoothd('image', (.5,1.), (.5,1.), prob=.1),
             RandScaleIntensityd('image', factors=.25, prob=.15),
             RandScaleIntensityFixedMeand('image', factors=.25, preserve_range=True, prob=.15),
             RandSimulateLowResolutiond('image', prob=.125, zoom_range=(.5,1.), upsample_mode='bicubic'),
@@ -280,7 +298,8 @@ class Plain:
         tfms = Compose([*self.read.transforms, *self.augmentation()])
         ds = CacheDataset(train[['image','mask']].to_dict('records'), tfms, progress=False)
         self.dl = DataLoader(ds, batch_size=self.bs, shuffle=True, drop_last=True, num_workers=0)
-        self.about |= dict(bs=self.bs, opt=type(self.opt).__name__, lr=self.opt.param_groups[0]['lr'], schedule=self.schedule)
+        self.about |= dict(bs=self.bs, opt=type(self.opt).__name__, lr=self.opt.param_groups[0]['lr'],
+                           schedule=self.schedule)
     schedule = 'constant'
     def optimiser(self): return torch.optim.Adam(self.model.parameters(), 1e-3)
     def augmentation(self): return light_augmentation()
@@ -322,15 +341,17 @@ class Smp(Plain):
     def network(self, pretrained):
         import segmentation_models_pytorch as smp
         self.pretrained = pretrained
-        try: return smp.Unet('resnet34', encoder_weights='imagenet' if pretrained else None, in_channels=self.n_in, classes=len(self.codes))
+        try: return smp.Unet('resnet34', encoder_weights='imagenet' if pretrained else None, in_channels=self.n_in,
+                             classes=len(self.codes))
         except Exception as e:
             if not pretrained: raise
-            raise DataError(f'smp: found no ImageNet weights of resnet34 ({type(e).__name__}); expected them for --init pretrained. '
-                            'Take --init scratch.') from e
+            raise DataError(f'smp: found no ImageNet weights of resnet34 ({type(e).__name__}); expected them for '
+                            '--init pretrained. Take --init scratch.') from e
 
 class MonaiUNet(Plain):
     "MONAI's residual U-Net as in its tutorials"
-    def network(self, pretrained): return UNet(2, self.n_in, len(self.codes), (16,32,64,128,256), (2,2,2,2), num_res_units=2)
+    def network(self, pretrained): return UNet(2, self.n_in, len(self.codes), (16,32,64,128,256), (2,2,2,2),
+                                               num_res_units=2)
 
 class MonaiBasic(Plain):
     "MONAI's BasicUNet with its own defaults"
@@ -344,16 +365,20 @@ def nnunet_plan(
     n_in=1, # Channels
     n_out=2 # Classes
 )->dict: # arch (of `PlainConvUNet`), bs
-    "The 2-D configuration of nnU-Net's default planner for square images of equal spacing, for its usual 8 GB of graphics memory"
+    "The 2-D configuration of nnU-Net's default planner for square images of equal spacing, for its usual 8 GB"
     from dynamic_network_architectures.architectures.unet import PlainConvUNet
     side,pools = size,0
     while side>=8: side,pools = math.ceil(side/2),pools+1 # halved until the deepest map is 4 to 7 pixels wide
     need(size%2**pools==0, f'nnunet: found the size {size}; expected a multiple of {2**pools}. Take another --size.')
     stages = pools+1
-    arch = dict(n_stages=stages, features_per_stage=[min(512, 32*2**i) for i in range(stages)], conv_op=torch.nn.Conv2d, kernel_sizes=3,
-                strides=[1]+[2]*pools, n_conv_per_stage=2, n_conv_per_stage_decoder=2, conv_bias=True, norm_op=torch.nn.InstanceNorm2d,
-                norm_op_kwargs=dict(eps=1e-5, affine=True), nonlin=torch.nn.LeakyReLU, nonlin_kwargs=dict(inplace=True))
-    with torch.device('meta'): estimate = PlainConvUNet(n_in, num_classes=n_out, **arch).compute_conv_feature_map_size((size, size))
+    arch = dict(n_stages=stages, features_per_stage=[min(512, 32*2**i) for i in range(stages)],
+                conv_op=torch.nn.Conv2d, kernel_sizes=3,
+                strides=[1]+[2]*pools, n_conv_per_stage=2, n_conv_per_stage_decoder=2, conv_bias=True,
+                norm_op=torch.nn.InstanceNorm2d,
+                norm_op_kwargs=dict(eps=1e-5, affine=True), nonlin=torch.nn.LeakyReLU,
+                nonlin_kwargs=dict(inplace=True))
+    with torch.device('meta'): estimate = PlainConvUNet(n_in, num_classes=n_out,
+                                                        **arch).compute_conv_feature_map_size((size, size))
     fits = round(85_000_000/estimate*12)             # the reference: 12 images of 85 million feature values fit
     return dict(arch=arch, bs=max(min(fits, round(.05*n)), 2)) # but no more than 5 % of the images, and 2 at least
 
@@ -368,19 +393,23 @@ class NnUNet(Plain):
         w = np.array([.5**i for i in range(plan['arch']['n_stages']-1)])
         w[-1] = 0 # the coarsest output counts nothing
         self.weights = w/w.sum()
-        self.part = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True, smooth_nr=1e-5, smooth_dr=1e-5)
+        self.part = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True, smooth_nr=1e-5,
+                               smooth_dr=1e-5)
         net = PlainConvUNet(self.n_in, num_classes=len(self.codes), deep_supervision=True, **plan['arch'])
         return net.apply(PlainConvUNet.initialize)
-    def optimiser(self): return torch.optim.SGD(self.model.parameters(), 1e-2, momentum=.99, nesterov=True, weight_decay=3e-5)
+    def optimiser(self): return torch.optim.SGD(self.model.parameters(), 1e-2, momentum=.99, nesterov=True,
+                                                weight_decay=3e-5)
     def augmentation(self): return nnunet_augmentation()
     def set_lr(self, clock): self.opt.param_groups[0]['lr'] = 1e-2*max(1-clock.share(), 1e-3)**.9
     def loss(self, x, y):
-        return sum(float(w)*self.part(o, y[...,::2**i,::2**i]) for i,(w,o) in enumerate(zip(self.weights, self.model(x))) if w)
+        return sum(float(w)*self.part(o, y[...,::2**i,::2**i]) for i,(w,o) in enumerate(zip(self.weights,
+                                                                                            self.model(x))) if w)
     def before_step(self): torch.nn.utils.clip_grad_norm_(self.model.parameters(), 12)
     def scores(self, x):
         self.model.decoder.deep_supervision = False
         try: return self.model(x)
         finally: self.model.decoder.deep_supervision = True
 
-SYSTEMS = dict(ours=Ours, published=Published, stock=Stock, smp=Smp, monai_unet=MonaiUNet, monai_basic=MonaiBasic, nnunet=NnUNet,
+SYSTEMS = dict(ours=Ours, published=Published, stock=Stock, smp=Smp, monai_unet=MonaiUNet, monai_basic=MonaiBasic,
+               nnunet=NnUNet,
                **{f'ours-{k}': changed(k) for k in CHANGES})

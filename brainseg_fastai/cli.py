@@ -19,7 +19,7 @@ from . import __version__
 from .core import DataError, few, need, plural
 from .settings import add_flags, from_flags
 
-# %% ../nbs/library/25_commands.ipynb #afdaa399
+# %% ../nbs/library/25_commands.ipynb #e68908c7
 LAYOUTS = dict(adni='ADNI', figshare='LAYOUT', brats='LAYOUT', ibsr='LAYOUT', lgg='LAYOUT')
 
 def find_layout(
@@ -111,7 +111,7 @@ def variant_flags(p):
     without(p, 'control', 'without the extra training of the same input with '
             'another seed')
 
-# %% ../nbs/library/25_commands.ipynb #9dea0c2b
+# %% ../nbs/library/25_commands.ipynb #0cb99178
 def compare_flags(p):
     "Of `compare`"
     flag(p, '--margin', 'differences in Dice below it do not matter (default 0.01)',

@@ -19,7 +19,7 @@ from fastcore.meta import delegates
 from .adni import ADNI, kinds_in
 from .cases import is_simulated, pair_cases
 from .checks import mask_codes, refuse_errors
-from .core import need, plain, read_json, write_csv, write_json
+from .core import DataError, few, need, plain, read_json, write_csv, write_json
 from .images import data_fingerprint
 from .report import compare_report, train_report
 from .runs import file_name, pool_bundle, portable, train_folds
@@ -97,7 +97,7 @@ def other_people(
              'Write them with the same codes as in the training folder.')
     return tables
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #0e2215a1
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #6c694194
 def prepare(
     root,          # Data folder
     variants:dict, # `Settings` by name
@@ -158,7 +158,7 @@ def result_folder(
     write_json(mine, asked)
     return out
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #35d5a23e
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #bfdaed88
 def trainings(
     r,           # From `prepare`
     repeats=1,   # Trainings per fold and variant
@@ -204,6 +204,7 @@ def train_variants(
     **kwargs
 )->AttrDict: # What `prepare` gives, and: out, asked, scores, all_scores, curves, runs, control
     "Prepare, train and score every variant on the same split"
+    check_out(out, overwrite or resume)
     r = prepare(root, variants, **kwargs)
     jobs = trainings(r, repeats, control)
     external = kwargs.get('external') and Path(kwargs['external']).resolve().name
@@ -272,8 +273,8 @@ def compare_variants(
     **kwargs
 )->AttrDict: # report, comparison and swap (or summary), and all that `train_variants` gives
     "Train both variants, compare them on the same test subjects, and write a report with a verdict"
+    if len(variants)>2: raise DataError(f'{len(variants)} variants ({few(variants)}); expected two that differ')
     if track: check_track(track, out)
-    need(len(variants)<3, f'{len(variants)} variants ({", ".join(variants)}); expected two that differ')
     began,r = time.time(), train_variants(root, out, variants, **kwargs)
     facts = shown(r, command=command, wall_time=f'{(time.time()-began)/60:.1f} min (this call)')
     if len(variants)==2: judged(r, margin, facts)

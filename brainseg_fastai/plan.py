@@ -89,7 +89,7 @@ def prediction_seconds(
     seconds = min(timed(lambda: predict(model_of(learn), two)) for _ in range(2)) # the first time takes longer
     return seconds*windows(a.shape, patch)/windows(two.shape, patch)
 
-# %% ../nbs/8_speed.ipynb #2d875c25
+# %% ../nbs/8_speed.ipynb #8be77d41
 def measure_training(
     cases:pd.DataFrame, # Case table with the column `split`
     settings,           # `Settings`

@@ -4,7 +4,6 @@ import json
 import numpy as np, pandas as pd, pytest
 
 import brainseg_fastai.comparison as comparison
-from brainseg_fastai.adni import ADNI
 from brainseg_fastai.cases import standin
 from brainseg_fastai.cli import LAYOUTS, find_layout, main
 from brainseg_fastai.comparison import (announcer, check_out, compare_variants, differs_in, named_variants, prepare,
@@ -22,7 +21,8 @@ TINY = Settings(size=64, epochs=1, arch='unet', depth=3, width=4)
 def root(tmp_path): return make_folder(tmp_path/'d', 6, 2)
 
 def needs_extras():
-    for o in ('h5py','torchio','skimage','SimpleITK'): pytest.importorskip(o, reason='the other data sets need the extra all')
+    for o in ('h5py','torchio','skimage','SimpleITK'): pytest.importorskip(o,
+                                                                           reason='the other data sets need the extra all')
 
 # --- variants ---
 
@@ -85,7 +85,8 @@ def test_an_external_folder_holds_other_people(root, tmp_path):
     with pytest.raises(DataError, match='only subjects that are also in the training folder'):
         prepare(root, BOTH, external=root, progress=False)
     other = make_folder(tmp_path/'e', 8, 1, mask_value=1)
-    with pytest.raises(DataError, match='same codes|codes of the training folder'): prepare(root, BOTH, external=other, progress=False)
+    with pytest.raises(DataError, match='same codes|codes of the training folder'): prepare(root, BOTH,
+                                                                                            external=other, progress=False)
     other = make_folder(tmp_path/'f', 8, 1)
     r = prepare(root, BOTH, external=other, progress=False)
     assert [sorted(set(t.subject)) for t in r.external.values()]==[['006_S_1006','007_S_1007']]*2
@@ -108,8 +109,10 @@ def test_both_variants_have_the_same_people_on_the_same_side(layout):
 def test_trainings_and_their_control(root):
     r = prepare(root, BOTH, progress=False)
     jobs = trainings(r)
-    assert [(o['name'], o['settings'].seed, o['split'].fold.nunique()) for o in jobs]==[('brain',42,3), ('orig',42,3), ('brain',542,1)]
-    assert [list(o['others']) for o in jobs]==[['orig'],['brain'],['orig']] # models are tested on the other input as well
+    assert [(o['name'], o['settings'].seed, o['split'].fold.nunique()) for o in jobs]==[('brain',42,3), ('orig',42,3),
+                                                                                        ('brain',542,1)]
+    # models are tested on the other input as well
+    assert [list(o['others']) for o in jobs]==[['orig'],['brain'],['orig']]
     assert len(trainings(r, control=False))==len(trainings(r, repeats=2))==2
     r = prepare(root, {k: Settings(inputs='brain', loss=k) for k in ('ce','dice')}, progress=False)
     assert r.what=='setting' and not any(o['others'] for o in trainings(r))
@@ -132,7 +135,8 @@ def test_result_folder(tmp_path):
     (out/'runs').mkdir()
     (out/'scores.csv').write_text('old')
     (out/'notes.txt').write_text('mine')
-    with pytest.raises(DataError, match='other settings.*seed: 1, now 2'): result_folder(out, dict(seed=2, inputs=['brain']), resume=True)
+    with pytest.raises(DataError, match='other settings.*seed: 1, now 2'): result_folder(out,
+                                                                                         dict(seed=2, inputs=['brain']), resume=True)
     assert (out/'scores.csv').read_text()=='old'
     result_folder(out, dict(seed=2), overwrite=True)
     assert sorted(o.name for o in out.iterdir())==['notes.txt','settings.json'], 'what others put there stays'
@@ -154,7 +158,8 @@ def narrow_and_wide(**kwargs):
 
 def test_chance_in_training_is_told(root, tmp_path):
     "Two trainings of one variant that differ more than the two variants do"
-    r = compare_variants(root, tmp_path/'r', narrow_and_wide(inputs='brain', size=64, epochs=1, arch='unet', depth=3), progress=False)
+    r = compare_variants(root, tmp_path/'r', narrow_and_wide(inputs='brain', size=64, epochs=1, arch='unet', depth=3),
+                         progress=False)
     c = r.comparison
     told = any('chance in training' in o for o in c.warnings)
     assert told==(c.verdict!='equivalent' and abs(c.control['difference'])>=abs(c.difference))
@@ -190,9 +195,11 @@ def run(*args): return main([str(o) for o in args])
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_the_commands_on_every_layout(layout, tmp_path, capsys, real=False):
     needs_extras()
-    root = dataset(FOLDERS[layout]) if real else make_folder(tmp_path/'d', 6, 1) if layout=='adni' else standin(find_layout(layout))
+    root = dataset(FOLDERS[layout]) if real else make_folder(tmp_path/'d', 6,
+                                                             1) if layout=='adni' else standin(find_layout(layout))
     assert run('check', root, '--layout', layout)==0
-    small = ['--epochs', 1, '--size', 64, '--patch', '64,64,64' if real else '32,32,32', '--folds', 3, '--no-control', '--no-pretrained']
+    small = ['--epochs', 1, '--size', 64, '--patch', '64,64,64' if real else '32,32,32', '--folds', 3, '--no-control',
+             '--no-pretrained']
     assert run('compare', root, '--layout', layout, '--out', tmp_path/'r', *small)==0
     c = json.loads((tmp_path/'r'/'comparison.json').read_text())
     assert c['n_subjects']==pd.read_csv(tmp_path/'r'/'scores.csv', dtype=str).subject.nunique() and c['folds']==3
@@ -201,9 +208,11 @@ def test_the_commands_on_every_layout(layout, tmp_path, capsys, real=False):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('layout', NATIVE)
-def test_the_commands_on_the_samples(layout, tmp_path, capsys): test_the_commands_on_every_layout(layout, tmp_path, capsys, real=True)
+def test_the_commands_on_the_samples(layout, tmp_path, capsys): test_the_commands_on_every_layout(layout, tmp_path,
+                                                                                                  capsys, real=True)
 
-@pytest.mark.parametrize('args', [('--arch','vgg'), ('--mode','patch','--patch','40,40,40','--arch','unetr'), ('--loss','hinge'),
+@pytest.mark.parametrize('args', [('--arch','vgg'), ('--mode','patch','--patch','40,40,40','--arch','unetr'),
+                                  ('--loss','hinge'),
                                   ('--steps','sharpen'), ('--steps','clahe'), ('--a','arch=unet','--b','arch=unet'),
                                   ('--a','arch=unet','size=100','--b','arch=attention_unet')])
 def test_settings_are_refused_before_anything_is_written(args, tmp_path, capsys):

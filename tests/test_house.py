@@ -9,15 +9,18 @@ TEXT = {p.stem: p.read_text(encoding='utf-8') for p in sorted((ROOT/'brainseg_fa
         if p.stem not in ('_modidx','__init__')}
 TREES = {k: ast.parse(s) for k,s in TEXT.items()}
 LINES = {k: [l for l in s.splitlines() if l.strip()] for k,s in TEXT.items()}
-FUNCTIONS = [(k, f) for k,t in TREES.items() for f in ast.walk(t) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))]
+FUNCTIONS = [(k, f) for k,t in TREES.items() for f in ast.walk(t)
+             if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))]
 NOTEBOOKS = sorted((ROOT/'nbs').rglob('*.ipynb'))
-KNOW_THEIR_NAME = 'adni','figshare','brats','ibsr','lgg','cli' # the stories of the data sets, and the command line's table
+# the stories of the data sets, and the command line's table
+KNOW_THEIR_NAME = 'adni','figshare','brats','ibsr','lgg','cli'
 
 def imported(tree):
     "Modules of the library that a module imports, anywhere in it"
     res = set()
     for o in ast.walk(tree):
-        if not isinstance(o, ast.ImportFrom) or not (o.level or (o.module or '').startswith('brainseg_fastai')): continue
+        if not isinstance(o, ast.ImportFrom) or not (o.level or (o.module
+                                                                 or '').startswith('brainseg_fastai')): continue
         base = (o.module or '').removeprefix('brainseg_fastai').strip('.')
         res |= {base} if base else {a.name for a in o.names}
     return res & set(TREES)

@@ -12,23 +12,27 @@ def nbdev(command, *args, cwd=ROOT, timeout=300, **env):
     "An nbdev command in a process of its own, on the package in `cwd`"
     exe = shutil.which(command, path=str(Path(sys.executable).parent))
     env = {**os.environ, 'PYTHONPATH': str(cwd), 'MPLBACKEND': 'agg', **env}
-    return subprocess.run([exe, *args], cwd=cwd, env=env, timeout=timeout, capture_output=True, text=True, encoding='utf-8', errors='replace')
+    return subprocess.run([exe, *args], cwd=cwd, env=env, timeout=timeout, capture_output=True, text=True,
+                          encoding='utf-8', errors='replace')
 
 @pytest.fixture(scope='module')
 def clone(tmp_path_factory):
     "What is committed or about to be, in a Git checkout of its own"
     d = tmp_path_factory.mktemp('clone')/'repo'
     if not shutil.which('git') or not (ROOT/'.git').exists(): pytest.skip('needs Git and a checkout')
-    files = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split('\n')
+    files = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard'], cwd=ROOT, capture_output=True, text=True,
+                           check=True).stdout.split('\n')
     for f in filter(None, files):
         if (ROOT/f).is_file():
             (d/f).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT/f, d/f)
     git = ['git', '-c', 'user.name=test', '-c', 'user.email=test@localhost']
-    for args in (['init', '-q'], ['add', '-A'], ['commit', '-qm', 'as it is']): subprocess.run([*git, *args], cwd=d, check=True)
+    for args in (['init', '-q'], ['add', '-A'], ['commit', '-qm', 'as it is']): subprocess.run([*git, *args], cwd=d,
+                                                                                               check=True)
     return d
 
-def test_there_are_notebooks(): assert {'00_cases','1_segmentation_on_brain','2_segmentation_on_full_skull','5_ibsr_tissue'} <= {o.stem for o in NOTEBOOKS} and len(NOTEBOOKS)>=18
+def test_there_are_notebooks(): assert {'00_cases','1_segmentation_on_brain','2_segmentation_on_full_skull',
+                                        '5_ibsr_tissue'} <= {o.stem for o in NOTEBOOKS} and len(NOTEBOOKS)>=18
 
 @pytest.mark.parametrize('command', ['nbdev_export', 'nbdev_clean'])
 def test_a_clean_export_changes_nothing(clone, command):
@@ -36,24 +40,28 @@ def test_a_clean_export_changes_nothing(clone, command):
         for o in (clone/'brainseg_fastai').glob('*.py'): o.unlink() # a stale or hand-made module would not come back
     r = nbdev(command, cwd=clone)
     assert r.returncode==0, r.stderr
-    status = subprocess.run(['git', 'status', '--porcelain'], cwd=clone, capture_output=True, text=True, check=True).stdout
+    status = subprocess.run(['git', 'status', '--porcelain'], cwd=clone, capture_output=True, text=True,
+                            check=True).stdout
     diff = subprocess.run(['git', 'diff'], cwd=clone, capture_output=True, text=True, check=True).stdout
     assert status=='', f'{status}\n{diff[:3000]}'
 
 def test_no_cell_stands_in_two_stories():
     import json
-    def cells(p): return {''.join(c['source']).strip() for c in json.loads(p.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code'}
+    def cells(p): return {''.join(c['source']).strip() for c in json.loads(p.read_text(encoding='utf-8'))['cells']
+                          if c['cell_type']=='code'}
     def is_import(s): return all(l.startswith(('#|','import ','from ',' ')) or not l for l in s.split('\n'))
     stories = [o for o in NOTEBOOKS if o.stem[0]!='0' and o.stem[1]=='_']
     assert len(stories)>=6
     for i,p in enumerate(stories):
-        for q in stories[:i]: assert not [s for s in cells(p)&cells(q) if 'find_spec' not in s and not is_import(s)], (p.name, q.name)
+        for q in stories[:i]: assert not [s for s in cells(p)&cells(q) if 'find_spec' not in s
+                                          and not is_import(s)], (p.name, q.name)
 
 @pytest.mark.slow
 @pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda o: o.stem)
 def test_notebook(notebook, tmp_path, monkeypatch):
     "`nbdev_test` runs each notebook; the count is what this parametrisation makes it"
     monkeypatch.delenv('BRAINSEG_DATA', raising=False) # by default the notebooks use the demo cohort
-    r = nbdev('nbdev_test', '--path', str(notebook), '--do_print', '--n_workers', '0', timeout=1200, BRAINSEG_RUNS=str(tmp_path))
+    r = nbdev('nbdev_test', '--path', str(notebook), '--do_print', '--n_workers', '0', timeout=1200,
+              BRAINSEG_RUNS=str(tmp_path))
     assert r.returncode==0, (r.stdout[-2000:], r.stderr[-4000:])
     assert r.stdout.count('- Completed')==1 and 'Success.' in r.stdout, r.stdout[-2000:]

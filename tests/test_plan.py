@@ -1,5 +1,5 @@
 "Plans: what is measured, what is multiplied, what is said, and that nothing is written"
-import numpy as np, pandas as pd, pytest
+import pandas as pd, pytest
 
 import brainseg_fastai.plan as plan
 from brainseg_fastai.adni import adni_cases
@@ -48,7 +48,8 @@ def test_steps_are_measured_and_nothing_is_left_behind(cases):
         parts = step_seconds(learn, .2, whole=False)
         assert set(sides)=={32} and fast.window==.5
         fast.window = before[0]
-    assert min(whole, parts)>0 and (fast.window,fast.until)==before and {type(o) for o in learn.cbs}=={type(o) for o in cbs}
+    assert min(whole, parts)>0 and (fast.window,fast.until)==before and {type(o) for o in learn.cbs}=={type(o)
+                                                                                                       for o in cbs}
 
 def test_a_training_is_as_long_as_its_parts(cases):
     d = measure_training(cases, Settings(bs=2, epochs=7, **SMALL), CODES, seconds=.3)
@@ -104,11 +105,13 @@ def test_trainings_are_counted(folder, monkeypatch):
     assert counts(folds=2, repeats=2)==[4,4]     # repeats are a control of their own
 
 def test_advice():
-    t = pd.DataFrame([dict(variant='a', trainings=2, minutes=60., epochs=100, steps=9, step_s=.5, setup_s=30., score_s=30., memory_mb=3072.)])
+    t = pd.DataFrame([dict(variant='a', trainings=2, minutes=60., epochs=100, steps=9, step_s=.5, setup_s=30.,
+                           score_s=30., memory_mb=3072.)])
     first,total = advice(t)
     assert first=='a: 2 trainings of 100 epochs, 9 steps of 500 ms each: about 60 min' and total.startswith('In all about 60 min, 3.0 GB')
     assert advice(t, minutes=61, memory=3.1)==[first,total]
-    lines = advice(t, minutes=31, memory=2)      # 2 of the 60 minutes are there whatever the epochs: half of the other 58 are 29
+    # 2 of the 60 minutes are there whatever the epochs: half of the other 58 are 29
+    lines = advice(t, minutes=31, memory=2)
     assert '--epochs 50 ' in lines[2] and '--size' in lines[3] and '2 GB' in lines[4]
     assert 'Fewer epochs alone will not do' in advice(t, minutes=1)[2]
 
@@ -124,9 +127,11 @@ def test_command(folder, capsys, tmp_path, monkeypatch):
     assert 'orig: 2 trainings' in out and 'brain:' not in out and 'more than 0.01 GB' in out
     assert sorted(folder.rglob('*'))==before and not list(tmp_path.iterdir())
 
-@pytest.mark.parametrize('args,why', [(['nowhere'], 'nowhere'), (['DATA','--minutes','0'], 'above 0'), (['DATA','--arch','resnet9'], 'resnet9'),
+@pytest.mark.parametrize('args,why', [(['nowhere'], 'nowhere'), (['DATA','--minutes','0'], 'above 0'),
+                                      (['DATA','--arch','resnet9'], 'resnet9'),
                                       (['DATA','--kind','flair'], 'flair'),
-                                      (['DATA','--kind','orig','--a','inputs=brain','--b','inputs=orig'], 'Leave it out'),
+                                      (['DATA','--kind','orig','--a','inputs=brain','--b','inputs=orig'],
+                                       'Leave it out'),
                                       (['DATA','--out','x'], '--out')])
 def test_what_cannot_be_planned(folder, args, why, capsys):
     given = ['plan', *(str(folder) if o=='DATA' else o for o in args)]
