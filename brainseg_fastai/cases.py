@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'case_table', 'case_name', 'pair_cases', 'Layout', 'cohort', 'is_simulated', 'standin', 'data_folder',
-           'Patient', 'data_root', 'list_niftis', 'choose_inputs', 'one_unit', 'patient_rows', 'volume_cases']
+           'ellipsoid', 'write_nifti', 'Patient', 'data_root', 'list_niftis', 'choose_inputs', 'one_unit',
+           'patient_rows', 'volume_cases']
 
 # %% ../nbs/library/02_cases.ipynb #4ed0bd35
 import os, re
@@ -108,6 +109,22 @@ def data_folder(
     if 'BRAINSEG_DATA' not in os.environ: return (layout.demo or (lambda: standin(layout)))()
     root = Path(os.environ['BRAINSEG_DATA']).expanduser().resolve()
     return root/default if (root/default).is_dir() else root
+
+# %% ../nbs/library/02_cases.ipynb #3f1b7a11
+def ellipsoid(
+    shape,  # Pixels or voxels along each axis
+    centre, # On each axis, from -1 to 1
+    radii   # Half the length along each axis
+)->np.ndarray: # 0 in the centre, 1 on the surface, more outside
+    "A body to draw simulated data with"
+    axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing='ij', sparse=True)
+    return sum(((x-c)/r)**2 for x,c,r in zip(axes, centre, radii))
+
+def write_nifti(a, affine, path):
+    "Write an array as a volume; its folder is made if there is none"
+    import nibabel as nib
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(a, affine), path)
 
 # %% ../nbs/library/02_cases.ipynb #b64cd2f9
 @dataclass
