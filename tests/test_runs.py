@@ -404,7 +404,7 @@ def test_export(bundle, tmp_path, capsys, monkeypatch):
     assert 'largest difference' in capsys.readouterr().out.lower()
     x = np.random.default_rng(0).normal(size=(3,1,64,64)).astype(np.float32)
     got = ort.InferenceSession(str(out)).run(None, {'image': x})[0]
-    with torch.inference_mode(): want = R.in_float32(load_bundle(bundle[0], 'cpu').net)(torch.from_numpy(x)).numpy()
+    with torch.inference_mode(): want = R.InFloat32(load_bundle(bundle[0], 'cpu').net)(torch.from_numpy(x)).numpy()
     assert got.shape==(3,2,64,64) and np.abs(got-want).max()<1e-3
     assert main(['export', str(bundle[0]), '--onnx', str(tmp_path/'m.txt')])==2 and '.onnx' in capsys.readouterr().err
     real = ort.InferenceSession.run
@@ -418,7 +418,7 @@ def test_predicting_with_onnx(bundle, tmp_path, monkeypatch):
     x,runs,real = torch.randn(2,1,64,64), [], ort.InferenceSession.run
     monkeypatch.setattr(ort.InferenceSession, 'run', lambda *a: runs.append(1) or real(*a))
     with torch.inference_mode():
-        assert (there.net(x)-R.in_float32(plain.net)(x)).abs().max()<1e-3 and len(runs)==1
+        assert (there.net(x)-R.InFloat32(plain.net)(x)).abs().max()<1e-3 and len(runs)==1
         assert there.net(torch.randn(1,1,96,96)).shape==(1,2,96,96) and len(runs)==1 # another size: PyTorch
     test = bundle[2][bundle[2]['split']=='test']
     assert all((a.mask!=b.mask).mean()<.02 for (_,a),(_,b) in zip(predict_cases(there, test), predict_cases(plain, test))) and len(runs)>1
