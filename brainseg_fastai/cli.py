@@ -19,7 +19,7 @@ from . import __version__
 from .core import DataError, few, need, plural
 from .settings import add_flags, from_flags
 
-# %% ../nbs/library/25_commands.ipynb #e68908c7
+# %% ../nbs/library/25_commands.ipynb #8dadbbcb
 LAYOUTS = dict(adni='ADNI', figshare='LAYOUT', brats='LAYOUT', ibsr='LAYOUT', lgg='LAYOUT')
 
 def find_layout(
@@ -81,6 +81,7 @@ def data_flags(p, demo=False):
          'before the first dash',
          metavar='REGEX|folder|CSV')
 
+# %% ../nbs/library/25_commands.ipynb #dee2ec82
 def design_flags(p):
     "How often is trained, and who is tested"
     flag(p, '--folds', 'test every subject once, in K folds; left out: one split '
@@ -111,7 +112,7 @@ def variant_flags(p):
     without(p, 'control', 'without the extra training of the same input with '
             'another seed')
 
-# %% ../nbs/library/25_commands.ipynb #0cb99178
+# %% ../nbs/library/25_commands.ipynb #d099ae3f
 def compare_flags(p):
     "Of `compare`"
     flag(p, '--margin', 'differences in Dice below it do not matter (default 0.01)',
@@ -130,6 +131,7 @@ def plan_flags(p):
          'not enough', above)
     flag(p, '--memory', 'memory budget in GB', above)
 
+# %% ../nbs/library/25_commands.ipynb #55ef1aa7
 def slices_flags(p):
     "Of `slices`"
     flag(p, 'subjects', 'folder with a folder for each scan', Path,
@@ -153,6 +155,7 @@ def slices_flags(p):
          default=('T1','brainmask','aseg'), metavar=('HEAD','BRAIN','LABELS'))
     switch(p, '--skip', 'leave out scans that cannot be used, and list them')
 
+# %% ../nbs/library/25_commands.ipynb #7c56f395
 def bundle_flag(p): flag(p, 'bundle', 'folder of a model, as training writes it', Path)
 
 def predict_flags(p):
@@ -216,6 +219,7 @@ def check(a):
     print(format_problems(problems))
     return int((problems['level']=='error').any())
 
+# %% ../nbs/library/25_commands.ipynb #41435dd1
 def compare(a):
     "Train on skull-stripped and on full-skull slices, or any two settings, and compare on unseen subjects"
     from brainseg_fastai.comparison import compare_variants
@@ -232,6 +236,7 @@ def demo(a):
     a.layout = find_layout('adni')
     return compare(a)
 
+# %% ../nbs/library/25_commands.ipynb #2c6155e6
 def train(a):
     "Train one model and report how well it does on unseen subjects"
     from brainseg_fastai.comparison import train_input
@@ -291,17 +296,17 @@ def export(a):
 
 # %% ../nbs/library/25_commands.ipynb #51416a25
 EXAMPLES = """examples:
-  brainseg demo                                     the whole job on a simulated cohort
-  brainseg check slices                             is this folder fit for training?
-  brainseg compare slices --out report              skull-stripped against full skull: a verdict
-  brainseg compare slices --out report --resume     go on with an interrupted run
-  brainseg train slices --kind brain --out model    one model and its report
-  brainseg plan slices --folds 5 --minutes 60       how long would that take here?
-  brainseg slices subjects --out slices             FreeSurfer folders -> slices for all of the above
-  brainseg predict report/bundles/brain scans --out masks   masks, areas and volumes of new scans
+  brainseg demo                                    the whole job on a simulated cohort
+  brainseg check slices                            is this folder fit for training?
+  brainseg compare slices --out report             skull-stripped against full skull
+  brainseg compare slices --out report --resume    go on with an interrupted run
+  brainseg train slices --kind brain --out model   one model and its report
+  brainseg plan slices --folds 5 --minutes 60      how long would that take here?
+  brainseg slices subjects --out slices            FreeSurfer folders -> slices
+  brainseg predict report/bundles/brain scans --out masks    masks of new scans
   brainseg compare lgg --layout lgg --a arch=unet --b arch=attention_unet --out report
-  brainseg app report/bundles/brain                 a page on this machine to try a model with
-  brainseg export report/bundles/brain --onnx model.onnx    the network as ONNX"""
+  brainseg app report/bundles/brain                a page to try a model with
+  brainseg export report/bundles/brain --onnx model.onnx     the network as ONNX"""
 
 def parser()->argparse.ArgumentParser:
     "The command line of `brainseg`"

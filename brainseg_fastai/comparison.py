@@ -38,23 +38,28 @@ def named_variants(
     b=None,      # Text for the other
     base=None    # `Settings` where the texts say nothing
 )->dict: # Two `Settings` by name
-    "The two variants that two texts, or the layout, stand for; inputs alone are called by their name"
+    "Two variants from two texts, or those of the layout; inputs alone are called by their name"
     texts = (a or '', b or '') if a or b else layout.question
     there = kinds_in(root) if layout.crossed else []
     base,usual = base or Settings(), Settings()
     settings = [parse_settings(o, base) for o in texts]
     a,b = ({*re.findall(r'(\w+)=', o)} for o in texts)
-    need(settings[0]!=settings[1], f'both variants are {texts[0]!r}; expected two that differ, '
+    need(settings[0]!=settings[1],
+         f'both variants are {texts[0]!r}; expected two that differ, '
          'such as --a arch=unet --b arch=attention_unet')
     for k in a & b:
-        need(getattr(base, k)==getattr(usual, k), f'--{k} would not be used: the comparison is of {" and ".join(texts)}. '
+        need(getattr(base, k)==getattr(usual, k),
+             f'--{k} would not be used: the comparison is of {" and ".join(texts)}. '
              'Leave it out, or say with --a and --b what to compare.')
     lost = {s.inputs for s in settings} - {None, *there}
-    need(not there or not lost, root, f'only images of the kind {", ".join(there)}', ' and '.join(texts),
+    need(not there or not lost, root, f'only images of the kind {", ".join(there)}',
+         ' and '.join(texts),
          f'To train one model: brainseg train {root} --kind {"".join(there[:1])} --out DIR')
-    names = (o.removeprefix('inputs=') if k=={'inputs'} else o or 'as usual' for o,k in zip(texts, (a, b)))
+    names = (o.removeprefix('inputs=') if k=={'inputs'} else o or 'as usual'
+             for o,k in zip(texts, (a, b)))
     return dict(zip(names, settings))
 
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #10bf154a
 def differs_in(
     variants:dict # `Settings` by name
 )->list: # Names of settings
@@ -76,10 +81,12 @@ def checked_tables(
     problems = layout.check(root, used, progress=progress, **options)
     refuse_errors(problems)
     units = ['slice' if s.mode=='slice' else 'volume' for s in variants.values()]
-    tables = [layout.cases(root, s.inputs, unit=u, **options) for s,u in zip(variants.values(), units)]
+    tables = [layout.cases(root, s.inputs, unit=u, **options)
+              for s,u in zip(variants.values(), units)]
     if len(tables)==2 and len({*units})==1: tables = pair_cases(*tables)
     return dict(zip(variants, tables)), problems
 
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #ea6bd4af
 def other_people(
     root, # Another data folder, in the same layout
     r,    # From `prepare`
@@ -87,17 +94,19 @@ def other_people(
 )->dict: # Case table by variant
     "Cases of subjects that are not in the training folder, to score the models on"
     there = kinds_in(root) if r.layout.crossed else []
-    like = {k: replace(s, inputs=there[0]) if there and s.inputs not in there else s for k,s in r.variants.items()}
+    like = {k: replace(s, inputs=there[0]) if there and s.inputs not in there else s
+            for k,s in r.variants.items()}
     tables,_ = checked_tables(root, like, r.layout, **options)
     for k,t in tables.items():
         tables[k] = t = t[~t['subject'].isin(r.split['subject'])].reset_index(drop=True)
-        need(len(t), root, 'only subjects that are also in the training folder', 'other people', 'Name another folder.')
+        need(len(t), root, 'only subjects that are also in the training folder',
+             'other people', 'Name another folder.')
         odd = sorted({*mask_codes(t['mask'])} - {*r.codes})
         need(not odd, root, f'masks with the values {odd}', f'only {list(r.codes)}',
              'Write them with the same codes as in the training folder.')
     return tables
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #6c694194
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #0c743c5c
 def prepare(
     root,          # Data folder
     variants:dict, # `Settings` by name
@@ -107,13 +116,14 @@ def prepare(
     external=None, # Another data folder to score the models on
     progress=True, # Show how far the check is
     **options      # Of the layout, such as `subject` (how subjects are named)
-)->AttrDict: # variants, layout, tables (by variant), split, codes, problems, external, about, what, crossed, few
+)->AttrDict: # variants, layout, tables, split, codes, problems, external, about, what, crossed, few
     "Check a folder, pair the cases of all variants, and split their subjects once"
     tables,problems = checked_tables(root, variants, layout, progress, **options)
     first,seed = next(iter(tables.values())), next(iter(variants.values())).seed
     one = split_cases(first, folds, seed=seed, previous=previous, stratify=layout.stratify)
-    split = pd.concat([same_split(t, one) for t in tables.values()]).drop_duplicates(ignore_index=True)
-    r = AttrDict(variants=variants, layout=layout, tables=tables, split=split, problems=problems)
+    split = pd.concat([same_split(t, one) for t in tables.values()])
+    r = AttrDict(variants=variants, layout=layout, tables=tables, problems=problems)
+    r.split = split.drop_duplicates(ignore_index=True)
     r.codes = tuple(layout.labels or mask_codes(first['mask']))
     r.what = 'input' if differs_in(variants)==['inputs'] else 'setting'
     r.crossed = layout.crossed and r.what=='input'
@@ -123,8 +133,8 @@ def prepare(
     return r
 
 # %% ../nbs/2_segmentation_on_full_skull.ipynb #17a53ab2
-RESULTS = ('settings.json','split.csv','scores.csv','curves.csv','swap.csv','external.csv','control.csv',
-           'comparison.json','summary.json','report.html','runs','bundles')
+RESULTS = ('settings.json','split.csv','scores.csv','curves.csv','swap.csv','external.csv',
+           'control.csv','comparison.json','summary.json','report.html','runs','bundles')
 
 def check_out(
     out,         # Folder for the results
@@ -133,12 +143,14 @@ def check_out(
     "Refuse a folder that cannot take the results; writes nothing"
     out = Path(out)
     def ok(good, found, remedy=''):
-        need(good, out, found, 'a new or empty folder for the results', f'Choose another --out{remedy}.')
+        need(good, out, found, 'a new or empty folder for the results',
+             f'Choose another --out{remedy}.')
     ok(not out.is_file(), 'a file')
     if not out.exists() or not any(out.iterdir()): return
     ok((out/'settings.json').exists(), 'a folder with other things in it')
     ok(again, 'an earlier run', ', go on with it (--resume) or replace it (--overwrite)')
 
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #c6bebfba
 def result_folder(
     out,             # Folder for the results
     asked:dict,      # What decides them; a resumed run must ask for the same
@@ -153,12 +165,12 @@ def result_folder(
         else: (out/o).unlink(missing_ok=True)
     old = read_json(mine) if mine.exists() else asked
     changes = [f'{k}: {old.get(k)}, now {v}' for k,v in asked.items() if old.get(k)!=v]
-    need(not changes, out, f'a run that was begun with other settings ({", ".join(changes[:3])})', 'the same ones',
-         'Resume with them, or start anew with --overwrite.')
+    need(not changes, out, f'a run that was begun with other settings ({", ".join(changes[:3])})',
+         'the same ones', 'Resume with them, or start anew with --overwrite.')
     write_json(mine, asked)
     return out
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #bfdaed88
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #c8381932
 def trainings(
     r,           # From `prepare`
     repeats=1,   # Trainings per fold and variant
@@ -202,14 +214,16 @@ def train_variants(
     overwrite=False, # Replace an earlier run in `out`
     resume=False,    # Go on with it
     **kwargs
-)->AttrDict: # What `prepare` gives, and: out, asked, scores, all_scores, curves, runs, control
+)->AttrDict: # Also out, asked, scores, all_scores, curves, runs, control
     "Prepare, train and score every variant on the same split"
     check_out(out, overwrite or resume)
     r = prepare(root, variants, **kwargs)
     jobs = trainings(r, repeats, control)
     external = kwargs.get('external') and Path(kwargs['external']).resolve().name
-    r.asked = dict(data=r.about['name'], layout=r.layout.name, variants={k: str(s) for k,s in variants.items()},
-                   folds=r.split['fold'].nunique(), repeats=repeats, control=len(jobs)>len(variants), external=external,
+    r.asked = dict(data=r.about['name'], layout=r.layout.name,
+                   variants={k: str(s) for k,s in variants.items()},
+                   folds=r.split['fold'].nunique(), repeats=repeats,
+                   control=len(jobs)>len(variants), external=external,
                    fingerprint={k: data_fingerprint(t) for k,t in r.tables.items()})
     say = announcer(jobs)
     r.out = result_folder(out, r.asked, overwrite, resume)
@@ -218,21 +232,23 @@ def train_variants(
     same = dict(out=r.out, layout=r.layout, codes=r.codes, about=r.about, announce=say)
     return gathered(r, [train_folds(**job, **same) for job in jobs])
 
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #82071a15
 def gathered(
     r,         # From `prepare`, with `out`
     parts:list # From `train_folds`: of each variant, and perhaps of the control
 )->AttrDict:
     "Tables of all trainings and a bundle per variant, written to the folder of results"
-    own,again = parts[:len(r.variants)], parts[len(r.variants):]
-    for k in ('scores','all_scores','curves'): r[k] = pd.concat([o[k] for o in own], ignore_index=True)
-    twice = [parts[0]['scores'].query('fold==0'), *(o['scores'] for o in again)]
-    r.control = pd.concat(twice, ignore_index=True) if again else None
-    r.runs = [run for o in own for run in o['runs']]
+    n = len(r.variants)
+    def both(k, parts=parts[:n]): return pd.concat([o[k] for o in parts], ignore_index=True)
+    r.update(scores=both('scores'), all_scores=both('all_scores'), curves=both('curves'))
+    r.runs = [run for o in parts[:n] for run in o['runs']]
+    r.control = both('scores', [parts[0], *parts[n:]]).query('fold==0') if parts[n:] else None
     write_csv(r.out/'curves.csv', r.curves)
     external = r.all_scores.query('tested_on=="external"')
     for name,t in dict(scores=r.scores, control=r.control, external=external).items():
         if t is not None and len(t): write_csv(r.out/f'{name}.csv', portable(t))
-    for k,o in zip(r.variants, own): pool_bundle(o['runs'][0], r.out/'bundles'/file_name(k), o['scores'])
+    for k,o in zip(r.variants, parts):
+        pool_bundle(o['runs'][0], r.out/'bundles'/file_name(k), o['scores'])
     return r
 
 # %% ../nbs/2_segmentation_on_full_skull.ipynb #fe82706a
@@ -244,7 +260,8 @@ def swap_table(
     for (trained,tested),g in scores.groupby(['variant','tested_on']):
         m = summarise_scores(g).loc['dice']
         rows.append([trained, tested, int(m['n']), m['mean'], m['low'], m['high']])
-    return pd.DataFrame(rows, columns=['trained_on','tested_on','n_subjects','dice','low','high'])
+    names = ['trained_on','tested_on','n_subjects','dice','low','high']
+    return pd.DataFrame(rows, columns=names)
 
 def shown(
     r,      # From `train_variants`
@@ -252,14 +269,14 @@ def shown(
 )->dict: # Arguments of `compare_report` and `train_report`
     "What reports of both kinds show"
     last = r.runs[-1].config
-    info = dict(r.asked, **about, design=FEW if r.few else 'as asked for', environment=last['versions'],
+    info = dict(r.asked, **about, design=FEW if r.few else 'as asked for',
                 epochs_trained=sorted({o.settings.epochs for o in r.runs}),
                 encoder_weights='ImageNet' if last['imagenet'] else 'random',
-                definitions={'Empty masks': EMPTY_POLICY, 'Surface tolerance': TOLERANCE_POLICY},
-                training_longer=training_longer(r.curves))
+                environment=last['versions'], training_longer=training_longer(r.curves),
+                definitions={'Empty masks': EMPTY_POLICY, 'Surface tolerance': TOLERANCE_POLICY})
     external = swap_table(r.all_scores.query('tested_on=="external"')).drop(columns='tested_on')
-    return dict(scores=r.scores, curves=r.curves, split=r.split, external=external, problems=r.problems,
-                info=info, out=r.out)
+    return dict(scores=r.scores, curves=r.curves, split=r.split, external=external,
+                problems=r.problems, info=info, out=r.out)
 
 # %% ../nbs/2_segmentation_on_full_skull.ipynb #fdcc7984
 @delegates(train_variants)
@@ -272,25 +289,30 @@ def compare_variants(
     command='',    # How to repeat this, for the report
     **kwargs
 )->AttrDict: # report, comparison and swap (or summary), and all that `train_variants` gives
-    "Train both variants, compare them on the same test subjects, and write a report with a verdict"
-    if len(variants)>2: raise DataError(f'{len(variants)} variants ({few(variants)}); expected two that differ')
+    "Train both variants, compare them on the same test subjects, and report a verdict"
+    if len(variants)>2:
+        raise DataError(f'{len(variants)} variants ({few(variants)}); expected two that differ')
     if track: check_track(track, out)
     began,r = time.time(), train_variants(root, out, variants, **kwargs)
-    facts = shown(r, command=command, wall_time=f'{(time.time()-began)/60:.1f} min (this call)')
+    minutes = f'{(time.time()-began)/60:.1f} min (this call)'
+    facts = shown(r, command=command, wall_time=minutes)
     if len(variants)==2: judged(r, margin, facts)
     else: summed_up(r, facts)
     r.report.save(r.out/'report.html')
     if track: print(log_run(track, r.out)['look'])
     return r
 
-CHANCE = ('Two trainings of the same {1} differ by {0:+.4f} Dice, at least as much as the two {1}s do: chance in '
-          'training alone can make such a difference. Train more often (--repeats, --folds) before you believe it.')
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #cf04b644
+CHANCE = ('Two trainings of the same {1} differ by {0:+.4f} Dice, at least as much as the two '
+          '{1}s do: chance in training alone can make such a difference. Train more often '
+          '(--repeats, --folds) before you believe it.')
 
 def judged(r, margin, facts):
     "Compare two variants: adds `comparison`, `swap` and `report`"
     a,b = (r.scores.query('variant==@k') for k in r.variants)
-    r.comparison = c = compare_scores(a, b, margin=margin, names=tuple(r.variants), control=r.control,
-                                      simulated=r.about['simulated'], what=r.what)
+    c = compare_scores(a, b, margin=margin, names=tuple(r.variants), control=r.control,
+                       simulated=r.about['simulated'], what=r.what)
+    r.comparison = c
     if c.control and c.verdict!='equivalent' and abs(c.control['difference'])>=abs(c.difference):
         c.warnings.append(CHANCE.format(c.control['difference'], r.what))
     write_json(r.out/'comparison.json', c.to_dict())
@@ -325,4 +347,5 @@ def train_input(
 )->AttrDict: # summary, report, and all tables
     "Train one variant, score it on test subjects, and write a report"
     s = settings or Settings()
-    return compare_variants(root, out, {s.inputs or kwargs.get('layout', ADNI).name: s}, **kwargs)
+    name = s.inputs or kwargs.get('layout', ADNI).name
+    return compare_variants(root, out, {name: s}, **kwargs)

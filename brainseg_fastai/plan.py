@@ -10,6 +10,7 @@ __all__ = ['Stopwatch', 'step_seconds', 'peak_mb', 'timed', 'windows', 'predicti
 import math, time
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pandas as pd, torch
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
@@ -26,9 +27,10 @@ from .splits import with_split
 
 # %% ../nbs/8_speed.ipynb #9cced8b5
 class Stopwatch(Callback):
-    "Counts the seconds of every training step, all callbacks included, and stops the training after `seconds`"
+    "Counts the seconds of training steps, all callbacks included, and stops after `seconds`"
     order = 1000
-    def __init__(self, seconds, warm_up=2): self.seconds,self.warm_up,self.steps = seconds,warm_up,[]
+    def __init__(self, seconds, warm_up=2):
+        self.seconds,self.warm_up,self.steps = seconds,warm_up,[]
     def before_train(self): self.at = self.now()
     def after_batch(self):
         if not self.training: return
@@ -39,9 +41,9 @@ class Stopwatch(Callback):
         if spent>self.seconds and (enough or spent>2*self.seconds): raise CancelFitException
     def before_validate(self): raise CancelValidException
     def now(self):
-        if self.dls.device.type=='cuda': torch.cuda.synchronize() # else only the asking would be timed
+        if self.dls.device.type=='cuda': torch.cuda.synchronize() # its work, not the asking
         return time.perf_counter()
-    def median(self): return float(pd.Series(self.steps[self.warm_up:] or self.steps[-1:]).median())
+    def median(self): return median(self.steps[self.warm_up:] or self.steps[-1:])
 
 def step_seconds(
     learn,      # Learner, whose weights will be changed
@@ -60,9 +62,10 @@ def step_seconds(
 
 # %% ../nbs/8_speed.ipynb #69b2511b
 def peak_mb():
-    "Largest memory of this process so far in MB, resident or, where it computes there, on the graphics card; NaN where the system does not tell"
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated(): return torch.cuda.max_memory_allocated()/2**20
-    status = Path('/proc/self/status') # Linux: there, `getrusage` begins with the size of the process that started this one
+    "Largest memory of this process so far in MB, of the graphics card if it computes there; NaN if the system does not tell"
+    cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    if cuda: return cuda/2**20
+    status = Path('/proc/self/status') # Linux, where `getrusage` begins with the size of the parent
     if status.exists(): return int(status.read_text().split('VmHWM:')[1].split()[0])/2**10
     try: import resource
     except ImportError: return math.nan # Windows
@@ -76,27 +79,30 @@ def timed(f):
 
 def windows(shape, patch, overlap=.5):
     "How many overlapping patches a volume has"
-    return math.prod(1+math.ceil(max(0, n-p)/max(1, int(p*(1-overlap)))) for n,p in zip(shape, patch))
+    steps = [max(1, int(p*(1-overlap))) for p in patch]
+    return math.prod(1+math.ceil(max(0, n-p)/k) for n,p,k in zip(shape, patch, steps))
 
 def prediction_seconds(
     learn,
     cases # Test cases
 )->float: # Seconds per case
-    "How long a case and its mirror image take; of a volume in patches, two are timed and the others counted"
-    if learn.frame.mode!='patch': return timed(lambda: list(predict_cases(learn, cases)))/len(cases)
+    "How long a case and its mirror image take; of patches, two are timed and the others counted"
+    if learn.frame.mode!='patch':
+        return timed(lambda: list(predict_cases(learn, cases)))/len(cases)
     a,patch = read_image(cases['image'].iloc[0]), learn.frame.patch
     two = a[:patch[0], :patch[1], :patch[2]*3//2]
-    seconds = min(timed(lambda: predict(model_of(learn), two)) for _ in range(2)) # the first time takes longer
+    model = model_of(learn)
+    seconds = min(timed(lambda: predict(model, two)) for _ in range(2)) # the first takes longer
     return seconds*windows(a.shape, patch)/windows(two.shape, patch)
 
-# %% ../nbs/8_speed.ipynb #8be77d41
+# %% ../nbs/8_speed.ipynb #70a54759
 def measure_training(
     cases:pd.DataFrame, # Case table with the column `split`
     settings,           # `Settings`
     codes,              # Raw mask values
     seconds=20.,        # How long to measure, about
     layout=ADNI         # How the data are scored
-)->dict: # epochs, steps (of an epoch), step_s, epoch_s, score_s (of all test cases), setup_s, memory_mb
+)->dict: # epochs, steps of an epoch, seconds of step, epoch, set-up and scoring, memory_mb
     "What one training on these cases costs, measured on a few batches and two predictions"
     n,start = cases['split'].value_counts(), time.perf_counter()
     s = settings.filled(int(n['train']))
@@ -106,13 +112,15 @@ def measure_training(
     step = (1-share)*step_seconds(learn, seconds/3)
     if share: step += share*step_seconds(learn, seconds/3, whole=False)
     test = cases[cases['split']=='test'].head(2 if s.mode=='slice' else 1)
-    if s.mode=='slice': prediction_seconds(learn, test) # the first time takes longer; a volume takes long enough
+    if s.mode=='slice': prediction_seconds(learn, test) # the first time takes longer
     one = score = prediction_seconds(learn, test)
     if layout.per!='volume' and s.mode!='patch':
-        score = timed(lambda: score_cases(learn, test, regions=layout.regions, quality=True))/len(test)
+        def scored(): score_cases(learn, test, regions=layout.regions, quality=True)
+        score = timed(scored)/len(test)
     steps = max(1, int(n['train'])//s.bs)
-    return dict(epochs=s.epochs, steps=steps, step_s=step, epoch_s=float(steps*step + n['valid']*one/2),
-                score_s=float(n['test']*score), setup_s=setup, memory_mb=peak_mb())
+    epoch = float(steps*step + n['valid']*one/2)
+    return dict(epochs=s.epochs, steps=steps, step_s=step, epoch_s=epoch, setup_s=setup,
+                score_s=float(n['test']*score), memory_mb=peak_mb())
 
 # %% ../nbs/8_speed.ipynb #9e983aeb
 @delegates(prepare)
@@ -123,14 +131,15 @@ def plan_variants(
     control=True,  # One more training of the first variant
     seconds=20.,   # How long to measure, in all
     **kwargs
-)->pd.DataFrame: # A row per variant: trainings, minutes (of all of them), and what `measure_training` gives
-    "What `train_variants` would cost on this machine, whatever the weights to start from. Nothing is written"
+)->pd.DataFrame: # A row per variant: trainings, minutes of all of them, `measure_training`
+    "What `train_variants` would cost on this machine; nothing is written"
     r,rows = prepare(root, variants, **kwargs), {}
     for job in trainings(r, repeats, control):
         name,n = job['name'], job['split']['fold'].nunique()*job['repeats']
         if name not in rows:
             cases = with_split(job['cases'], r.split, 0)
-            d = measure_training(cases, replace(job['settings'], pretrained=False), r.codes, seconds/len(variants), r.layout)
+            s = replace(job['settings'], pretrained=False)
+            d = measure_training(cases, s, r.codes, seconds/len(variants), r.layout)
             d['score_s'] *= 1+len(job['others'])
             rows[name] = dict(variant=name, trainings=0, minutes=0., **d)
         row = rows[name]
@@ -139,7 +148,9 @@ def plan_variants(
     return pd.DataFrame(rows.values())
 
 # %% ../nbs/8_speed.ipynb #7f5e4e48
-def duration(minutes): return f'{minutes*60:.0f} s' if minutes<2 else f'{minutes:.0f} min' if minutes<120 else f'{minutes/60:.1f} h'
+def duration(minutes):
+    if minutes<2: return f'{minutes*60:.0f} s'
+    return f'{minutes:.0f} min' if minutes<120 else f'{minutes/60:.1f} h'
 
 def advice(
     plan:pd.DataFrame, # From `plan_variants`
@@ -148,14 +159,17 @@ def advice(
 )->list: # Lines of text
     "What a plan comes to, and what to change if it is over budget"
     total,gb = plan['minutes'].sum(), plan['memory_mb'].max()/1024
-    lines = [f'{o.variant}: {plural(o.trainings, "training")} of {o.epochs} epochs, {o.steps} steps of {1000*o.step_s:.0f} ms each: '
-             f'about {duration(o.minutes)}' for o in plan.itertuples()]
+    lines = [f'{o.variant}: {plural(o.trainings, "training")} of {o.epochs} epochs, {o.steps} steps of '
+             f'{1000*o.step_s:.0f} ms each: about {duration(o.minutes)}' for o in plan.itertuples()]
     lines.append(f'In all about {duration(total)}, {gb:.1f} GB of memory (with all that Python holds).')
     if minutes and total>minutes:
         fixed = (plan['trainings']*(plan['setup_s']+plan['score_s'])).sum()/60
         epochs = int(plan['epochs'].max()*max(0., minutes-fixed)/max(total-fixed, 1e-9))
-        fits = f'With --epochs {epochs} it would fit, at some cost in Dice.' if epochs>=3 else 'Fewer epochs alone will not do.'
-        lines += [f'That is more than {duration(minutes)}. {fits}', 'Half the --size takes about a quarter of the time. '
-                  'Fewer --folds or --repeats test fewer subjects, or each with fewer trainings.']
-    if memory and gb>memory: lines.append(f'That is more than {memory:g} GB. A smaller --bs, --size or --patch needs less.')
+        fits = f'With --epochs {epochs} it would fit, at some cost in Dice.'
+        if epochs<3: fits = 'Fewer epochs alone will not do.'
+        lines += [f'That is more than {duration(minutes)}. {fits}',
+                  'Half the --size takes about a quarter of the time. Fewer --folds or --repeats '
+                  'test fewer subjects, or each with fewer trainings.']
+    if memory and gb>memory:
+        lines.append(f'That is more than {memory:g} GB. A smaller --bs, --size or --patch needs less.')
     return lines
