@@ -7,13 +7,13 @@ __all__ = ['DataError', 'need', 'need_package', 'few', 'plural', 'times', 'missi
            'written', 'written_folder', 'write_text', 'write_json', 'write_csv', 'read_json', 'cache_dir', 'made_once',
            'stamp', 'progress', 'in_threads']
 
-# %% ../nbs/library/00_core.ipynb #e0a6e735
+# %% ../nbs/library/00_core.ipynb #7aaa08e4
 import hashlib, importlib, json, math, numbers, os, shutil, sys, uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-# %% ../nbs/library/00_core.ipynb #1e8ce588
+# %% ../nbs/library/00_core.ipynb #862dbaa7
 class DataError(ValueError):
     "Bad input; the message says which file, what was found, what was expected and what to do"
     parts = None
@@ -36,7 +36,7 @@ def need(ok, # Is all well?
     "Raise a `DataError` unless `ok`"
     if not ok: raise DataError.of(*parts) if len(parts)>1 else DataError(*parts)
 
-# %% ../nbs/library/00_core.ipynb #1c9c9c58
+# %% ../nbs/library/00_core.ipynb #91034673
 def need_package(
     module, # Name to import, such as 'torchio'
     extra   # Extra of this project that brings it, such as 'volumes'
@@ -47,7 +47,7 @@ def need_package(
         raise DataError(f"{module} is not installed; this data set or option needs it. "
                         f"Install it with: pip install 'brainseg_fastai[{extra}]'") from e
 
-# %% ../nbs/library/00_core.ipynb #493fe573
+# %% ../nbs/library/00_core.ipynb #7b0d1c63
 def few(xs, n=5):
     "The first `n` of many as text"
     xs = list(xs)
@@ -77,7 +77,7 @@ def num(
     if not s.strip('+-0.,'): s = s.lstrip('+-') # no signed zeros
     return s.replace('-', '−')
 
-# %% ../nbs/library/00_core.ipynb #032019e7
+# %% ../nbs/library/00_core.ipynb #d8b7c7f1
 def plain(o):
     "`o` with plain numbers, texts, lists and dicts; numbers that are not finite become None"
     if isinstance(o, dict): return {str(k): plain(v) for k,v in o.items()}
@@ -94,7 +94,7 @@ def digest(
     text = json.dumps(plain(parts), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:n]
 
-# %% ../nbs/library/00_core.ipynb #596ef790
+# %% ../nbs/library/00_core.ipynb #d2fbedb1
 def beside(path):
     "A hidden name in the folder of `path` that nobody else uses, with the same ending"
     path = Path(path)
@@ -114,18 +114,19 @@ def written(
 
 @contextmanager
 def written_folder(
-    path # Folder to write, which must not be there unless it is empty
-):       # A temporary folder
+    path,         # Folder to write
+    replace=False # May it hold something, which is replaced? Else it must be new or empty
+):                # A temporary folder
     "As `written`, for a whole folder"
     path,tmp = Path(path), beside(path)
     tmp.mkdir(parents=True)
     try:
         yield tmp
-        if path.exists(): path.rmdir()
+        if path.exists(): shutil.rmtree(path) if replace else path.rmdir()
         tmp.rename(path)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../nbs/library/00_core.ipynb #68af7a8f
+# %% ../nbs/library/00_core.ipynb #3d7ce4b5
 def write_text(path, text):
     "Write a text, all or nothing"
     with written(path) as tmp: tmp.write_text(text, encoding='utf-8', newline='\n')
@@ -149,7 +150,7 @@ def read_json(
     need(isinstance(d, dict), path, type(d).__name__, what, 'Correct or delete the file.')
     return d
 
-# %% ../nbs/library/00_core.ipynb #a376a561
+# %% ../nbs/library/00_core.ipynb #636cf48c
 def cache_dir()->Path:
     "The user's folder for things that can be made again: BRAINSEG_CACHE, else XDG_CACHE_HOME, else what the system uses"
     e = os.environ
@@ -176,7 +177,7 @@ def made_once(
         if not complete(path): raise
     return path
 
-# %% ../nbs/library/00_core.ipynb #e829f354
+# %% ../nbs/library/00_core.ipynb #7676dcb9
 def stamp(path)->tuple:
     "Absolute path, size and time of change: the key to what was learnt about a file"
     try: s = os.stat(path)

@@ -6,15 +6,17 @@ import numpy as np, pandas as pd, pytest
 from fastai.vision.all import DataBlock, ImageBlock, PILImageBW, get_image_files
 from hypothesis import given, settings, strategies as st
 
-from brainseg_fastai.cases import DataError, adni_cases, subject_id
-from brainseg_fastai.segmentation import (ENOUGH_SUBJECTS, PrefixSplitter, SubjectSplitter, assert_apart, brainseg_block, case_name,
-                                          closest_subset, image_split, read_split, split_cases, with_split)
+from brainseg_fastai.adni import adni_cases, subject_id
+from brainseg_fastai.cases import case_name
+from brainseg_fastai.core import DataError
+from brainseg_fastai.segmentation import ENOUGH_SUBJECTS, PrefixSplitter, SubjectSplitter, brainseg_block, split_cases
+from brainseg_fastai.splits import assert_apart, closest_subset, image_split, read_split, with_split
 from helpers import make_folder
 
-def case_table(counts, kind='brain'):
+def case_table(counts, inputs='brain'):
     "Case table of so many images per subject; `counts` is a dict, or a list for subjects with made-up names"
     if not isinstance(counts, dict): counts = {f'{i:03d}_S_{i*37%1000:04d}': n for i,n in enumerate(counts)}
-    return pd.DataFrame([dict(subject=s, scan=f'I{i}', slice='ax3', kind=kind, image=f'/data/{kind}/{s}-I{i}-{kind}-ax3.png',
+    return pd.DataFrame([dict(subject=s, scan=f'I{i}', slice='ax3', inputs=inputs, image=f'/data/{inputs}/{s}-I{i}-{inputs}-ax3.png',
                               mask=f'/data/mask/{s}-I{i}-mask-ax3.png', spacing=np.nan) for s,n in counts.items() for i in range(n)])
 
 def sides(split, fold=0): return dict(split.loc[split.fold==fold, ['subject','split']].itertuples(index=False))
