@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['TEXTS', 'SHOWN', 'COLOURS', 'INK', 'GREY', 'STYLE', 'GRID', 'OWN', 'SIMULATED', 'asset', 'variant_name', 'lower_name',
-           'colours', 'pair_of', 'interval', 'cell', 'table_html', 'with_columns', 'split_table', 'metric_names',
+           'colours', 'pair_of', 'interval', 'cell', 'table_html', 'with_columns', 'split_table', 'metric_name',
            'score_table_html', 'swap_html', 'panels', 'svg', 'per_subject', 'pairs', 'draw_subjects',
            'draw_differences', 'paired_plot', 'curves_plot', 'worst_first', 'card', 'legend', 'contact_sheet', 'Report',
-           'para', 'section', 'facts', 'terms', 'bullets', 'plain_text', 'dict_html', 'some', 'sentences',
-           'curves_html', 'sheet_html', 'groups_html', 'evidence', 'page', 'verdict_tag', 'rule_terms', 'p_text',
-           'estimate', 'difference_text', 'control_text', 'key_facts', 'unit_of', 'comparison_html', 'compare_report',
+           'para', 'section', 'facts', 'terms', 'bullets', 'plain_text', 'dict_html', 'some', 'curves_html',
+           'sheet_html', 'groups_html', 'evidence', 'page', 'verdict_tag', 'rule_terms', 'p_text', 'estimate',
+           'difference_text', 'control_text', 'key_facts', 'unit_of', 'comparison_html', 'compare_report',
            'train_facts', 'train_report']
 
-# %% ../nbs/library/21_report.ipynb #6f739c8e
+# %% ../nbs/library/21_report.ipynb #a342649a
 import base64, hashlib, io, numbers, re, tomllib
 from html import escape
 from importlib.resources import files
@@ -22,7 +22,9 @@ from urllib.parse import quote
 
 import numpy as np, pandas as pd
 from fastcore.meta import delegates
-from fastcore.xml import *
+from fastcore.xml import (A, Aside, B, Br, Caption, Code, Dd, Details, Div, Dl, Dt, Figcaption, Figure, H1, H2, H3,
+    Header, I, Iframe, Img, Li, Main, Nav, P, Pre, Safe, Section, Small, Span, Strong, Summary, Table, Tbody, Td,
+    Th, Thead, Tr, Ul, to_xml)
 
 from .core import DataError, few, missing, need, num, plural, write_text
 from .drawing import PRED, TRUTH, case_tile, data_uri
@@ -37,7 +39,7 @@ def asset(
 
 TEXTS = tomllib.loads(asset('report.toml'))
 
-# %% ../nbs/library/21_report.ipynb #1f181547
+# %% ../nbs/library/21_report.ipynb #ab2f62af
 SHOWN = dict(brain='Skull-stripped', orig='Full skull')
 COLOURS = dict(brain='#0072b2', orig='#d55e00')
 INK,GREY = '#1b1f24','#8a929c'
@@ -47,15 +49,13 @@ def lower_name(v): return SHOWN[v].lower() if v in SHOWN else str(v)
 
 def colours(variants):
     "A colour for each of a few variants"
-    free = [c for v,c in COLOURS.items() if v not in variants]
-    own = [v for v in variants if v not in COLOURS]
-    return COLOURS | dict.fromkeys(own, INK) | dict(zip(own, free))
+    return {v: COLOURS.get(v, c) for v,c in zip(variants, [*COLOURS.values(), INK])}
 
 def pair_of(comparison):
     "The two variants of a comparison"
-    return tuple((comparison or {}).get('metrics') or SHOWN)[:2]
+    return tuple(comparison['metrics'])
 
-# %% ../nbs/library/21_report.ipynb #30a363d1
+# %% ../nbs/library/21_report.ipynb #2c7848ec
 def interval(ci, digits=3, sign=False):
     "'0.951 to 0.969'; empty when there is none"
     if ci is None or any(map(missing, ci)): return ''
@@ -86,7 +86,7 @@ def table_html(
     table = Table(Caption(caption) if caption else None, Thead(head), Tbody(*body))
     return Div(Div(table, cls='scroll'), P(more, cls='note') if more else None)
 
-# %% ../nbs/library/21_report.ipynb #15f70aba
+# %% ../nbs/library/21_report.ipynb #4ed2c2bb
 def with_columns(
     df,   # Any table
     cols, # Columns it must have
@@ -94,7 +94,8 @@ def with_columns(
 ):
     "`df`, or an error that names the columns it lacks"
     lack = [c for c in cols if c not in df.columns]
-    need(not lack, f'{what} has no column {", ".join(lack)}; it has {few(df.columns, 20) or "none"}')
+    has = few(df.columns, 20) or 'none'
+    need(not lack, f'{what} has no column {", ".join(lack)}; it has {has}')
     return df
 
 def split_table(
@@ -102,27 +103,22 @@ def split_table(
 ):        # Table: fold, split, subjects, images, share of images
     "How many subjects and images are on each side, and the share of images that was achieved"
     s = with_columns(split, ['image','subject','split'], 'The split table')
-    s = s.assign(fold=s['fold'] if 'fold' in s else 0, part=s['split'].map(dict(train=0, valid=1, test=2)).fillna(3))
-    t = s.groupby(['fold','part','split']).agg(subjects=('subject','nunique'), images=('image','nunique')).reset_index()
+    part = s['split'].map(dict(train=0, valid=1, test=2)).fillna(3)
+    s = s.assign(fold=s['fold'] if 'fold' in s else 0, part=part)
+    t = s.groupby(['fold','part','split'])[['subject','image']].nunique().reset_index()
+    t = t.rename(columns=dict(subject='subjects', image='images'))
     share = 100*t.images/t.groupby('fold').images.transform('sum')
     t['share of images'] = [f'{o:.1f} %' for o in share]
     return t.drop(columns='part')
 
-# %% ../nbs/library/21_report.ipynb #9583442d
-def metric_names(
-    keys, # Of metrics
-    unit, # Of lengths: mm or px
-    case  # image or volume
-)->dict:  # In the order in which they are shown
-    "What metrics are called"
-    names = dict(dice=f'Dice, per {case} ↑', jaccard=f'Jaccard, per {case} ↑',
-                 hd95=f'95 % Hausdorff distance, {unit} ↓', nsd='Normalised surface Dice ↑',
-                 pooled_dice='Pooled Dice (all pixels as one image) ↑')
-    words = dict(dice_='Dice, {} ↑', hd95_=f'95 % Hausdorff distance, {{}}, {unit} ↓',
-                 volume_diff_='Volume, predicted minus true, {}, mL')
-    for p in PARTS:
-        names |= {k: words[p].format(k.removeprefix(p)) for k in keys if k.startswith(p)}
-    return names
+# %% ../nbs/library/21_report.ipynb #b233800e
+def metric_name(
+    key,    # Such as dice, hd95 or, of one structure, dice_tumour
+    **words # unit: mm or px; case: image or volume
+):
+    "What a metric is called"
+    part = next((p for p in PARTS if key.startswith(p)), key)
+    return TEXTS['metrics'][part].format(part=key.removeprefix(part), **words)
 
 def score_table_html(
     tables,      # {variant: table as from `summarise_scores`}
@@ -135,13 +131,12 @@ def score_table_html(
         if (v,k) not in t.index: return None
         m,digits = t.loc[(v,k)], 2 if k.startswith(('hd95','volume')) else 3
         ci = interval([m['low'], m['high']], digits)
-        return Span(num(m['mean'], digits), *((' ', Small(ci)) if ci else ()))
-    keys = t.index.unique(1)
-    rows = [(name, *(value(v, k) for v in tables))
-            for k,name in metric_names(keys, unit, case).items() if k in keys]
+        return Span(num(m['mean'], digits), ' ', Small(ci)) if ci else num(m['mean'], digits)
+    rows = [(metric_name(k, unit=unit, case=case), *(value(v, k) for v in tables))
+            for k in t.index.unique(1)]
     return table_html(rows, ['Mean over subjects (95 % interval)', *map(variant_name, tables)])
 
-# %% ../nbs/library/21_report.ipynb #9a06642d
+# %% ../nbs/library/21_report.ipynb #241dea57
 def swap_html(
     swap # Columns trained_on, tested_on, dice, low, high
 ):
@@ -149,13 +144,14 @@ def swap_html(
     s = with_columns(swap, ['trained_on','tested_on','dice','low','high'], 'The swap table')
     def heat(r):
         percent = (r.dice-s.dice.min())/max(np.ptp(s.dice), 1e-9)*28 + 2
-        return Div(B(num(r.dice)), Small(interval([r.low, r.high])), cls='heat', style=f'--heat:{percent:.0f}%')
+        parts = B(num(r.dice)), Small(interval([r.low, r.high]))
+        return Div(*parts, cls='heat', style=f'--heat:{percent:.0f}%')
     rows = [(f'Trained on {lower_name(v)}', *map(heat, g.itertuples()))
             for v,g in s.groupby('trained_on', sort=False)]
     tested = dict.fromkeys(f'tested on {lower_name(v)}' for v in s.tested_on)
     return table_html(rows, ['', *tested])
 
-# %% ../nbs/library/21_report.ipynb #27a2b991
+# %% ../nbs/library/21_report.ipynb #97433987
 STYLE = {'svg.fonttype':'none', 'svg.hashsalt':'brainseg', 'figure.dpi':90,
          'axes.spines.top':False, 'axes.spines.right':False, 'axes.edgecolor':GREY, 'axes.titlesize':11,
          'axes.titlelocation':'left', 'grid.color':GREY, 'grid.alpha':.25, 'font.size':10,
@@ -191,7 +187,7 @@ def svg(
     style = f'max-width:{fig.get_figwidth()*104:.0f}px;width:100%'
     return Safe(f'<svg role="img" aria-label="{escape(alt)}" style="{style}"{s}')
 
-# %% ../nbs/library/21_report.ipynb #ce9804c9
+# %% ../nbs/library/21_report.ipynb #44ed0493
 def per_subject(scores):
     "Mean Dice of each subject, a column for each variant"
     s = with_columns(scores, ['variant','subject','dice'], 'The score table')
@@ -211,42 +207,42 @@ def draw_subjects(ax, per, cols, better):
 
 def draw_differences(ax, d, c, better):
     "Sorted differences `d`, with what the comparison `c` says about them below"
-    bars = [('mean, 95 %', c, INK)] if 'difference' in c else []
-    if k := c.get('control'):
-        bars.append((f'control: {lower_name(k.get("variant", ""))},\ntwo seeds', k, GREY))
-    gap,margin = max(1.6, len(d)*.085), c.get('margin')
+    bars = [('mean, 95 %', c, INK)]
+    if k := c['control']:
+        bars.append((f'control: {lower_name(k["variant"])},\ntwo seeds', k, GREY))
+    gap,margin = max(1.6, len(d)*.085), c['margin']
     ys = [-gap*(i+1) for i in range(len(bars))]
-    if margin: ax.axvspan(-margin, margin, color=GREY, alpha=.18, lw=0)
+    ax.axvspan(-margin, margin, color=GREY, alpha=.18, lw=0)
     ax.scatter(d, np.arange(len(d)), c=better, s=16, alpha=.75, lw=0)
     for y,(_,o,col) in zip(ys, bars):
         if interval(o['ci95']): ax.plot(o['ci95'], [y,y], color=col, lw=3, solid_capstyle='butt')
         ax.plot(o['difference'], y, 'D', color=col, ms=7)
-    if bars: ax.axhline(-gap*.4, color=GREY, lw=.6)
+    ax.axhline(-gap*.4, color=GREY, lw=.6)
     ax.axvline(0, color=INK, lw=.8)
     ax.set(yticks=ys, yticklabels=[o[0] for o in bars], ylim=(-gap*(len(bars)+.6), len(d)-.3),
-           title='Differences, sorted' + (f'; grey: margin ±{margin:g}' if margin else ''))
+           title=f'Differences, sorted; grey: margin ±{margin:g}')
     ax.tick_params(axis='y', length=0)
     ax.locator_params(axis='x', nbins=5)
     ax.grid(axis='x')
 
 def paired_plot(
-    scores,         # Score table
-    comparison=None # dict with metrics, difference, ci95, margin and control
-):                  # matplotlib figure
+    scores,    # Score table
+    comparison # dict, as in comparison.json
+):             # matplotlib figure
     "Mean Dice of each subject with both variants, and the differences with mean, 95 % interval and margin"
-    c,(v,w) = comparison or {}, pair_of(comparison)
+    v,w = pair_of(comparison)
     per = pairs(scores, (v,w))
     per = per.loc[(per[v]-per[w]).sort_values().index]
     d,cols = per[v]-per[w], colours((v,w))
     better = [cols[v if o>0 else w] for o in d]
     fig,(a,b) = panels(4.1, 1, 1.7)
     draw_subjects(a, per, cols, better)
-    draw_differences(b, d, c, better)
-    a.set_ylabel(f'Mean per-{c.get("case", "image")} Dice')
+    draw_differences(b, d, comparison, better)
+    a.set_ylabel(f'Mean per-{comparison["case"]} Dice')
     b.set_xlabel(f'Difference in Dice:  ← {lower_name(w)} better  ·  {lower_name(v)} better →')
     return fig
 
-# %% ../nbs/library/21_report.ipynb #d7113461
+# %% ../nbs/library/21_report.ipynb #b0fa3ec1
 def curves_plot(
     curves # Columns variant, fold, seed, epoch, valid_dice
 ):         # matplotlib figure
@@ -255,11 +251,12 @@ def curves_plot(
     c = c.assign(epoch=c.epoch+(c.epoch.min()==0)) # people count from one
     start = max(c.epoch.max()-max(2, round(np.ptp(c.epoch)/3)), c.epoch.min())
     fig,axs = panels(3.1, 1.3, 1)
-    for ax,t,title in zip(axs, (c, c[c.epoch>=start]), ('All epochs', f'From epoch {start}')):
-        for v,g in t.groupby('variant', sort=False):
-            col,mean = colours(c.variant.unique())[v], g.groupby('epoch').valid_dice.mean()
-            for _,r in g.groupby(['fold','seed']): ax.plot(r.epoch, r.valid_dice, color=col, lw=.8, alpha=.45)
-            ax.plot(mean, color=col, lw=2.2, label=variant_name(v), marker='o', ms=3.5)
+    for v,col in colours(c.variant.unique()).items():
+        each = c[c.variant==v].pivot_table(index='epoch', columns=['fold','seed'], values='valid_dice')
+        for ax,t in zip(axs, (each, each.loc[start:])):
+            ax.plot(t, color=col, lw=.8, alpha=.45)
+            ax.plot(t.mean(axis=1), color=col, lw=2.2, label=variant_name(v), marker='o', ms=3.5)
+    for ax,title in zip(axs, ('All epochs', f'From epoch {start}')):
         ax.set(xlabel='Epoch', title=title)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(axis='y')
@@ -267,7 +264,7 @@ def curves_plot(
     axs[0].legend(frameon=False, loc='lower right', labelcolor=INK)
     return fig
 
-# %% ../nbs/library/21_report.ipynb #422ab80f
+# %% ../nbs/library/21_report.ipynb #010d2ae6
 def worst_first(
     scores, # Score table
     n=None  # How many of each variant; None: all
@@ -321,7 +318,7 @@ def contact_sheet(
             parts.append(Details(Summary(f'The other {len(rest)} cases'), Div(*rest, style=GRID)))
     return Div(*parts, cls='sheet')
 
-# %% ../nbs/library/21_report.ipynb #c0d99b9f
+# %% ../nbs/library/21_report.ipynb #e8751572
 class Report:
     "A self-contained HTML page that shows itself in a notebook and saves itself as one file"
     styles,script = ('report.css',), None
@@ -352,7 +349,7 @@ class Report:
         style = f'width:100%;height:42rem;border:1px solid {GREY}55;border-radius:6px'
         return str(Iframe(title=self.title, srcdoc=self.html, style=style))
 
-# %% ../nbs/library/21_report.ipynb #47df0a85
+# %% ../nbs/library/21_report.ipynb #b4ef8e97
 def para(*texts): return tuple(P(str(t)) for t in texts if t)
 
 def section(
@@ -363,13 +360,13 @@ def section(
     anchor = re.sub(r'\W+', '-', title.lower()).strip('-')
     return Section(H2(title), *parts, id=anchor) if any(parts) else None
 
-def facts(d):
-    "Key figures"
-    return Dl(*[Div(Dt(k), Dd(v)) for k,v in d.items()], cls='facts')
+def facts(*rows):
+    "Key figures: name, value and perhaps a small line below it"
+    return Dl(*[Div(Dt(k), Dd(v, *map(Small, below))) for k,v,*below in rows], cls='facts')
 
 def terms(d):
     "Words and what they mean"
-    return Dl(*[(Dt(str(k)), Dd(str(v))) for k,v in d.items()], cls='terms') if d else None
+    return Dl(*[(Dt(k), Dd(v)) for k,v in d.items()], cls='terms')
 
 def bullets(notes, cls=None):
     "Texts as a list; None where there are none"
@@ -383,32 +380,25 @@ def plain_text(v):
 
 def dict_html(d):
     "A dict, perhaps of dicts, as a table of two columns"
-    if not d: return None
     flat = pd.json_normalize(d, sep=' ').to_dict('records')[0]
     return table_html([(k.replace('_', ' '), plain_text(v)) for k,v in flat.items()], ['','value'])
 
-# %% ../nbs/library/21_report.ipynb #72aa24d1
+# %% ../nbs/library/21_report.ipynb #fd99f554
 OWN = 'command','fingerprint','definitions','training_longer'
 SIMULATED = Aside(P(Strong('Simulated cohort.'), ' ', TEXTS['simulated']), cls='banner', role='note')
 
 def some(table): return table is not None and len(table)>0
 
-def sentences(
-    a # A text, a list of texts, a table with the column `sentence`, or None
-)->list:
-    "One text for each paragraph"
-    if isinstance(a, pd.DataFrame): return list(a['sentence'])
-    return [] if a is None else list(a) if isinstance(a, (list,tuple)) else [a]
-
-def curves_html(curves, names):
-    "Validation curves, if there are any"
+def curves_html(curves, scores, answer):
+    "Would training longer help? The plain answer, and validation curves if there are any"
+    names = ' and '.join(map(lower_name, scores.variant.unique()))
     alt = f'Validation Dice by epoch, {names}; the curve table of the run has the numbers'
-    return svg(curves_plot(curves), alt) if some(curves) else None
+    answers = answer['sentence'] if isinstance(answer, pd.DataFrame) else [answer]
+    return *para(*answers), svg(curves_plot(curves), alt) if some(curves) else None
 
 def sheet_html(scores, out, simulated):
     "The contact sheet below what must be known about it"
-    again = scores['image'].astype(str).groupby(scores['variant']).apply(lambda o: o.duplicated().any()).any()
-    notes = dict(tiles=True, again=again, real=not simulated)
+    notes = dict(tiles=True, again=len(worst_first(scores))<len(scores), real=not simulated)
     return *para(*(TEXTS[k] for k,v in notes.items() if v)), contact_sheet(scores, out)
 
 def groups_html(scores):
@@ -419,59 +409,59 @@ def groups_html(scores):
     return *para(TEXTS['groups']), table_html(rows, ['variant','label','subjects','cases','Dice'])
 
 def evidence(
-    scores,         # Score table
-    curves,         # Curve table, or None
-    split,          # Split table
-    out='.',        # Folder that `prediction` is relative to
-    problems=None,  # Table of problems in the data
-    info=None,      # What describes the run, see above
-    words=None,     # {term: meaning}
-    simulated=False # Are the images simulated?
+    scores,          # Score table
+    curves=None,     # Curve table
+    split=None,      # Split table
+    swap=None,       # Table of models tested on the other's images
+    external=None,   # Any table of results on another data set
+    problems=None,   # Table of problems in the data
+    info={},         # What describes the run, see above
+    out='.',         # Folder that `prediction` is relative to
+    words={},        # {term: meaning}
+    simulated=False, # Are the images simulated?
 )->list:
     "The sections that every report ends with"
-    info = info or {}
-    origin,command = info.get('fingerprint') or {}, info.get('command')
-    if not isinstance(origin, dict): origin = dict(fingerprint=origin)
-    names = ' and '.join(map(lower_name, sorted(scores.variant.unique())))
-    longer = para(*sentences(info.get('training_longer')))
+    command,origin = (info.get(k) for k in ('command','fingerprint'))
+    more = {k: v for k,v in info.items() if k not in OWN}
     return [
-        section('Would training longer help?', longer, curves_html(curves, names)),
-        section('Every test case, worst first', sheet_html(scores, out, simulated)),
+        some(swap) and section('Trained on one, tested on the other', para(TEXTS['swap']), swap_html(swap)),
+        some(external) and section('On the external data set', table_html(external)),
+        section('Would training longer help?', *curves_html(curves, scores, info.get('training_longer'))),
+        section('Every test case, worst first', *sheet_html(scores, out, simulated)),
         section('By type', groups_html(scores)),
-        section('How subjects were split', para(TEXTS['split']), table_html(split_table(split))),
+        some(split) and section('How subjects were split', para(TEXTS['split']), table_html(split_table(split))),
         section('Problems found in the data', table_html(problems, most=200) if some(problems) else para('None.')),
-        section('What the words mean', terms({**(words or {}), **info.get('definitions', {})})),
-        section('Data fingerprint', dict_html(origin)),
-        section('Environment', dict_html({k: v for k,v in info.items() if k not in OWN})),
-        section('How to reproduce this', command and (Pre(Code(str(command))), *para(TEXTS['reproduce'])))]
+        section('What the words mean', terms({**words, **info.get('definitions', {})})),
+        section('Data fingerprint', origin and dict_html(dict(fingerprint=origin))),
+        section('Environment', more and dict_html(more)),
+        section('How to reproduce this', command and (Pre(Code(command)), *para(TEXTS['reproduce'])))]
 
 def page(
-    title,          # Of the browser's tab
     tag,            # Verdict in two or three words
     colour,         # Class of its colour
     sentence,       # Verdict in a sentence
-    lead,           # Key figures
-    sections,       # As from `section`; None is dropped
+    figures,        # As from `facts`
+    sections,       # As from `section`; what is empty is dropped
     simulated=False # Show the banner
 )->Report:
     "The whole report: verdict, banner, key figures, links, sections"
     sections = [s for s in sections if s]
     links = [A(s[0][0], href=f'#{s.id}') for s in sections]
-    head = Header(Span(tag, cls=f'tag {colour}'), H1(sentence), SIMULATED if simulated else None, lead,
+    head = Header(Span(tag, cls=f'tag {colour}'), H1(sentence), SIMULATED if simulated else None, figures,
                   Nav(*links, aria_label='On this page'))
-    return Report(title, Main(head, *sections))
+    return Report(f'brainseg: {tag}', Main(head, *sections))
 
-# %% ../nbs/library/21_report.ipynb #69a84934
+# %% ../nbs/library/21_report.ipynb #769cec34
 def verdict_tag(c):
     "The verdict in two or three words, and the class of its colour"
-    v,names = str(c['verdict']), c.get('names') or pair_of(c)
-    for name,variant,colour in zip(names, pair_of(c), SHOWN):
+    v = str(c['verdict'])
+    for name,variant,colour in zip(c['names'], pair_of(c), COLOURS):
         if v==f'{name} better': return f'{variant_name(variant)} better', colour
     return v[:1].upper()+v[1:], 'ok' if v=='equivalent' else ''
 
 def rule_terms(c)->dict:
     "What was estimated, and how the verdict follows from it"
-    of = dict(case=c.get('case', 'image'), margin=f'{c.get("margin", .01):g}')
+    of = dict(case=c['case'], margin=f'{c["margin"]:g}')
     rules = {k.format(**of): v.format(**of) for k,v in TEXTS['rules'].items()}
     return {'What is estimated': c['estimand'], **rules}
 
@@ -480,79 +470,66 @@ def p_text(p): return '' if missing(p) else ', p < 0.0001' if p<1e-4 else f', p 
 def estimate(d):
     "A difference with its interval, in words"
     ci = interval(d['ci95'], 4, True) or 'unknown'
-    return f'{num(d["difference"], 4, True)} Dice (95 % interval {ci}{p_text(d.get("p_value"))})'
+    return f'{num(d["difference"], 4, True)} Dice (95 % interval {ci}{p_text(d["p_value"])})'
 
 def difference_text(c):
     "The estimate in words"
-    p,(a,b) = p_text(c.get('wilcoxon_p')), map(lower_name, pair_of(c))
+    p,(a,b) = p_text(c['wilcoxon_p']), map(lower_name, pair_of(c))
     more = TEXTS['description'].format(p=p) if p else ''
     return f'Mean over {num(c["n_subjects"])} subjects, {a} minus {b}: {estimate(c)}.{more}'
 
 def control_text(c):
     "What retraining alone does, or how to find out"
-    k = c.get('control')
+    k = c['control']
     if not k: return TEXTS['no_control']
-    name = lower_name(k.get('variant', 'the same'))
-    return TEXTS['control'].format(name=name, estimate=estimate(k), n=k.get('n_subjects', 'the same'))
+    return TEXTS['control'].format(name=lower_name(k['variant']), estimate=estimate(k), n=k['n_subjects'])
 
 def key_facts(
     c,     # Comparison
     means  # {variant: table as from `summarise_scores`}
 ):
     "The figures below the verdict"
-    def below(v, text): return v, Small(text)
-    def dice(t): return below(num(t['mean'].dice), f'95 %: {interval([t.low.dice, t.high.dice])}')
-    cases,trainings = plural(c['n_images'], c.get('case', 'image')), plural(c['repeats'], 'training')
-    d = {'Difference in Dice': below(num(c['difference'], 4, True), f'95 %: {interval(c["ci95"], 4, True)}'),
-         **{variant_name(v): dice(t) for v,t in means.items()},
-         'Tested': below(plural(c['n_subjects'], 'subject'), f'{cases} of each'),
-         'Trained': below(plural(c['folds'], 'fold'), f'{trainings} of each per fold')}
-    if not missing(n := c.get('subjects_needed')):
-        d['Subjects needed'] = below(f'about {num(n)}', f'for ±{c["margin"]:g} Dice')
-    return facts(d)
+    each = [(variant_name(v), num(t['mean'].dice), f'95 %: {interval([t.low.dice, t.high.dice])}')
+            for v,t in means.items()]
+    cases,n = plural(c['n_images'], c['case']), c['subjects_needed']
+    return facts(
+        ('Difference in Dice', num(c['difference'], 4, True), f'95 %: {interval(c["ci95"], 4, True)}'), *each,
+        ('Tested', plural(c['n_subjects'], 'subject'), f'{cases} of each'),
+        ('Trained', plural(c['folds'], 'fold'), f'{plural(c["repeats"], "training")} of each per fold'),
+        *([] if missing(n) else [('Subjects needed', f'about {num(n)}', f'for ±{c["margin"]:g} Dice')]))
 
-# %% ../nbs/library/21_report.ipynb #4ba3ac6a
-def unit_of(scores):
-    "Unit of lengths in a score table"
-    return ' or '.join(sorted(set(scores['unit'].dropna()))) if 'unit' in scores else 'px'
+# %% ../nbs/library/21_report.ipynb #7d5bd53d
+def unit_of(scores): return ' or '.join(sorted(set(scores['unit'])))
 
 def comparison_html(
     scores,    # Score table
     comparison # dict, as in comparison.json
-):
-    "Plot, estimate, control and the numbers behind them"
-    c,(v,w) = comparison, pair_of(comparison)
-    per = pairs(scores, (v,w))
-    alt = f'Mean Dice of {len(per)} subjects with both. {difference_text(c)} The table below the plot has the numbers.'
+)->tuple:
+    "Plot, estimate, control, and the numbers behind them"
+    v,w = pair_of(comparison)
+    per,text = pairs(scores, (v,w)), difference_text(comparison)
+    alt = f'Mean Dice of {len(per)} subjects with both. {text} The table below the plot has the numbers.'
     rows = [(s, a, b, num(a-b, 4, True)) for s,a,b in per.itertuples()]
     table = table_html(rows, ['subject', variant_name(v), variant_name(w), 'difference'])
-    return (svg(paired_plot(scores, c), alt), *para(difference_text(c), control_text(c)),
+    return (svg(paired_plot(scores, comparison), alt), *para(text, control_text(comparison)),
             Details(Summary('The numbers behind the plot'), table))
 
 @delegates(evidence, but='words,simulated')
 def compare_report(
-    comparison,    # dict, as in comparison.json
-    scores,        # Score table of both variants
-    curves,        # Curve table
-    split,         # Split table
-    swap=None,     # 2×2 table: trained_on, tested_on, n_subjects, dice, low, high
-    external=None, # Any table of results on another data set
+    comparison, # dict, as in comparison.json
+    scores,     # Score table of both variants
     **kwargs
 )->Report:
     "One input or setting against the other: the verdict, what it rests on, and every test case"
-    c,(tag,colour) = comparison, verdict_tag(comparison)
+    c,simulated = comparison, comparison['simulated']
     means = {v: summarise_scores(scores[scores.variant==v]) for v in pair_of(c)}
-    table = score_table_html(means, unit_of(scores), c.get('case', 'image'))
-    return page(f'brainseg: {tag}', tag, colour, c['sentence'], key_facts(c, means), [
-        section('Please note', bullets(c.get('warnings'))),
-        section('The comparison', comparison_html(scores, c)),
-        section('Scores on test subjects', table),
-        section('Trained on one, tested on the other', para(TEXTS['swap']), swap_html(swap)) if some(swap) else None,
-        section('On the external data set', table_html(external) if some(external) else None),
-        *evidence(scores, curves, split, words=rule_terms(c), simulated=c.get('simulated'), **kwargs)],
-        c.get('simulated'))
+    return page(*verdict_tag(c), c['sentence'], key_facts(c, means), [
+        section('Please note', bullets(c['warnings'])),
+        section('The comparison', *comparison_html(scores, c)),
+        section('Scores on test subjects', score_table_html(means, unit_of(scores), c['case'])),
+        *evidence(scores, words=rule_terms(c), simulated=simulated, **kwargs)], simulated)
 
-# %% ../nbs/library/21_report.ipynb #c206c2c2
+# %% ../nbs/library/21_report.ipynb #073b1289
 def train_facts(
     scores, # Score table of one variant
     mean,   # Of Dice
@@ -562,29 +539,25 @@ def train_facts(
     per = scores.groupby('subject').dice.mean()
     worst = scores.loc[scores.dice.idxmin()]
     cases = plural(scores['image'].astype(str).nunique(), case)
-    return facts({'Mean Dice': num(mean), 'Worst subject': (num(per.min()), Small(str(per.idxmin()))),
-                  f'Worst {case}': (num(worst.dice), Small(str(worst.subject))),
-                  'Tested': (plural(len(per), 'subject'), Small(cases))})
+    return facts(('Mean Dice', num(mean)), ('Worst subject', num(per.min()), str(per.idxmin())),
+                 (f'Worst {case}', num(worst.dice), str(worst.subject)),
+                 ('Tested', plural(len(per), 'subject'), cases))
 
-@delegates(evidence, but='words')
+@delegates(evidence, but='words,swap')
 def train_report(
-    scores,        # Score table of one variant
-    curves,        # Curve table
-    split,         # Split table
-    external=None, # Any table of results on another data set
+    scores,          # Score table of one variant
+    simulated=False, # Are the images simulated?
     **kwargs
 )->Report:
     "One model: how well it does on subjects it has not seen"
-    variant,means = scores.variant.iloc[0], summarise_scores(scores)
-    case = 'volume' if (scores['slice'].fillna('')=='').all() else 'image'
-    dice,ci = num(means['mean'].dice), interval(means.loc['dice', ['low','high']])
+    v,means = scores.variant.iloc[0], summarise_scores(scores)
+    case = 'image' if scores['slice'].fillna('').any() else 'volume'
+    dice,ci = means['mean'].dice, interval(means.loc['dice', ['low','high']])
     sentence = (f'On {plural(scores.subject.nunique(), "subject")} it had not seen, the network trained on '
-                f'{lower_name(variant)} {case}s reaches a mean per-{case} Dice of {dice}'
+                f'{lower_name(v)} {case}s reaches a mean per-{case} Dice of {num(dice)}'
                 f'{f" (95 % interval {ci})" if ci else ""}.')
-    words = {k.format(case=case): v.format(case=case) for k,v in TEXTS['mean'].items()}
-    name,colour = variant_name(variant), variant if variant in SHOWN else ''
-    return page(f'brainseg: {name}', name, colour, sentence, train_facts(scores, means['mean'].dice, case), [
+    words = {k.format(case=case): o.format(case=case) for k,o in TEXTS['mean'].items()}
+    return page(variant_name(v), v if v in SHOWN else '', sentence, train_facts(scores, dice, case), [
         section('Please note', bullets(found_nothing(scores))),
-        section('Scores on test subjects', score_table_html({variant: means}, unit_of(scores), case)),
-        section('On the external data set', table_html(external) if some(external) else None),
-        *evidence(scores, curves, split, words=words, **kwargs)], kwargs.get('simulated'))
+        section('Scores on test subjects', score_table_html({v: means}, unit_of(scores), case)),
+        *evidence(scores, words=words, simulated=simulated, **kwargs)], simulated)
