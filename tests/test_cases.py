@@ -6,8 +6,11 @@ import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from brainseg_fastai.cases import (DataError, adni_cases, check_cases, data_fingerprint, format_problems, is_simulated, kinds_in,
-                                   mask_codes, pair_cases, read_image, read_mask, refuse_errors, show_cases, subject_id)
+from brainseg_fastai.adni import ADNI, adni_cases, check_cases, kinds_in, subject_id
+from brainseg_fastai.cases import case_name, data_folder, is_simulated, pair_cases, standin
+from brainseg_fastai.checks import format_problems, mask_codes, refuse_errors
+from brainseg_fastai.core import DataError
+from brainseg_fastai.images import data_fingerprint, read_image, read_mask
 from helpers import dataset, draw_case, make_folder
 
 @pytest.fixture(scope='module')
@@ -27,9 +30,9 @@ B00,B01,B10,M00,M01,O00 = (name(0,0,'brain'), name(0,1,'brain'), name(1,0,'brain
 def test_good_folder(good):
     assert kinds_in(good) == ['brain','orig']
     t = adni_cases(good, 'orig')
-    assert list(t.columns) == ['subject','scan','slice','kind','image','mask','spacing']
+    assert list(t.columns) == ['subject','scan','slice','inputs','image','mask','spacing']
     assert len(t)==8 and t.subject.nunique()==4 and t.spacing.isna().all()
-    assert t.loc[0, ['subject','scan','slice','kind']].tolist() == ['000_S_1000','I30000','ax3','orig']
+    assert t.loc[0, ['subject','scan','slice','inputs']].tolist() == ['000_S_1000','I30000','ax3','orig']
     assert t.image[0] == (good/O00).resolve() and t['mask'][0] == (good/M00).resolve()
     assert check_cases(good).empty and format_problems(check_cases(good)) == 'No problems found.'
     refuse_errors(check_cases(good))
@@ -37,7 +40,7 @@ def test_good_folder(good):
 def test_order_and_pairs(root):
     (root/B00).unlink(); (root/name(0,1,'orig')).unlink()
     a,b = pair_cases(adni_cases(root, 'brain'), adni_cases(root, 'orig').sample(frac=1, random_state=1))
-    assert len(a)==len(b)==6 and set(a.kind)=={'brain'} and set(b.kind)=={'orig'}
+    assert len(a)==len(b)==6 and set(a.inputs)=={'brain'} and set(b.inputs)=={'orig'}
     assert a[['subject','scan','slice']].equals(b[['subject','scan','slice']]) and a.subject.is_monotonic_increasing
     with pytest.raises(DataError, match='second image'): pair_cases(pd.concat([a, a]), b)
 
@@ -147,7 +150,7 @@ def test_no_subjects_in_common(tmp_path):
     ps = check_cases(root)
     assert ps.level.tolist()==['error']+['warning']*6 and ps.file[0]=='brain, orig'
     assert '0 subjects with images in every kind' in ps.found[0]
-    assert check_cases(root, kinds='orig').level.tolist()==['warning']*3
+    assert check_cases(root, inputs='orig').level.tolist()==['warning']*3
 
 def test_not_a_folder(tmp_path, good):
     (tmp_path/'void').mkdir()
@@ -165,8 +168,8 @@ def test_unknown_kind(good):
 
 def test_kinds_are_checked_alone(root):
     (root/O00).unlink()
-    assert check_cases(root).level.tolist()==['warning'] and check_cases(root, kinds='brain').empty
-    assert check_cases(root, kinds=['orig']).found.tolist()==['a mask without an image']
+    assert check_cases(root).level.tolist()==['warning'] and check_cases(root, inputs='brain').empty
+    assert check_cases(root, inputs=['orig']).found.tolist()==['a mask without an image']
 
 def test_constant_slices_are_no_duplicates(root):
     for f in (B00, B01, B10): save(np.full((64,64), 9, np.uint8), root/f)
