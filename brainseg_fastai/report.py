@@ -12,7 +12,7 @@ __all__ = ['TEXTS', 'SHOWN', 'COLOURS', 'INK', 'GREY', 'STYLE', 'GRID', 'OWN', '
            'difference_text', 'control_text', 'key_facts', 'unit_of', 'comparison_html', 'compare_report',
            'train_facts', 'train_report']
 
-# %% ../nbs/library/21_report.ipynb #a342649a
+# %% ../nbs/library/21_report.ipynb #b0d3c4e5
 import base64, hashlib, io, numbers, re, tomllib
 from html import escape
 from importlib.resources import files
@@ -39,7 +39,7 @@ def asset(
 
 TEXTS = tomllib.loads(asset('report.toml'))
 
-# %% ../nbs/library/21_report.ipynb #ab2f62af
+# %% ../nbs/library/21_report.ipynb #6300eca6
 SHOWN = dict(brain='Skull-stripped', orig='Full skull')
 COLOURS = dict(brain='#0072b2', orig='#d55e00')
 INK,GREY = '#1b1f24','#8a929c'
@@ -55,7 +55,7 @@ def pair_of(comparison):
     "The two variants of a comparison"
     return tuple(comparison['metrics'])
 
-# %% ../nbs/library/21_report.ipynb #2c7848ec
+# %% ../nbs/library/21_report.ipynb #4f689746
 def interval(ci, digits=3, sign=False):
     "'0.951 to 0.969'; empty when there is none"
     if ci is None or any(map(missing, ci)): return ''
@@ -86,7 +86,7 @@ def table_html(
     table = Table(Caption(caption) if caption else None, Thead(head), Tbody(*body))
     return Div(Div(table, cls='scroll'), P(more, cls='note') if more else None)
 
-# %% ../nbs/library/21_report.ipynb #4ed2c2bb
+# %% ../nbs/library/21_report.ipynb #9127f73a
 def with_columns(
     df,   # Any table
     cols, # Columns it must have
@@ -111,7 +111,7 @@ def split_table(
     t['share of images'] = [f'{o:.1f} %' for o in share]
     return t.drop(columns='part')
 
-# %% ../nbs/library/21_report.ipynb #b233800e
+# %% ../nbs/library/21_report.ipynb #f9f8e584
 def metric_name(
     key,    # Such as dice, hd95 or, of one structure, dice_tumour
     **words # unit: mm or px; case: image or volume
@@ -136,7 +136,7 @@ def score_table_html(
             for k in t.index.unique(1)]
     return table_html(rows, ['Mean over subjects (95 % interval)', *map(variant_name, tables)])
 
-# %% ../nbs/library/21_report.ipynb #241dea57
+# %% ../nbs/library/21_report.ipynb #e729d737
 def swap_html(
     swap # Columns trained_on, tested_on, dice, low, high
 ):
@@ -151,10 +151,10 @@ def swap_html(
     tested = dict.fromkeys(f'tested on {lower_name(v)}' for v in s.tested_on)
     return table_html(rows, ['', *tested])
 
-# %% ../nbs/library/21_report.ipynb #97433987
+# %% ../nbs/library/21_report.ipynb #e2eb9544
 STYLE = {'svg.fonttype':'none', 'svg.hashsalt':'brainseg', 'figure.dpi':90,
-         'axes.spines.top':False, 'axes.spines.right':False, 'axes.edgecolor':GREY, 'axes.titlesize':11,
-         'axes.titlelocation':'left', 'grid.color':GREY, 'grid.alpha':.25, 'font.size':10,
+         'axes.spines.top':False, 'axes.spines.right':False, 'axes.edgecolor':GREY,
+         'axes.titlesize':11, 'grid.color':GREY, 'grid.alpha':.25, 'font.size':10,
          **dict.fromkeys(['text.color','axes.labelcolor','xtick.color','ytick.color'], INK)}
 
 def panels(
@@ -187,7 +187,7 @@ def svg(
     style = f'max-width:{fig.get_figwidth()*104:.0f}px;width:100%'
     return Safe(f'<svg role="img" aria-label="{escape(alt)}" style="{style}"{s}')
 
-# %% ../nbs/library/21_report.ipynb #44ed0493
+# %% ../nbs/library/21_report.ipynb #89b905c0
 def per_subject(scores):
     "Mean Dice of each subject, a column for each variant"
     s = with_columns(scores, ['variant','subject','dice'], 'The score table')
@@ -202,7 +202,8 @@ def draw_subjects(ax, per, cols, better):
     "A line from variant to variant for each subject, in the colour of the better"
     for y,col in zip(per.to_numpy(), better): ax.plot([0,1], y, color=col, lw=1, alpha=.45)
     for x,v in enumerate(per): ax.scatter([x]*len(per), per[v], color=cols[v], s=16, zorder=3, lw=0)
-    ax.set(xticks=[0,1], xticklabels=map(variant_name, per), xlim=(-.3,1.3), title='Each subject')
+    ax.set(xticks=[0,1], xticklabels=map(variant_name, per), xlim=(-.3,1.3))
+    ax.set_title('Each subject', loc='left')
     ax.grid(axis='y')
 
 def draw_differences(ax, d, c, better):
@@ -219,8 +220,8 @@ def draw_differences(ax, d, c, better):
         ax.plot(o['difference'], y, 'D', color=col, ms=7)
     ax.axhline(-gap*.4, color=GREY, lw=.6)
     ax.axvline(0, color=INK, lw=.8)
-    ax.set(yticks=ys, yticklabels=[o[0] for o in bars], ylim=(-gap*(len(bars)+.6), len(d)-.3),
-           title=f'Differences, sorted; grey: margin ±{margin:g}')
+    ax.set(yticks=ys, yticklabels=[o[0] for o in bars], ylim=(-gap*(len(bars)+.6), len(d)-.3))
+    ax.set_title(f'Differences, sorted; grey: margin ±{margin:g}', loc='left')
     ax.tick_params(axis='y', length=0)
     ax.locator_params(axis='x', nbins=5)
     ax.grid(axis='x')
@@ -242,7 +243,7 @@ def paired_plot(
     b.set_xlabel(f'Difference in Dice:  ← {lower_name(w)} better  ·  {lower_name(v)} better →')
     return fig
 
-# %% ../nbs/library/21_report.ipynb #b0fa3ec1
+# %% ../nbs/library/21_report.ipynb #c1ae493b
 def curves_plot(
     curves # Columns variant, fold, seed, epoch, valid_dice
 ):         # matplotlib figure
@@ -257,14 +258,15 @@ def curves_plot(
             ax.plot(t, color=col, lw=.8, alpha=.45)
             ax.plot(t.mean(axis=1), color=col, lw=2.2, label=variant_name(v), marker='o', ms=3.5)
     for ax,title in zip(axs, ('All epochs', f'From epoch {start}')):
-        ax.set(xlabel='Epoch', title=title)
+        ax.set_title(title, loc='left')
+        ax.set_xlabel('Epoch')
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(axis='y')
     axs[0].set_ylabel('Dice on validation subjects')
     axs[0].legend(frameon=False, loc='lower right', labelcolor=INK)
     return fig
 
-# %% ../nbs/library/21_report.ipynb #010d2ae6
+# %% ../nbs/library/21_report.ipynb #adf90428
 def worst_first(
     scores, # Score table
     n=None  # How many of each variant; None: all
@@ -318,7 +320,7 @@ def contact_sheet(
             parts.append(Details(Summary(f'The other {len(rest)} cases'), Div(*rest, style=GRID)))
     return Div(*parts, cls='sheet')
 
-# %% ../nbs/library/21_report.ipynb #e8751572
+# %% ../nbs/library/21_report.ipynb #261eacef
 class Report:
     "A self-contained HTML page that shows itself in a notebook and saves itself as one file"
     styles,script = ('report.css',), None
@@ -349,7 +351,7 @@ class Report:
         style = f'width:100%;height:42rem;border:1px solid {GREY}55;border-radius:6px'
         return str(Iframe(title=self.title, srcdoc=self.html, style=style))
 
-# %% ../nbs/library/21_report.ipynb #b4ef8e97
+# %% ../nbs/library/21_report.ipynb #dca31195
 def para(*texts): return tuple(P(str(t)) for t in texts if t)
 
 def section(
@@ -383,7 +385,7 @@ def dict_html(d):
     flat = pd.json_normalize(d, sep=' ').to_dict('records')[0]
     return table_html([(k.replace('_', ' '), plain_text(v)) for k,v in flat.items()], ['','value'])
 
-# %% ../nbs/library/21_report.ipynb #fd99f554
+# %% ../nbs/library/21_report.ipynb #0a77418d
 OWN = 'command','fingerprint','definitions','training_longer'
 SIMULATED = Aside(P(Strong('Simulated cohort.'), ' ', TEXTS['simulated']), cls='banner', role='note')
 
@@ -446,12 +448,12 @@ def page(
 )->Report:
     "The whole report: verdict, banner, key figures, links, sections"
     sections = [s for s in sections if s]
-    links = [A(s[0][0], href=f'#{s.id}') for s in sections]
+    links = [(A(s[0][0], href=f'#{s.id}'), ' ') for s in sections]
     head = Header(Span(tag, cls=f'tag {colour}'), H1(sentence), SIMULATED if simulated else None, figures,
                   Nav(*links, aria_label='On this page'))
     return Report(f'brainseg: {tag}', Main(head, *sections))
 
-# %% ../nbs/library/21_report.ipynb #769cec34
+# %% ../nbs/library/21_report.ipynb #2c7cb6cc
 def verdict_tag(c):
     "The verdict in two or three words, and the class of its colour"
     v = str(c['verdict'])
@@ -498,7 +500,7 @@ def key_facts(
         ('Trained', plural(c['folds'], 'fold'), f'{plural(c["repeats"], "training")} of each per fold'),
         *([] if missing(n) else [('Subjects needed', f'about {num(n)}', f'for ±{c["margin"]:g} Dice')]))
 
-# %% ../nbs/library/21_report.ipynb #7d5bd53d
+# %% ../nbs/library/21_report.ipynb #577823a5
 def unit_of(scores): return ' or '.join(sorted(set(scores['unit'])))
 
 def comparison_html(
@@ -529,7 +531,7 @@ def compare_report(
         section('Scores on test subjects', score_table_html(means, unit_of(scores), c['case'])),
         *evidence(scores, words=rule_terms(c), simulated=simulated, **kwargs)], simulated)
 
-# %% ../nbs/library/21_report.ipynb #073b1289
+# %% ../nbs/library/21_report.ipynb #d40a520c
 def train_facts(
     scores, # Score table of one variant
     mean,   # Of Dice
