@@ -12,7 +12,7 @@ __all__ = ['TEXTS', 'SHOWN', 'COLOURS', 'INK', 'GREY', 'STYLE', 'OWN', 'SIMULATE
            'difference_text', 'control_text', 'key_facts', 'unit_of', 'comparison_html', 'compare_report',
            'train_facts', 'train_report']
 
-# %% ../nbs/library/21_report.ipynb #295c2585
+# %% ../nbs/library/21_report.ipynb #730cb826
 import base64, hashlib, io, numbers, re, tomllib
 from html import escape
 from importlib.resources import files
@@ -27,7 +27,7 @@ from fastcore.xml import (A, Aside, B, Br, Caption, Code, Dd, Details, Div, Dl, 
     Th, Thead, Tr, Ul, to_xml)
 
 from .core import DataError, few, missing, need, num, plural, write_text
-from .drawing import PRED, TRUTH, case_tile, data_uri
+from .drawing import PRED, TRUTH, case_tile, data_uri, safe_colour
 from .scores import PARTS, summarise_scores
 from .stats import found_nothing
 
@@ -39,7 +39,7 @@ def asset(
 
 TEXTS = tomllib.loads(asset('report.toml'))
 
-# %% ../nbs/library/21_report.ipynb #e249e287
+# %% ../nbs/library/21_report.ipynb #9cc6e246
 SHOWN = dict(brain='Skull-stripped', orig='Full skull')
 COLOURS = dict(brain='#0072b2', orig='#d55e00')
 INK,GREY = '#1b1f24','#8a929c'
@@ -55,7 +55,7 @@ def pair_of(comparison):
     "The two variants of a comparison"
     return tuple(comparison['metrics'])
 
-# %% ../nbs/library/21_report.ipynb #02542b11
+# %% ../nbs/library/21_report.ipynb #8d100134
 def interval(ci, digits=3, sign=False):
     "'0.951 to 0.969'; empty when there is none"
     if ci is None or any(map(missing, ci)): return ''
@@ -63,13 +63,15 @@ def interval(ci, digits=3, sign=False):
 
 def cell(
     v,      # Number, text, markup or None
+    *shown, # What stands for it; left out: itself
     tag=Td, # Or `Th`, which heads its row
     **attrs
 ):
     "A cell of a table"
     number = isinstance(v, numbers.Real) and not isinstance(v, bool)
     text = num(v) if number or v is None else v if hasattr(v, '__html__') else str(v)
-    return tag(text, cls='num' if number else None, scope='row' if tag is Th else None, **attrs)
+    attrs |= dict(cls='num' if number else None, scope='row' if tag is Th else None)
+    return tag(*(shown or [text]), **attrs)
 
 def table_html(
     rows,       # Table, or rows of cells
@@ -80,13 +82,13 @@ def table_html(
     "A table with headers that screen readers understand; the first column heads its row"
     if heads is None: heads,rows = rows.columns, rows.itertuples(index=False, name=None)
     rows = list(rows)
-    body = [Tr(cell(r[0], Th), *map(cell, r[1:])) for r in rows[:most]]
+    body = [Tr(cell(r[0], tag=Th), *map(cell, r[1:])) for r in rows[:most]]
     head = Tr(*[Th(str(o), scope='col') for o in heads])
     more = f'… and {num(len(rows)-most)} more rows' if most and len(rows)>most else ''
     table = Table(Caption(caption) if caption else None, Thead(head), Tbody(*body))
     return Div(Div(table, cls='scroll'), P(more, cls='note') if more else None)
 
-# %% ../nbs/library/21_report.ipynb #80f575f2
+# %% ../nbs/library/21_report.ipynb #3a9301f6
 def with_columns(
     df,   # Any table
     cols, # Columns it must have
@@ -111,7 +113,7 @@ def split_table(
     t['share of images'] = [f'{o:.1f} %' for o in share]
     return t.drop(columns='part')
 
-# %% ../nbs/library/21_report.ipynb #0ee76222
+# %% ../nbs/library/21_report.ipynb #fa6dd341
 def metric_name(
     key,    # Such as dice, hd95 or, of one structure, dice_tumour
     **words # unit: mm or px; case: image or volume
@@ -136,7 +138,7 @@ def score_table_html(
             for k in t.index.unique(1)]
     return table_html(rows, ['Mean over subjects (95 % interval)', *map(variant_name, tables)])
 
-# %% ../nbs/library/21_report.ipynb #075a2969
+# %% ../nbs/library/21_report.ipynb #271f7f04
 def swap_html(
     swap # Columns trained_on, tested_on, dice, low, high
 ):
@@ -151,7 +153,7 @@ def swap_html(
     tested = dict.fromkeys(f'tested on {lower_name(v)}' for v in s.tested_on)
     return table_html(rows, ['', *tested])
 
-# %% ../nbs/library/21_report.ipynb #2d7565a5
+# %% ../nbs/library/21_report.ipynb #d825f7aa
 STYLE = {'svg.fonttype':'none', 'svg.hashsalt':'brainseg', 'figure.dpi':90,
          'axes.spines.top':False, 'axes.spines.right':False, 'axes.edgecolor':GREY,
          'axes.titlesize':11, 'grid.color':GREY, 'grid.alpha':.25, 'font.size':10,
@@ -187,7 +189,7 @@ def svg(
     style = f'max-width:{fig.get_figwidth()*104:.0f}px;width:100%'
     return Safe(f'<svg role="img" aria-label="{escape(alt)}" style="{style}"{s}')
 
-# %% ../nbs/library/21_report.ipynb #88a6e027
+# %% ../nbs/library/21_report.ipynb #1f2f5229
 def per_subject(scores):
     "Mean Dice of each subject, a column for each variant"
     s = with_columns(scores, ['variant','subject','dice'], 'The score table')
@@ -198,7 +200,7 @@ def pairs(scores, variants):
     per = with_columns(per_subject(scores), variants, 'The score table, spread by variant,')
     return per[[*variants]].dropna()
 
-# %% ../nbs/library/21_report.ipynb #cd72de6a
+# %% ../nbs/library/21_report.ipynb #03f5e57b
 def draw_subjects(ax, per, cols, better):
     "A line from variant to variant for each subject, in the colour of the better"
     for y,col in zip(per.to_numpy(), better): ax.plot([0,1], y, color=col, lw=1, alpha=.45)
@@ -227,7 +229,7 @@ def draw_differences(ax, d, c, better):
     ax.locator_params(axis='x', nbins=5)
     ax.grid(axis='x')
 
-# %% ../nbs/library/21_report.ipynb #36547c72
+# %% ../nbs/library/21_report.ipynb #6da9fade
 def paired_plot(
     scores,    # Score table
     comparison # dict, as in comparison.json
@@ -245,7 +247,7 @@ def paired_plot(
     b.set_xlabel(f'Difference in Dice:  ← {lower_name(w)} better  ·  {lower_name(v)} better →')
     return fig
 
-# %% ../nbs/library/21_report.ipynb #187f0b71
+# %% ../nbs/library/21_report.ipynb #90c36e67
 def curves_plot(
     curves # Columns variant, fold, seed, epoch, valid_dice
 ):         # matplotlib figure
@@ -268,7 +270,7 @@ def curves_plot(
     axs[0].legend(frameon=False, loc='lower right', labelcolor=INK)
     return fig
 
-# %% ../nbs/library/21_report.ipynb #b25720e1
+# %% ../nbs/library/21_report.ipynb #7bf14253
 def worst_first(
     scores, # Score table
     n=None  # How many of each variant; None: all
@@ -281,7 +283,7 @@ def worst_first(
     s = s.drop_duplicates(['variant','key']).drop(columns='key').reset_index(drop=True)
     return s if n is None else s.groupby('variant').head(n)
 
-# %% ../nbs/library/21_report.ipynb #324b0a4b
+# %% ../nbs/library/21_report.ipynb #adfbf4d2
 def card(
     r,  # Row of a score table, as a dict
     out,# Folder that `prediction` is relative to
@@ -299,7 +301,7 @@ def card(
 
 def legend(*names):
     "What colours mean: pairs of a colour and a text"
-    return P(*[Span(I(style=f'background:{c}'), t, cls='key') for c,t in names], cls='keys')
+    return P(*[Span(I(style=f'background:{safe_colour(c)}'), t, cls='key') for c,t in names], cls='keys')
 
 def contact_sheet(
     scores,  # Score table
@@ -320,7 +322,7 @@ def contact_sheet(
             parts.append(Details(Summary(f'The other {len(rest)} cases'), Div(*rest, cls='grid')))
     return Div(*parts, cls='sheet')
 
-# %% ../nbs/library/21_report.ipynb #8a363aa5
+# %% ../nbs/library/21_report.ipynb #b2913153
 class Report:
     "A self-contained HTML page that shows itself in a notebook and saves itself as one file"
     styles,script = ('report.css',), None
@@ -351,7 +353,7 @@ class Report:
         style = f'width:100%;height:42rem;border:1px solid {GREY}55;border-radius:6px'
         return str(Iframe(title=self.title, srcdoc=self.html, style=style))
 
-# %% ../nbs/library/21_report.ipynb #d25c8635
+# %% ../nbs/library/21_report.ipynb #8f4b93b7
 def para(*texts): return tuple(P(str(t)) for t in texts if t)
 
 def section(
@@ -385,7 +387,7 @@ def dict_html(d):
     flat = pd.json_normalize(d, sep=' ').to_dict('records')[0]
     return table_html([(k.replace('_', ' '), plain_text(v)) for k,v in flat.items()], ['','value'])
 
-# %% ../nbs/library/21_report.ipynb #918a4491
+# %% ../nbs/library/21_report.ipynb #3da7eb1d
 OWN = 'command','fingerprint','definitions','training_longer'
 SIMULATED = Aside(P(Strong('Simulated cohort.'), ' ', TEXTS['simulated']), cls='banner', role='note')
 
@@ -410,7 +412,7 @@ def groups_html(scores):
             for (v,label),t in scores.groupby(['variant','label'], sort=False)]
     return *para(TEXTS['groups']), table_html(rows, ['variant','label','subjects','cases','Dice'])
 
-# %% ../nbs/library/21_report.ipynb #7f13c59b
+# %% ../nbs/library/21_report.ipynb #912677cb
 def evidence(
     scores,          # Score table
     curves=None,     # Curve table
@@ -439,7 +441,7 @@ def evidence(
         section('Environment', more and dict_html(more)),
         section('How to reproduce this', command and (Pre(Code(command)), *para(TEXTS['reproduce'])))]
 
-# %% ../nbs/library/21_report.ipynb #716e5214
+# %% ../nbs/library/21_report.ipynb #f5295e91
 def page(
     tag,            # Verdict in two or three words
     colour,         # Class of its colour
@@ -455,7 +457,7 @@ def page(
                   Nav(*links, aria_label='On this page'))
     return Report(f'brainseg: {tag}', Main(head, *sections))
 
-# %% ../nbs/library/21_report.ipynb #24ea2440
+# %% ../nbs/library/21_report.ipynb #053f9d3f
 def verdict_tag(c):
     "The verdict in two or three words, and the class of its colour"
     v = str(c['verdict'])
@@ -469,7 +471,7 @@ def rule_terms(c)->dict:
     rules = {k.format(**of): v.format(**of) for k,v in TEXTS['rules'].items()}
     return {'What is estimated': c['estimand'], **rules}
 
-# %% ../nbs/library/21_report.ipynb #dcaa79e8
+# %% ../nbs/library/21_report.ipynb #8380337f
 def p_text(p): return '' if missing(p) else ', p < 0.0001' if p<1e-4 else f', p = {num(p, 4)}'
 
 def estimate(d):
@@ -503,7 +505,7 @@ def key_facts(
         ('Trained', plural(c['folds'], 'fold'), f'{plural(c["repeats"], "training")} of each per fold'),
         *([] if missing(n) else [('Subjects needed', f'about {num(n)}', f'for ±{c["margin"]:g} Dice')]))
 
-# %% ../nbs/library/21_report.ipynb #834ae0a7
+# %% ../nbs/library/21_report.ipynb #26f1aac7
 def unit_of(scores): return ' or '.join(sorted(set(scores['unit'])))
 
 def comparison_html(
@@ -534,7 +536,7 @@ def compare_report(
         section('Scores on test subjects', score_table_html(means, unit_of(scores), c['case'])),
         *evidence(scores, words=rule_terms(c), simulated=simulated, **kwargs)], simulated)
 
-# %% ../nbs/library/21_report.ipynb #d99acfc1
+# %% ../nbs/library/21_report.ipynb #e0638d68
 def train_facts(
     scores, # Score table of one variant
     mean,   # Of Dice
