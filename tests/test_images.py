@@ -1,6 +1,5 @@
-"Reading pictures, slices and volumes, writing masks, and what is known of files; each file is looked at once"
-import os, subprocess, sys, threading
-from collections import Counter
+"Reading pictures, slices and volumes, a reader of one's own, writing masks; test_files.py counts how often files are opened"
+import gzip, os, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,60 +7,16 @@ import nibabel as nib, numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from brainseg_fastai import images as I
-from brainseg_fastai.cases import Patient, list_niftis, volume_cases
-from brainseg_fastai.checks import check_volumes, damaged, duplicates, file_table, mask_codes, odd_masks, unequal_sizes
+from brainseg_fastai.checks import damaged, duplicates, file_table, mask_codes, odd_masks, unequal_sizes
 from brainseg_fastai.core import DataError
 from brainseg_fastai.images import (
-    Pixels, data_fingerprint, facts_of, file_facts, foreground, image_size, list_files, load_volume, open_volume, otsu,
-    raw_mask, read_image, read_mask, stem_of, to_bytes, volume_facts, write_mask)
-from helpers import draw_case, make_folder
+    Pixels, data_fingerprint, file_facts, foreground, image_size, load_volume, open_volume, otsu, raw_mask, read_image,
+    read_mask, stem_of, to_bytes, volume_facts, write_mask)
+from helpers import draw_case
 
 CODES = 0,1,4
 
 def save(a, path): Image.fromarray(a).save(path)
-
-@pytest.fixture
-def fresh(tmp_path, monkeypatch):
-    "Nothing is known of any file"
-    monkeypatch.setenv('BRAINSEG_CACHE', str(tmp_path/'cache'))
-    def forget():
-        for f in (I.volume_facts, I.open_volume, I.look): f.cache_clear()
-    forget()
-    yield
-    forget()
-
-def counted(monkeypatch, name):
-    "Calls of a function of the room by its first argument"
-    n,f = Counter(), getattr(I, name)
-    def g(path, *args, **kwargs):
-        n[os.fspath(path)] += 1
-        return f(path, *args, **kwargs)
-    monkeypatch.setattr(I, name, g)
-    return n
-
-def write_volumes(root, n=3, shape=(20,18,12)):
-    "Patients with two sequences and a segmentation, stored from right to left and from front to back"
-    rng,affine = np.random.default_rng(0), np.diag([-1.,-1,2,1])
-    for s in range(n):
-        d = root/f'p{s}'
-        d.mkdir(parents=True)
-        seg = np.zeros(shape, np.uint8)
-        seg[5:12,5:12,3:8] = 1
-        seg[7:10,7:10,4:7] = 4
-        for k in ('flair','t1'):
-            a = (rng.integers(300, 900, shape)*(np.arange(shape[2])>0)).astype(np.int16)
-            nib.save(nib.Nifti1Image(a, affine), d/f'p{s}_{k}.nii.gz')
-        nib.save(nib.Nifti1Image(seg, affine), d/f'p{s}_seg.nii.gz')
-    return root
-
-def find(root):
-    return [Patient(d.name, d, {k: fs[f'{d.name}_{k}'] for k in ('flair','t1')}, fs.get(f'{d.name}_seg'))
-            for d,fs in list_niftis(root).items()]
-
-ALIKE = (find, ('flair','t1'), 'a folder for each patient')
-def cases_of(root, *args, **kwargs): return volume_cases(root, *ALIKE, *args, **kwargs)
-def check(root): return check_volumes(root, *ALIKE, {0:'background', 1:'tumour', 4:'core'})
 
 # ---- pictures
 
@@ -165,7 +120,6 @@ def test_damaged_volumes_are_refused(case, word, end, tmp_path):
         h = nib.load(f).header.copy(); h.set_data_shape((900,900,900) if case=='claim' else a.shape)
         if case=='affine': h['srow_x'] = 0
         plain = tmp_path/'p.nii'; nib.save(nib.Nifti1Image(a, np.eye(4)), plain); b = h.binaryblock + plain.read_bytes()[348:]
-        import gzip
         f.write_bytes(gzip.compress(b) if end=='.nii.gz' else b)
     for g in (open_volume, load_volume, read_image, lambda p: read_image(Pixels(p, 3)), lambda p: mask_codes([p])):
         with pytest.raises(DataError, match=f.name) as e: g(f)
@@ -173,10 +127,10 @@ def test_damaged_volumes_are_refused(case, word, end, tmp_path):
     assert word in str(file_facts(f)['error'])
 
 def test_a_slice_that_is_not_there(tmp_path):
-    root = write_volumes(tmp_path/'d', 1)
-    with pytest.raises(DataError, match='12 slices.*slice 40'): read_image(Pixels(root/'p0/p0_t1.nii.gz', 40))
-    nib.save(nib.Nifti1Image(np.ones((4,4,4), np.int16), np.eye(4)), root/'p0/small.nii')
-    with pytest.raises(DataError, match='small.nii.*same grid'): read_image(Pixels([root/'p0/p0_t1.nii.gz', root/'p0/small.nii']))
+    a,b = tmp_path/'large.nii.gz', tmp_path/'small.nii'
+    for f,n in ((a,12), (b,4)): nib.save(nib.Nifti1Image(np.ones((n,n,n), np.int16), np.eye(4)), f)
+    with pytest.raises(DataError, match='12 slices.*slice 40'): read_image(Pixels(a, 40))
+    with pytest.raises(DataError, match='small.nii.*same grid'): read_image(Pixels([a, b]))
 
 # ---- a reader of one's own
 
@@ -232,69 +186,7 @@ def test_nothing_half_written(tmp_path, monkeypatch):
     with pytest.raises(OSError): write_mask(m, tmp_path/'b.nii', CODES, like)
     assert [o.name for o in tmp_path.iterdir()]==['a.nii']
 
-# ---- files are opened once, however many rows refer to them
-
-def test_pictures_are_decoded_once_although_two_kinds_share_the_masks(fresh, tmp_path, monkeypatch):
-    root = make_folder(tmp_path/'d', 4, 3); n = counted(monkeypatch, 'decode')
-    images,masks = [*list_files(root/'brain'), *list_files(root/'orig')], list_files(root/'mask')
-    assert len(facts_of(images, masks*2))==len(n)==3*12 and set(n.values())=={1}
-    facts_of(images, masks); mask_codes(masks)
-    assert set(n.values())=={1}
-
-def test_volumes_are_unpacked_once_to_check_and_once_to_read_them_by_slices(fresh, tmp_path, monkeypatch):
-    root = write_volumes(tmp_path/'d'); n,opened = counted(monkeypatch, 'load_volume'), counted(monkeypatch, 'volume_header')
-    assert check(root).empty
-    assert len(n)==3*3 and set(n.values())=={1}
-    t = cases_of(root); assert len(t)==3*11 # many rows to a file
-    data_fingerprint(t)
-    assert set(n.values())=={1} # all is known already
-    for o in t['mask']: read_mask(o, CODES)
-    masks = {o.files[0] for o in t['mask']}
-    assert len(masks)==3 and {n[o] for o in masks}=={2}, n # looked at; then unpacked to a file that is memory-mapped
-    assert {opened[o] for o in masks}=={3}, opened
-    cache = tmp_path/'cache/volumes'
-    assert not [p for p in cache.iterdir() if p.name.startswith('.')] and sum(p.suffix=='.json' for p in cache.iterdir())==9
-
-def test_a_later_process_reads_the_notes(fresh, tmp_path, monkeypatch):
-    root = write_volumes(tmp_path/'d'); n = counted(monkeypatch, 'load_volume')
-    a = data_fingerprint(cases_of(root, unit='volume'))
-    volume_facts.cache_clear(); I.look.cache_clear()
-    assert data_fingerprint(cases_of(root, unit='volume'))==a and set(n.values())=={1}
-
-def test_what_is_kept_of_a_volume_is_small_however_many_voxels_it_has(fresh, tmp_path):
-    root = write_volumes(tmp_path/'d')
-    facts = facts_of(root.rglob('*t1.nii.gz'), root.rglob('*seg.nii.gz'))
-    def numbers(o): return sum(map(numbers, o.values() if isinstance(o, dict) else o)) if isinstance(o, (dict, list, tuple)) else 1
-    assert len(facts)==6 and all(not isinstance(o, np.ndarray) for f in facts.values() for o in f.values())
-    assert max(map(numbers, facts.values())) < 200
-
-def test_no_more_volumes_are_in_memory_at_once_than_there_are_workers(fresh, tmp_path, monkeypatch):
-    root,most,now,lock = write_volumes(tmp_path/'d'), [0], [0], threading.Lock(); f = I.measure_volume
-    def g(path):
-        with lock: now[0] += 1; most[0] = max(most[0], now[0])
-        try: return f(path)
-        finally:
-            with lock: now[0] -= 1
-    monkeypatch.setattr(I, 'measure_volume', g); monkeypatch.setattr(os, 'cpu_count', lambda: 2)
-    check(root)
-    assert 1<=most[0]<=2 and now[0]==0
-
-def test_a_folder_is_listed_without_a_question_about_every_file(tmp_path, monkeypatch):
-    root,n,f = make_folder(tmp_path/'d', 5, 4), Counter(), os.scandir
-    monkeypatch.setattr(os, 'scandir', lambda d: n.update([str(d)]) or f(d))
-    monkeypatch.setattr(Path, 'is_file', None) # the listing itself must tell
-    assert len(list_files(root))==60 and sum(n.values())==4
-
-@pytest.mark.skipif(os.name=='nt', reason='links take rights on Windows')
-def test_the_walk_finds_what_pathlib_finds(tmp_path):
-    for o in ('b/x.png', 'b/.hid/y.png', '.z/w.png', 'a.b/c d/é.png', 'B/x.png', '.dot.png', 'b-1/q.png', 'b/n.nii.gz'):
-        (tmp_path/'d'/o).parent.mkdir(parents=True, exist_ok=True); (tmp_path/'d'/o).write_bytes(b'')
-    (tmp_path/'d'/'link').symlink_to(tmp_path/'d'/'b'); (tmp_path/'d'/'f.png').symlink_to(tmp_path/'d'/'b'/'x.png')
-    (tmp_path/'d'/'dead.png').symlink_to(tmp_path/'nothing')
-    want = [p for p in (tmp_path/'d').rglob('*') if p.is_file() and 'link' not in p.parts
-            and not any(o.startswith('.') for o in p.relative_to(tmp_path/'d').parts)]
-    assert list_files(tmp_path/'d')==sorted(want, key=lambda p: p.as_posix()) and len(want)==6
-    assert list_files(tmp_path/'none')==[] and [p.name for p in list_files(tmp_path/'d', I.VOLUME_SUFFIXES)]==['n.nii.gz']
+def test_names_without_their_ending():
     assert [stem_of(o) for o in ('a/b.c.nii.gz','b.MGZ','x.y.png','plain')]==['b.c','b','x.y','plain']
 
 # ---- codes
