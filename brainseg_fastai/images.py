@@ -11,7 +11,7 @@ __all__ = ['IMAGE_SUFFIXES', 'VOLUME_SUFFIXES', 'MOST_VOXELS', 'has_suffix', 'is
            'read_image', 'image_size', 'raw_mask', 'read_mask', 'to_native', 'nifti_like', 'write_mask',
            'sha_of_picture', 'look', 'file_facts', 'facts_of', 'data_fingerprint']
 
-# %% ../nbs/library/01_images.ipynb #4bb567eb
+# %% ../nbs/library/01_images.ipynb #912bae9f
 import gzip, hashlib, json, os
 from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
@@ -23,7 +23,7 @@ from PIL import Image
 from .core import (
     DataError, cache_dir, digest, few, in_threads, missing, need, plain, plural, stamp, times, write_json, written)
 
-# %% ../nbs/library/01_images.ipynb #4b87f066
+# %% ../nbs/library/01_images.ipynb #4567ac5d
 IMAGE_SUFFIXES = '.png','.tif','.tiff','.bmp','.jpg','.jpeg'
 VOLUME_SUFFIXES = '.nii.gz','.nii','.mgz','.mgh'
 
@@ -50,7 +50,7 @@ def list_files(
             elif has_suffix(e.name, suffixes) and e.is_file(): yield Path(e.path)
     return sorted(walk(folder), key=lambda p: p.as_posix())
 
-# %% ../nbs/library/01_images.ipynb #ea257474
+# %% ../nbs/library/01_images.ipynb #129a3472
 def decode(
     path,
     what='an image', # What is expected, for messages; the palette of 'a mask' is not applied
@@ -86,7 +86,7 @@ def read_grey(path, mask=False):
         need(not mask or (a==np.round(a)).all(), path, 'values that are not whole numbers', 'whole codes', again)
     return a
 
-# %% ../nbs/library/01_images.ipynb #14d5347e
+# %% ../nbs/library/01_images.ipynb #0c5f770a
 def read_picture(
     path,
     channels=None, # Which channels, () for all; None: it is grey
@@ -100,7 +100,7 @@ def read_picture(
     if not channels: return a
     return a[...,channels[0]] if len(channels)==1 else a[...,list(channels)]
 
-# %% ../nbs/library/01_images.ipynb #ea760093
+# %% ../nbs/library/01_images.ipynb #3058d650
 def window_of(a):
     "Grey levels of a scan that become 0 and 255"
     some = a[a!=0]
@@ -123,7 +123,7 @@ def to_bytes(
     if a.dtype!=np.float64: a = a.astype(np.float32)
     return ((a-lo)*(255/(hi-lo))).clip(0, 255).round().astype(np.uint8)
 
-# %% ../nbs/library/01_images.ipynb #fae9f457
+# %% ../nbs/library/01_images.ipynb #2dda8c80
 def otsu(
     a # uint8
 )->int: # Grey levels above it are foreground
@@ -149,7 +149,7 @@ def foreground(
     within[1,:,1] = within[:,1,1] = True
     return largest_part(ndi.binary_fill_holes(a>otsu(a)*factor, within if a.ndim==3 else None))
 
-# %% ../nbs/library/01_images.ipynb #9d071575
+# %% ../nbs/library/01_images.ipynb #38ee001e
 MOST_VOXELS = 1024**3
 
 def broken_volume(path, why):
@@ -171,7 +171,7 @@ def volume_header(path):
     need(placed, path, 'an affine that places no voxels in space', 'voxel sizes and directions', 'Export it again.')
     return im
 
-# %% ../nbs/library/01_images.ipynb #d89976da
+# %% ../nbs/library/01_images.ipynb #ed7f53e0
 def read_voxels(path, im):
     "All voxels of a volume; no more is unpacked than its header says"
     packed,size = has_suffix(path, ('.gz','.mgz')), os.path.getsize(path)
@@ -202,7 +202,7 @@ def load_volume(path):
     res.set_data_dtype(a.dtype)
     return res
 
-# %% ../nbs/library/01_images.ipynb #0b9ba613
+# %% ../nbs/library/01_images.ipynb #91b8dd69
 def by_stamp(maxsize):
     "Remember what a function found out about files, until they change"
     def deco(f):
@@ -214,7 +214,7 @@ def by_stamp(maxsize):
 
 def in_cache(path, suffix): return cache_dir()/'volumes'/(digest(2, stamp(path), n=24)+suffix)
 
-# %% ../nbs/library/01_images.ipynb #0a836b05
+# %% ../nbs/library/01_images.ipynb #7e8f6a7f
 def count_values(a):
     "Pixels of each value, as a dict"
     if a.dtype.kind in 'iu' and a.size and a.min()>=0 and a.max()<256:
@@ -239,7 +239,7 @@ def code_counts(a):
         if len(codes)>256: return None,None
     return codes, count_values(a[all_alike(a)])
 
-# %% ../nbs/library/01_images.ipynb #db226899
+# %% ../nbs/library/01_images.ipynb #31fb6c54
 def sha_of(*parts): return hashlib.sha256(b''.join(parts)).hexdigest()
 
 def measure_volume(path):
@@ -267,7 +267,7 @@ def volume_facts(path):
     except OSError: pass # no room for notes: they are found out again next time
     return d
 
-# %% ../nbs/library/01_images.ipynb #af72a217
+# %% ../nbs/library/01_images.ipynb #684ce25b
 def unpack_volume(path, to):
     "Write a volume as a plain NIfTI file"
     import nibabel as nib
@@ -299,7 +299,7 @@ def open_voxels(path, index=None):
     need(0<=index<a.shape[2], os.fspath(path), plural(a.shape[2], 'slice'), f'a slice {index}', 'List the cases again.')
     return np.rot90(a[:,:,index])
 
-# %% ../nbs/library/01_images.ipynb #f715b82c
+# %% ../nbs/library/01_images.ipynb #1be31983
 @dataclass(frozen=True)
 class Pixels:
     "Where the pixels of a case are"
@@ -311,6 +311,7 @@ class Pixels:
         one = isinstance(self.files, (str, os.PathLike)) # spares the caller a comma
         files = [self.files] if one else self.files
         object.__setattr__(self, 'files', tuple(map(os.fspath, files)))
+        if self.channels is not None: object.__setattr__(self, 'channels', tuple(self.channels))
 
     def __fspath__(self): return self.files[0]
     def __str__(self): return self.files[0] + ('' if self.index is None else f'#z{self.index:03d}')
@@ -338,7 +339,7 @@ class Pixels:
         "Height and width, or x, y and z of a whole volume"
         return shape_of(self)
 
-# %% ../nbs/library/01_images.ipynb #958d8a07
+# %% ../nbs/library/01_images.ipynb #f7e93a9f
 def grey_levels(
     x:Pixels # One file
 )->np.ndarray:
@@ -364,7 +365,7 @@ def shape_of(x:Pixels):
         with Image.open(x) as im: return im.size[::-1]
     except Exception: return x.values().shape[:2] # raises with a reason
 
-# %% ../nbs/library/01_images.ipynb #824cbb94
+# %% ../nbs/library/01_images.ipynb #22b465d7
 def pixels_of(x): return x if isinstance(x, Pixels) else Pixels(x)
 
 def read_image(
@@ -394,7 +395,7 @@ def read_mask(
     table = np.searchsorted(codes, np.arange(256)).astype(np.uint8)
     return np.ascontiguousarray(table[a])
 
-# %% ../nbs/library/01_images.ipynb #369d334c
+# %% ../nbs/library/01_images.ipynb #ea9a34e8
 def to_native(
     mask,   # In RAS+ orientation
     affine, # Of the file
@@ -420,7 +421,7 @@ def nifti_like(a, like):
     res.header['descrip'] = b'brainseg_fastai'
     return res
 
-# %% ../nbs/library/01_images.ipynb #27a42cd5
+# %% ../nbs/library/01_images.ipynb #b88ba726
 def write_mask(
     classes,  # (H,W), or (X,Y,Z) in RAS+ orientation
     path,     # .png, or .nii or .nii.gz for a volume
@@ -441,7 +442,7 @@ def write_mask(
         else: Image.fromarray(a).save(tmp)
     return Path(path)
 
-# %% ../nbs/library/01_images.ipynb #e45390c1
+# %% ../nbs/library/01_images.ipynb #de31da2b
 def sha_of_picture(a):
     "Hash of decoded pixels, the same for the same values whatever the file format"
     if a.dtype!=np.uint8:
@@ -487,7 +488,7 @@ def facts_of(
     if strict and bad: raise bad[0]
     return dict(zip(jobs, res))
 
-# %% ../nbs/library/01_images.ipynb #2d4c3f51
+# %% ../nbs/library/01_images.ipynb #59773f06
 def data_fingerprint(
     cases:pd.DataFrame # Case table
 )->str: # 64 hexadecimal digits
