@@ -5,153 +5,166 @@
 # %% auto #0
 __all__ = ['version', 'z_lo', 'z_hi', 'brain_top', 'Template', 'noise_origin', 'mni_maps', 'ventricle_label', 'outward_flow',
            'load_template', 'sample', 'smooth_noise', 'draw_subject', 'draw_scan', 'slice_points', 'to_template',
-           'tissue_signal', 'head_signal', 'slice_tag', 'make_scan', 'cache_dir', 'wanted', 'png_name', 'is_complete',
+           'tissue_signal', 'head_layers', 'head_signal', 'slice_tag', 'make_scan', 'wanted', 'png_name', 'is_complete',
            'make_subject', 'write_cohort', 'demo_cohort']
 
 # %% ../nbs/library/05_demo.ipynb #e4b3c20d
-import json,math,os,shutil,sys,uuid
+import json, math
 from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
 import numpy as np
 from PIL import Image
 from scipy import ndimage as ndi
-from .cases import DataError
+
+from .core import cache_dir, in_threads, made_once, need, read_json, write_text
 
 # %% ../nbs/library/05_demo.ipynb #b6cb5522
-version = 3 # goes up whenever the same seed gives other pixels or facts than before
+version = 3      # goes up whenever the same seed gives other pixels or facts than before
 z_lo,z_hi = -24,58 # the slab of the template that the slices can reach, mm in MNI space
-brain_top = 81 # of the template, mm in MNI space: the highest plane with 100 mm² of brain or more
+brain_top = 81   # of the template, mm in MNI space: the highest plane with 100 mm² of brain or more
 Template = namedtuple('Template', 'maps flow origin') # maps: csf, gm, wm, detail, brain, ventricles
 
 def mni_maps():
     "T1, grey matter, white matter and CSF of the MNI152 template as float32 arrays, and the MNI position of voxel (0,0,0)"
     from nilearn import datasets as D
-    ims = [f(resolution=1) for f in (D.load_mni152_template, D.load_mni152_gm_template, D.load_mni152_wm_template)]
-    aff = ims[0].affine
-    k = slice(int(z_lo-aff[2,3]), int(z_hi-aff[2,3]))
-    t1,gm,wm = [o.get_fdata(dtype=np.float32)[...,k] for o in ims]
+    loaders = D.load_mni152_template, D.load_mni152_gm_template, D.load_mni152_wm_template
+    ims = [f(resolution=1) for f in loaders]
+    x,y,z = ims[0].affine[:3,3]
+    slab = slice(int(z_lo-z), int(z_hi-z))
+    t1,gm,wm = [o.get_fdata(dtype=np.float32)[...,slab] for o in ims]
     csf = np.where(t1>0, np.clip(1-gm-wm, 0, 1), 0).astype(np.float32)
-    return t1,gm,wm,csf,np.array([aff[0,3], aff[1,3], z_lo])
+    return t1,gm,wm,csf,np.array([x, y, z_lo])
 
 # %% ../nbs/library/05_demo.ipynb #14c1d407
 def ventricle_label(
-    t1, # T1 of the template, 0 to 1
-    csf, # its CSF map, 0 to 1
+    t1,     # T1 of the template, 0 to 1
+    csf,    # Its CSF map, 0 to 1
     origin, # MNI position of voxel (0,0,0), mm
-): # boolean array: lateral and third ventricles
+):          # Boolean array: lateral and third ventricles
     "Flood the template's T1 from seeds in the ventricles and from seeds in everything that must not be one"
     x,y,z = [a+o for a,o in zip(np.ogrid[tuple(slice(n) for n in t1.shape)], origin)]
-    ax = abs(x)
     box = tuple(slice(int(a-o), int(b-o)) for a,b,o in zip((-41,-64,z_lo), (42,36,40), origin))
     seed = np.zeros(t1.shape, np.int16)
+    def within(v, lo, hi): return (v>lo) & (v<hi)
+    def mark(label, where, side, front, height):
+        seed[where & within(abs(x), *side) & within(y, *front) & within(z, *height)] = label
     dark = csf>.8
-    seed[dark & (ax>2) & (ax<16) & (y>2) & (y<24) & (z>5) & (z<22)] = 2     # frontal horns
-    seed[dark & (ax>7) & (ax<24) & (y>-40) & (y<5) & (z>20) & (z<30)] = 2   # bodies
-    seed[dark & (ax>16) & (ax<34) & (y>-55) & (y<-22) & (z>2) & (z<22)] = 2 # atria
-    seed[(csf>.6) & (ax<3) & (y>-18) & (y<2) & (z>-10) & (z<3)] = 2         # third ventricle
-    seed[(csf>.5) & (ax<4) & (y>-34) & (y<-12) & (z>8) & (z<19)] = 1        # not: cistern of the velum interpositum
-    seed[(csf>.3) & (ax<14) & (y>-60) & (y<-26) & (z<9)] = 1                # not: quadrigeminal and ambient cisterns
-    seed[csf<.35] = 1                                                       # not: brain tissue
-    for i in range(3): np.moveaxis(seed[box], i, 0)[[0,-1]] = 1             # not: what leaves the box
-    out = np.zeros(t1.shape, bool)
+    mark(2, dark, (2,16), (2,24), (5,22))        # frontal horns
+    mark(2, dark, (7,24), (-40,5), (20,30))      # bodies
+    mark(2, dark, (16,34), (-55,-22), (2,22))    # atria
+    mark(2, csf>.6, (-1,3), (-18,2), (-10,3))    # third ventricle
+    mark(1, csf>.5, (-1,4), (-34,-12), (8,19))   # not: cistern of the velum interpositum
+    mark(1, csf>.3, (-1,14), (-60,-26), (-99,9)) # not: quadrigeminal and ambient cisterns
+    seed[csf<.35] = 1                            # not: brain tissue
+    for i in range(3): np.moveaxis(seed[box], i, 0)[[0,-1]] = 1 # not: what leaves the box
+    res = np.zeros(t1.shape, bool)
     grey = np.ascontiguousarray((np.clip(t1[box], 0, 1)*255).astype(np.uint8))
-    out[box] = ndi.watershed_ift(grey, np.ascontiguousarray(seed[box]), structure=np.ones((3,3,3)))==2
-    return out
+    res[box] = ndi.watershed_ift(grey, np.ascontiguousarray(seed[box]), structure=np.ones((3,3,3)))==2
+    return res
 
 # %% ../nbs/library/05_demo.ipynb #25776fd9
 def outward_flow(
-    label, # boolean array of the ventricles, 1 mm voxels
-    reach=14., # distance in mm over which the push fades to 1/e
-): # float32 array (3, *label.shape)
+    label,     # Boolean array of the ventricles, 1 mm voxels
+    reach=14., # Distance in mm over which the push fades to 1/e
+):             # float32 array (3, *label.shape)
     "Field that points away from the ventricles: 1 at their walls, fading with distance, 0 along their middle"
-    sdf = np.where(label, .5-ndi.distance_transform_edt(label), ndi.distance_transform_edt(~label)-.5)
-    sdf = ndi.gaussian_filter(sdf.astype(np.float32), 1.2)
-    return np.stack(np.gradient(sdf)) * np.exp(-np.clip(sdf, 0, None)/reach)
+    far = ndi.distance_transform_edt
+    d = np.where(label, .5-far(label), far(~label)-.5)
+    d = ndi.gaussian_filter(d.astype(np.float32), 1.2)
+    return np.stack(np.gradient(d)) * np.exp(-np.clip(d, 0, None)/reach)
 
 def load_template():
     "Everything about the template that the simulation needs, computed once"
     t1,gm,wm,csf,origin = mni_maps()
-    lab = ventricle_label(t1, csf, origin)
-    brain = t1>0
+    label,brain = ventricle_label(t1, csf, origin), t1>0
     tissue = np.stack([csf, gm, wm])
-    mu = np.linalg.lstsq(tissue[:,brain][:,::50].T.astype(float), t1[brain][::50].astype(float), rcond=None)[0]
+    few = tissue[:,brain][:,::50].T.astype(float), t1[brain][::50].astype(float)
+    mu = np.linalg.lstsq(*few, rcond=None)[0]
     detail = np.where(brain, t1-np.tensordot(mu, tissue, 1), 0) # what three tissues do not explain: deep grey matter, mostly
-    maps = np.concatenate([tissue, np.stack([detail, brain, ndi.gaussian_filter(lab.astype(np.float32), .6)])])
-    return Template(maps.astype(np.float32), outward_flow(lab).astype(np.float32), origin)
+    soft = ndi.gaussian_filter(label.astype(np.float32), .6)
+    maps = np.concatenate([tissue, np.stack([detail, brain, soft])])
+    return Template(maps.astype(np.float32), outward_flow(label).astype(np.float32), origin)
 
 # %% ../nbs/library/05_demo.ipynb #6817144b
 def sample(
-    vols, # array (channels, x, y, z)
-    pts, # array (3, ...): positions in mm
-    origin, # position of voxel (0,0,0), mm
-    step=1., # voxel size, mm
-): # array (channels, ...)
+    vols,    # (channels, x, y, z)
+    pts,     # (3, ...): positions in mm
+    origin,  # Position of voxel (0,0,0), mm
+    step=1., # Voxel size, mm
+):           # (channels, ...)
     "Linear interpolation of each volume at `pts`, by nearest edge outside"
     ijk = (pts-np.reshape(origin, (3,)+(1,)*(pts.ndim-1)))/step
     return np.stack([ndi.map_coordinates(v, ijk, order=1, mode='nearest') for v in vols])
 
 # %% ../nbs/library/05_demo.ipynb #d49b3f14
 def smooth_noise(
-    rng, # numpy random generator
-    n, # number of fields
-    sigma, # smoothness, mm
-    step=4., # grid size, mm
-): # array (n, x, y, z) with unit standard deviation
+    rng,     # NumPy random generator
+    n,       # Number of fields
+    sigma,   # Smoothness, mm
+    step=4., # Grid size, mm
+):           # (n, x, y, z) with unit standard deviation
     "Random fields over the slab that vary smoothly in space"
     shape = [int(s/step) for s in (208,248,100)]
-    f = ndi.gaussian_filter(rng.standard_normal((n,*shape), dtype=np.float32), (0,)+(sigma/step,)*3, mode='nearest')
+    f = rng.standard_normal((n,*shape), dtype=np.float32)
+    f = ndi.gaussian_filter(f, (0,)+(sigma/step,)*3, mode='nearest')
     return f/f.std(axis=(1,2,3), keepdims=True)
 
 noise_origin = np.array([-104.,-142.,-33.])
 
 # %% ../nbs/library/05_demo.ipynb #65fbe619
 def draw_subject(
-    i, # subject's number in the cohort
-    seed=42, # cohort's seed
-): # dict of what stays the same in all scans of the subject
+    i,       # Subject's number in the cohort
+    seed=42, # Cohort's seed
+):           # Dict of what stays the same in all scans of the subject
     "Draw one person: name, head size, shape, ventricle size, skull"
-    rng = np.random.default_rng(np.random.SeedSequence([seed, i]))
-    site = int(rng.integers(2, 142))
-    age = rng.beta(1.3, 1.5) # 0: young adult, 1: very old
-    return dict(rng=rng, subject=f'{site:03d}_S_{(307+211*i)%9973:04d}', first=20000+37*i,
-        growth=max(-1.3, -1.2 + 5.4*age**1.3 + .5*rng.standard_normal()), atrophy=.75 + 1.1*age + .15*rng.standard_normal(),
-        scale=rng.normal([.97,.96,.98], [.03,.035,.03]), coarse=3.*smooth_noise(rng, 3, 22), fine=1.3*smooth_noise(rng, 3, 7),
-        texture=np.concatenate([smooth_noise(rng, 2, 5), smooth_noise(rng, 4, 25)]), gap=rng.uniform(.6,1.5)+1.2*age,
-        diploe=rng.uniform(1.,3.5), fat=rng.uniform(2.5,6.5), rate=rng.uniform(.05,.35),
-        n_scans=int(rng.choice(4, p=[.15,.3,.3,.25]))+1, z=rng.uniform(6.5,21.5))
+    r = np.random.default_rng(np.random.SeedSequence([seed, i]))
+    site = int(r.integers(2, 142))
+    age = r.beta(1.3, 1.5) # 0: young adult, 1: very old
+    return dict(
+        rng=r, subject=f'{site:03d}_S_{(307+211*i)%9973:04d}', first=20000+37*i,
+        growth=max(-1.3, -1.2 + 5.4*age**1.3 + .5*r.standard_normal()),
+        atrophy=.75 + 1.1*age + .15*r.standard_normal(),
+        scale=r.normal([.97,.96,.98], [.03,.035,.03]),
+        coarse=3.*smooth_noise(r, 3, 22), fine=1.3*smooth_noise(r, 3, 7),
+        texture=np.concatenate([smooth_noise(r, 2, 5), smooth_noise(r, 4, 25)]),
+        gap=r.uniform(.6,1.5)+1.2*age, diploe=r.uniform(1.,3.5), fat=r.uniform(2.5,6.5),
+        rate=r.uniform(.05,.35), n_scans=int(r.choice(4, p=[.15,.3,.3,.25]))+1, z=r.uniform(6.5,21.5))
 
 def draw_scan(
-    s, # dict from `draw_subject`
-    k, # number of the scan: 0 is the first visit
-): # dict of what belongs to one scan
+    s, # From `draw_subject`
+    k, # Number of the scan: 0 is the first visit
+):     # Dict of what belongs to one scan
     "Draw one visit: where the slice lies, how the machine sees the tissues, how noisy it is"
     r = s['rng']
-    return dict(scan=f"I{s['first']+9*k:05d}", growth=s['growth']+k*s['rate'], z=float(np.clip(s['z']+r.normal(0,2), 5, 23)),
+    return dict(
+        scan=f"I{s['first']+9*k:05d}", growth=s['growth']+k*s['rate'],
+        z=float(np.clip(s['z']+r.normal(0,2), 5, 23)),
         turn=r.normal(0,3), tilt=r.normal(0,.03,2), shift=r.normal([0,-4], 4), spacing=r.uniform(.92,1.06),
-        mu=(r.uniform(.14,.36), r.uniform(.62,.8), 1.), detail=r.uniform(.6,1.1), bias=r.uniform(.05,.22)*smooth_noise(r, 1, 45),
+        mu=(r.uniform(.14,.36), r.uniform(.62,.8), 1.), detail=r.uniform(.6,1.1),
+        bias=r.uniform(.05,.22)*smooth_noise(r, 1, 45),
         noise=r.uniform(.02,.06), white=r.uniform(135,185), blur=r.uniform(.35,.7), grain=r.integers(2**32))
 
 # %% ../nbs/library/05_demo.ipynb #4d8a4f74
 def slice_points(
-    c, # dict from `draw_scan`
-    size=256, # pixels per side
-): # array (3, size, size) of positions in mm, and the mm per pixel
+    c,        # From `draw_scan`
+    size=256, # Pixels per side
+):            # (3, size, size) positions in mm, and the mm per pixel
     "Positions of a slice's pixels in the head: rows run from front to back, columns from left to right of the picture"
     mm = c['spacing']*256/size
     v,u = np.mgrid[:size,:size]*mm - (size-1)/2*mm
     a = math.radians(c['turn'])
-    x,y = math.cos(a)*u-math.sin(a)*v, -math.sin(a)*u-math.cos(a)*v
-    x,y = x-c['shift'][0], y-18-c['shift'][1]
+    x = math.cos(a)*u-math.sin(a)*v - c['shift'][0]
+    y = -math.sin(a)*u-math.cos(a)*v - 18 - c['shift'][1]
     return np.stack([x, y, c['z'] + c['tilt'][0]*x + c['tilt'][1]*(y+18)]), mm
 
 def to_template(
-    pts, # array (3, n) of positions in the subject's head, mm
-    s, # dict from `draw_subject`
-    t, # `Template`
-    growth, # mm by which the ventricles' walls have moved outwards
-    steps=4, # of the integration
-): # array (3, n) of positions in the template, mm
+    pts,     # (3, n) positions in the subject's head, mm
+    s,       # From `draw_subject`
+    t,       # `Template`
+    growth,  # mm by which the ventricles' walls have moved outwards
+    steps=4, # Of the integration
+):           # (3, n) positions in the template, mm
     "Where in the template each point of a head comes from: head size, smooth random deformation, then ventricle growth"
     mid,scale = np.array([[0,-18,12]]).T, s['scale'][:,None]
     p = (pts-mid)/scale + mid
@@ -161,36 +174,43 @@ def to_template(
 
 # %% ../nbs/library/05_demo.ipynb #67cf85ea
 def tissue_signal(
-    m, # maps sampled at the slice, (6, size, size)
-    s, # subject
-    c, # scan
-    texture, # random fields at the slice, (6, size, size)
-): # array (size, size): signal of the brain, white matter at 1
+    m,       # Maps sampled at the slice, (6, size, size)
+    s,       # Subject
+    c,       # Scan
+    texture, # Random fields at the slice, (6, size, size)
+):           # (size, size): signal of the brain, white matter at 1
     "T1 signal from the tissue maps, which are sharpened first (the template is an average) and given wider sulci in atrophy"
-    csf,gm,wm,det,_,vent = m
+    csf,gm,wm,detail,_,vent = m
     wide = s['atrophy']*np.exp(.5*texture[0])
     w = np.stack([csf*np.where(vent>.05, 1, wide), gm*np.exp(.35*texture[1]), wm])
     w = np.clip(w, 1e-3, None)**1.9
-    return np.tensordot(c['mu'], w/w.sum(0), 1) + c['detail']*det
+    return np.tensordot(c['mu'], w/w.sum(0), 1) + c['detail']*detail
+
+def head_layers(
+    pts,     # Positions of the pixels, mm
+    s,       # Subject
+    c,       # Scan
+    texture, # Random fields at the slice, (6, size, size)
+)->list:     # (signal, thickness in mm) from inside out
+    "What is around the brain: CSF, dura, skull with marrow, muscle, fat, skin"
+    f,(x,y,z) = texture,pts
+    def thick(mm, varies, least): return np.clip(mm*(1+varies), least, None)
+    angle = np.degrees(np.arctan2(abs(x), y+5))
+    muscle = 8*np.exp(-((angle-58)/20)**2)/(1+np.exp((z-20)/6))
+    marrow = np.clip(.4+.1*f[4]+.13*f[0], .1, None)
+    return [(c['mu'][0], thick(s['gap'], .3*f[2], .4)), (.38, .9), (.07, np.clip(2+.3*f[3], 1.2, None)),
+            (marrow, thick(s['diploe'], .5*f[3], .3)), (.06, 1.9), (.5, muscle),
+            (1.1+.1*f[4]+.06*f[1], thick(s['fat'], .35*f[5], 1.5)), (.55, 1.4)]
 
 def head_signal(
-    brain, # boolean array
-    pts, # positions of the pixels, mm
-    mm, # mm per pixel
-    s, # subject
-    c, # scan
-    texture, # random fields at the slice, (6, size, size)
-): # array (size, size)
-    "Signal of everything around the brain: CSF, dura, skull with marrow, muscle, fat, skin, air"
-    far = lambda b: ndi.distance_transform_edt(b)*mm
+    brain,  # Boolean array
+    layers, # From `head_layers`
+    mm,     # mm per pixel
+):          # (size, size)
+    "Signal of everything around the brain, and of the air"
+    def far(b): return ndi.distance_transform_edt(b)*mm
     hull = far(far(~brain)<20)>20 # closing bridges the fissures
     d = ndi.gaussian_filter(far(~hull)-far(hull), 4/mm)
-    f,(x,y,z) = texture,pts
-    ang = np.degrees(np.arctan2(abs(x), y+5))
-    muscle = 8*np.exp(-((ang-58)/20)**2)/(1+np.exp((z-20)/6))
-    layers = [(c['mu'][0], np.clip(s['gap']*(1+.3*f[2]), .4, None)), (.38, .9), (.07, np.clip(2+.3*f[3], 1.2, None)),
-        (np.clip(.4+.1*f[4]+.13*f[0], .1, None), np.clip(s['diploe']*(1+.5*f[3]), .3, None)), (.06, 1.9), (.5, muscle),
-        (1.1+.1*f[4]+.06*f[1], np.clip(s['fat']*(1+.35*f[5]), 1.5, None)), (.55, 1.4)]
     sig,edge = layers[0][0], 0.
     for (v0,w0),(v1,_) in zip(layers, layers[1:]+[(0,0)]):
         edge = edge+w0
@@ -199,123 +219,98 @@ def head_signal(
 
 # %% ../nbs/library/05_demo.ipynb #f6bf3c7d
 def slice_tag(
-    z, # height of the slice in MNI space, mm
-): # ax1 (lowest) to ax5
+    z, # Height of the slice in MNI space, mm
+):     # ax1 (lowest) to ax5
     "Name of a slice by its height, in steps of 3.6 mm from 5 mm upwards"
     return f'ax{min(max(int((z-5)/3.6), 0), 4)+1}'
 
 # %% ../nbs/library/05_demo.ipynb #f14568fc
 def make_scan(
-    s, # dict from `draw_subject`
-    c, # dict from `draw_scan`
-    t, # `Template`
-    size=256, # pixels per side
-): # dict of uint8 arrays brain, orig, mask; mm per pixel
+    s,        # From `draw_subject`
+    c,        # From `draw_scan`
+    t,        # `Template`
+    size=256, # Pixels per side
+):            # Dict of uint8 arrays brain, orig, mask; mm per pixel
     "The three pictures of one scan"
     pts,mm = slice_points(c, size)
     near = np.hypot(pts[0]/85, (pts[1]+18)/108)<1 # no brain reaches farther
     m = np.zeros((len(t.maps),size,size), np.float32)
     m[:,near] = sample(t.maps, to_template(pts[:,near], s, t, c['growth']), t.origin)
-    tex,bias = [sample(f, pts, noise_origin, 4) for f in (s['texture'], c['bias'])]
+    texture,bias = [sample(f, pts, noise_origin, 4) for f in (s['texture'], c['bias'])]
     brain,mask = m[4]>.5, m[5]>.5
-    sig = np.where(brain, tissue_signal(m, s, c, tex), head_signal(brain, pts, mm, s, c, tex))
+    around = head_signal(brain, head_layers(pts, s, c, texture), mm)
+    sig = np.where(brain, tissue_signal(m, s, c, texture), around)
     sig = ndi.gaussian_filter(np.clip(sig, 0, None), c['blur']/mm)*np.exp(bias[0])
-    g = ndi.gaussian_filter(np.random.default_rng(c['grain']).standard_normal((2,size,size)), (0,.45,.45))
+    g = np.random.default_rng(c['grain']).standard_normal((2,size,size))
+    g = ndi.gaussian_filter(g, (0,.45,.45))
     g *= c['noise']/g.std()
     orig = np.clip(c['white']*np.hypot(sig+g[0], g[1]), 0, 255).round().astype(np.uint8)
     return dict(brain=orig*brain, orig=orig, mask=(mask*255).astype(np.uint8)), mm
 
-# %% ../nbs/library/05_demo.ipynb #6f4cd919
-def cache_dir():
-    "The user's folder for things that can be made again: BRAINSEG_CACHE, else XDG_CACHE_HOME, else what the system uses"
-    e = os.environ
-    if e.get('BRAINSEG_CACHE'): return Path(e['BRAINSEG_CACHE']).expanduser()
-    if e.get('XDG_CACHE_HOME'): base = Path(e['XDG_CACHE_HOME'])
-    elif sys.platform=='darwin': base = Path.home()/'Library/Caches'
-    elif sys.platform=='win32': base = Path(e.get('LOCALAPPDATA') or Path.home()/'AppData/Local')
-    else: base = Path.home()/'.cache'
-    return base/'brainseg_fastai'
-
 # %% ../nbs/library/05_demo.ipynb #65f9f52f
 def wanted(n_subjects, seed, size):
     "What `cohort.json` must say for a folder to be this cohort"
-    for name,v,lo,hi in [('n_subjects',n_subjects,1,9000), ('seed',seed,0,2**63), ('size',size,64,1024)]:
-        if isinstance(v, bool) or not isinstance(v, int) or not lo<=v<=hi:
-            raise DataError(f'demo cohort: {name} is {v!r}; expected a whole number from {lo} to {hi}. Ask for another one.')
+    for name,v,lo,hi in (('n_subjects',n_subjects,1,9000), ('seed',seed,0,2**63), ('size',size,64,1024)):
+        whole = isinstance(v, int) and not isinstance(v, bool)
+        need(whole and lo<=v<=hi, f'demo cohort: {name} is {v!r}; expected a whole number from {lo} to {hi}. Ask for another one.')
     return dict(simulated=True, version=version, seed=seed, n_subjects=n_subjects, size=size,
                 source='MNI152 template (ICBM 2009a nonlinear symmetric) bundled with nilearn')
 
 def png_name(row, kind): return f"{kind}/{row['subject']}-{row['scan']}-{kind}-{row['slice']}.png"
 
 def is_complete(
-    path, # a folder
-    want, # dict from `wanted`
-): # bool
-    "Whether `path` holds the whole cohort that `want` describes"
-    path = Path(path)
-    try: got = json.loads((path/'cohort.json').read_text(encoding='utf-8'))
+    path, # A folder
+    want, # From `wanted`
+)->bool:
+    "Does `path` hold the whole cohort that `want` describes?"
+    try: got = json.loads((Path(path)/'cohort.json').read_text(encoding='utf-8'))
     except (OSError, ValueError): return False
-    if any(got.get(k)!=v for k,v in want.items()): return False
-    return all((path/png_name(r, k)).is_file() for r in got['scans'] for k in ('brain','orig','mask'))
+    files = [Path(path)/png_name(r, k) for r in got.get('scans', []) for k in ('brain','orig','mask')]
+    return want.items()<=got.items() and all(f.is_file() for f in files)
 
 # %% ../nbs/library/05_demo.ipynb #a35b5f02
 def make_subject(
-    i, # subject's number
-    want, # dict from `wanted`
-    t, # `Template`
-    out, # folder that has brain/, orig/, mask/
-): # list of dicts, one per scan
+    i,    # Subject's number
+    want, # From `wanted`
+    t,    # `Template`
+    out,  # Folder that has brain/, orig/, mask/
+)->list:  # Dicts, one per scan
     "Make and write all scans of one subject"
-    s,rows = draw_subject(i, want['seed']),[]
+    s,rows = draw_subject(i, want['seed']), []
     for k in range(s['n_scans']):
         c = draw_scan(s, k)
         ims,mm = make_scan(s, c, t, want['size'])
-        r = dict(subject=s['subject'], scan=c['scan'], slice=slice_tag(c['z']), spacing=round(mm, 4), z=round(c['z'], 1), below_top=round((brain_top-12)*s['scale'][2]+12-c['z'], 1),
-                 growth=round(c['growth'], 2), ventricle_px=int((ims['mask']>0).sum()))
+        top = (brain_top-12)*s['scale'][2]+12
+        r = dict(subject=s['subject'], scan=c['scan'], slice=slice_tag(c['z']), spacing=round(mm, 4),
+                 z=round(c['z'], 1), below_top=round(top-c['z'], 1), growth=round(c['growth'], 2),
+                 ventricle_px=int((ims['mask']>0).sum()))
         for kind,a in ims.items(): Image.fromarray(a).save(Path(out)/png_name(r, kind))
         rows.append(r)
     return rows
 
 def write_cohort(
-    out, # new folder
-    want, # dict from `wanted`
-    progress=True, # show a progress bar
-    workers=None, # threads; the cores, at most 4, if not given
+    out,           # New folder
+    want,          # From `wanted`
+    progress=True, # Show a progress bar?
+    workers=None,  # Threads; None: the cores, at most 4
 ):
     "Make every subject of a cohort; `cohort.json` comes last"
-    from fastprogress.fastprogress import progress_bar
     for k in ('brain','orig','mask'): (out/k).mkdir(parents=True)
-    t,n,rows = load_template(),want['n_subjects'],[]
-    ex = ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1)) # scipy's interpolation lets threads run side by side
-    try:
-        todo = ex.map(lambda i: make_subject(i, want, t, out), range(n))
-        for r in progress_bar(todo, total=n) if progress else todo: rows += r
-    finally: ex.shutdown(cancel_futures=True)
-    with open(out/'cohort.json', 'w', encoding='utf-8', newline='\n') as f: json.dump({**want, 'scans':rows}, f, indent=1)
+    t = load_template()
+    def make(i): return make_subject(i, want, t, out)
+    rows = in_threads(make, range(want['n_subjects']), progress, workers) # scipy's interpolation lets threads run side by side
+    write_text(out/'cohort.json', json.dumps({**want, 'scans': sum(rows, [])}, indent=1))
 
 # %% ../nbs/library/05_demo.ipynb #e6818021
 def demo_cohort(
-    n_subjects=48, # people, each with 1 to 4 scans
-    seed=42, # another seed, another cohort
-    path=None, # where to; a folder of its own in the user's cache if not given
-    size=256, # pixels per side
-    progress=True, # show a progress bar while it is made
-    workers=None, # threads; the cores, at most 4, if not given. The pictures do not depend on it
-): # Path of the folder with brain/, orig/, mask/ and cohort.json
+    n_subjects=48, # People, each with 1 to 4 scans
+    seed=42,       # Another seed, another cohort
+    path=None,     # Where to; None: a folder of its own in the user's cache
+    size=256,      # Pixels per side
+    progress=True, # Show a progress bar while it is made?
+    workers=None,  # Threads; None: the cores, at most 4. The pictures do not depend on it
+)->Path:           # Folder with brain/, orig/, mask/ and cohort.json
     "Folder of a simulated cohort, made on first use"
     want = wanted(n_subjects, seed, size)
-    path = Path(path).expanduser() if path else cache_dir()/f'demo-v{version}-{n_subjects}-{seed}-{size}'
-    if is_complete(path, want): return path
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise DataError(f'{path}: found something that is not the complete demo cohort asked for; '
-                        'expected a new or an empty folder. Remove it or name another.')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.parent/f'.{path.name}-{uuid.uuid4().hex[:12]}' # beside it, so that the rename stays on one disk
-    try:
-        write_cohort(tmp, want, progress, workers)
-        if path.exists(): path.rmdir()
-        tmp.rename(path)
-    except OSError:
-        if not is_complete(path, want): raise # else another process was faster, and its cohort is the same
-    finally: shutil.rmtree(tmp, ignore_errors=True)
-    return path
+    path = path or cache_dir()/f'demo-v{version}-{n_subjects}-{seed}-{size}'
+    return made_once(path, lambda d: is_complete(d, want), lambda d: write_cohort(d, want, progress, workers))

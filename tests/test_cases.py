@@ -10,6 +10,7 @@ from brainseg_fastai.adni import ADNI, adni_cases, check_cases, kinds_in, subjec
 from brainseg_fastai.cases import case_name, data_folder, is_simulated, pair_cases, standin
 from brainseg_fastai.checks import format_problems, mask_codes, refuse_errors
 from brainseg_fastai.core import DataError
+from brainseg_fastai.drawing import show_cases
 from brainseg_fastai.images import data_fingerprint, read_image, read_mask
 from helpers import dataset, draw_case, make_folder
 
@@ -321,6 +322,27 @@ def test_scaled_masks_are_reported(scale, tmp_path):
 def test_read_mask_refuses_other_codes(good):
     with pytest.raises(DataError, match='values 255.*codes 0, 1'): read_mask(good/M00, (0,1))
 
+# ---- layouts and stand-ins
+
+def test_case_name(good):
+    o = next(adni_cases(good, 'orig').itertuples())
+    assert case_name(o)==O00
+
+def test_the_layout_reads_and_checks_as_its_functions_do(good):
+    assert ADNI.cases(good).equals(adni_cases(good, 'brain')) and ADNI.check(good, 'orig', progress=False).empty
+    with pytest.raises(DataError, match="expected 'slice'"): ADNI.cases(good, 'brain', unit='volume')
+
+def test_stand_in_of_slices(tmp_path, monkeypatch):
+    monkeypatch.setenv('BRAINSEG_CACHE', str(tmp_path/'cache'))
+    root = standin(ADNI, n=3)
+    assert root.parent==tmp_path/'cache' and is_simulated(root) and ADNI.cases(root).subject.nunique()==3
+    assert standin(ADNI, n=3)==root and read_image(ADNI.cases(root).image[0]).shape==(128,128)
+    with pytest.raises(DataError, match='a new or an empty folder'): standin(ADNI, root, n=4)
+
+def test_data_folder(good, monkeypatch):
+    monkeypatch.setenv('BRAINSEG_DATA', str(good.parent))
+    assert data_folder(good.name, ADNI)==good.resolve() and data_folder('other', ADNI)==good.parent.resolve()
+
 # ---- fingerprint and pictures
 
 def test_fingerprint(good, root):
@@ -337,7 +359,8 @@ def test_fingerprint_sees_names(good, root):
 def test_show_cases(good):
     import matplotlib; matplotlib.use('Agg')
     fig = show_cases(adni_cases(good), 3)
-    assert len(fig.axes)==3 and all(ax.images and ax.collections for ax in fig.axes)
+    pictures = [np.asarray(ax.images[0].get_array()).astype(int) for ax in fig.axes]
+    assert len(pictures)==3 and all(np.ptp(a[...,:3], axis=2).max()>50 for a in pictures), 'an outline in colour'
     assert fig.axes[0].get_title().startswith('000_S_1000')
 
 # ---- development data

@@ -6,8 +6,10 @@ import numpy as np, pytest
 from PIL import Image
 from scipy import ndimage as ndi
 
-from brainseg_fastai import demo
-from brainseg_fastai.cases import DataError, adni_cases, check_cases, is_simulated
+from brainseg_fastai import core, demo
+from brainseg_fastai.adni import ADNI, adni_cases, check_cases
+from brainseg_fastai.cases import data_folder, is_simulated, standin
+from brainseg_fastai.core import DataError
 
 N,KINDS = 6,('brain','orig','mask')
 
@@ -160,13 +162,13 @@ def test_second_call_reads_the_cache(tmp_path, monkeypatch):
 
 def test_cache_dir(monkeypatch, tmp_path):
     monkeypatch.setenv('BRAINSEG_CACHE', str(tmp_path/'a'))
-    assert demo.cache_dir()==tmp_path/'a'
+    assert core.cache_dir()==tmp_path/'a'
     monkeypatch.delenv('BRAINSEG_CACHE'); monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'b'))
-    assert demo.cache_dir()==tmp_path/'b'/'brainseg_fastai'
+    assert core.cache_dir()==tmp_path/'b'/'brainseg_fastai'
     monkeypatch.delenv('XDG_CACHE_HOME')
     for platform,part in [('linux','.cache'), ('darwin','Library'), ('win32','')]:
-        monkeypatch.setattr(demo.sys, 'platform', platform)
-        assert demo.cache_dir().name=='brainseg_fastai' and part in str(demo.cache_dir())
+        monkeypatch.setattr(core.sys, 'platform', platform)
+        assert core.cache_dir().name=='brainseg_fastai' and part in str(core.cache_dir())
 
 @pytest.mark.usefixtures('quick')
 def test_two_processes_at_once(tmp_path):
@@ -222,7 +224,7 @@ def test_foreign_and_damaged_folders_are_left_alone(tmp_path):
     assert (tmp_path/'mine'/'thesis.txt').read_text(encoding='utf-8')=='dear'
     root = demo.demo_cohort(1, path=tmp_path/'c', size=64, progress=False)
     next((root/'mask').iterdir()).unlink()
-    with pytest.raises(DataError, match='not the complete demo cohort'): demo.demo_cohort(1, path=root, size=64)
+    with pytest.raises(DataError, match='not the complete data set'): demo.demo_cohort(1, path=root, size=64)
     (root/'cohort.json').write_text('{', encoding='utf-8')
     assert not demo.is_complete(root, demo.wanted(1, 42, 64))
 

@@ -1,14 +1,17 @@
 "Networks by name, the memory they need, and losses by name"
-import json, math, re, warnings
+import json, math, re, urllib.request, warnings
 
 import numpy as np, pandas as pd, pytest, torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch import nn
-from brainseg_fastai.cases import DataError
-from brainseg_fastai.networks import (ARCHS, LOSSES, arch_help, build_network, check_size, class_weights, describe_network, make_loss,
-                                      memory_estimate, parse_loss)
+from torchvision.models import ResNet18_Weights, resnet18
+from brainseg_fastai.core import DataError
+from brainseg_fastai.networks import (ARCHS, LOSSES, RESNETS, InBf16, LightUnet, build_model, build_network, check_size, class_shares,
+                                      class_weights, describe_network, light_splitter, load_weights, make_loss, memory_estimate, parse_loss,
+                                      plain_batch, save_weights)
+from brainseg_fastai.settings import Settings
 
 # every network, small enough for seconds: name, dims, size, options
 SMALL = [('efficientnet_b0',2,64,{}), ('unet',2,32,dict(depth=3, width=8)), ('attention_unet',2,32,dict(depth=3, width=8)),
@@ -17,9 +20,8 @@ SMALL = [('efficientnet_b0',2,64,{}), ('unet',2,32,dict(depth=3, width=8)), ('at
 ids = [f'{a}-{d}d' for a,d,*_ in SMALL]
 
 def test_every_name_is_tried():
-    assert {a for a,*_ in SMALL} == {a for a,o in ARCHS.items() if o.library=='MONAI' and not re.search('b[1-7]$', a)}
-    assert {(a,d) for a,d,*_ in SMALL} == {(a,d) for a,o in ARCHS.items() if o.library=='MONAI' and not re.search('b[1-7]$', a) for d in o.dims}
-    assert all(k in arch_help() for k in ARCHS) and 'unet3d' not in arch_help(2)
+    names = [k for k in ARCHS if k not in RESNETS and not re.search('b[1-7]$', k)]
+    assert {(a,d) for a,d,*_ in SMALL} == {(k,d) for k in names for d in ARCHS[k].dims}
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -87,7 +89,7 @@ def test_what_cannot_work_is_refused_with_what_would(args, kw, words):
     assert words in str(e.value)
 
 @settings(max_examples=100, deadline=None)
-@given(st.sampled_from([a for a,o in ARCHS.items() if o.library=='MONAI']), st.lists(st.integers(1, 600), min_size=3, max_size=3), st.integers(2, 6))
+@given(st.sampled_from([a for a in ARCHS if a not in RESNETS]), st.lists(st.integers(1, 600), min_size=3, max_size=3), st.integers(2, 6))
 def test_the_sizes_that_an_error_names_work(arch, size, depth):
     a = ARCHS[arch]; dims = a.dims[0]; depth = depth if a.depth else None; size = tuple(size[:dims])
     try: assert check_size(arch, size, dims, depth)==size
@@ -104,9 +106,9 @@ def test_the_sizes_that_an_error_names_work(arch, size, depth):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     "An empty cache for weights, and no network"
-    import urllib.request
     def refuse(*a, **k): raise OSError('no network')
     monkeypatch.setattr(urllib.request, 'urlopen', refuse)
+    monkeypatch.setattr(torch.hub, 'urlopen', refuse)
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     (tmp_path/'checkpoints').mkdir()
     return tmp_path/'checkpoints'
@@ -131,6 +133,83 @@ def test_other_networks_have_no_weights_and_do_not_mind(hub):
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
         assert build_network('unet', 1, 2, 32, depth=2, width=4, pretrained=True).pretrained is False
+
+@pytest.mark.parametrize('recipe', ['light','published'])
+def test_an_encoder_with_imagenet_weights(hub, recipe):
+    settings = Settings(size=64, recipe=recipe)
+    with pytest.warns(UserWarning, match=f'resnet18-.*{hub}.*random weights') as told: net = build_model(settings, 3, 2)
+    assert net.pretrained is False and len(told)==1
+    weights = resnet18(weights=None).state_dict()
+    torch.save(weights, hub/ResNet18_Weights.DEFAULT.url.rsplit('/', 1)[-1])
+    net = build_model(settings, 3, 2)
+    inside = [k for k in weights if k.startswith(('layer1','layer2')) and k.endswith('conv2.weight')]
+    assert net.pretrained is True and inside
+    assert all(any(p.shape==weights[k].shape and torch.equal(p, weights[k]) for p in net.parameters()) for k in inside)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        assert build_model(Settings(size=64, recipe=recipe, pretrained=False), 3, 2).pretrained is False
+
+# ---------------------------------------------------------------- from settings
+
+def test_the_light_network_draws_as_fastai_s_unet_does():
+    "Its encoder is the one that `create_unet_model` makes from the same seed, its decoder comes from the random numbers after that"
+    from fastai.vision.learner import create_unet_model
+    torch.manual_seed(7); net = build_model(Settings(size=96, pretrained=False), 1, 2)
+    torch.manual_seed(7); body = create_unet_model(resnet18, 2, (96,96), pretrained=False, cut=-3, n_in=1)[0]
+    light = LightUnet(body, 2)
+    a,b = net.state_dict(), light.state_dict()
+    assert list(a)==list(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+def test_the_published_network_is_fastai_s():
+    from fastai.layers import Mish, SelfAttention
+    from fastai.vision.models.unet import DynamicUnet
+    net = build_model(Settings(recipe='published', size=64, pretrained=False), 3, 2)
+    kinds = [type(o) for o in net.modules()]
+    assert isinstance(net, DynamicUnet) and SelfAttention in kinds and Mish in kinds
+    with torch.inference_mode(): assert net.eval()(torch.zeros(2,3,64,64)).shape==(2,2,64,64)
+
+@pytest.mark.parametrize('text,shape', [('arch=unet depth=3 width=8 size=64',(64,64)), ('mode=patch arch=unetr patch=16,16,32 width=2',(16,16,32)),
+                                        ('mode=volume arch=segresnet depth=2 width=8',(16,24,16))])
+def test_a_network_by_name_from_settings(text, shape):
+    from brainseg_fastai.settings import parse_settings
+    net = build_model(parse_settings(text), 2, 3, shape).eval()
+    with torch.inference_mode(): assert net(torch.zeros(1,2,*shape)).shape==(1,3,*shape)
+    assert isinstance(net, InBf16) and net.pretrained is False
+
+def test_settings_that_no_network_fits():
+    with pytest.raises(DataError, match='published recipe has a ResNet encoder'): Settings(arch='unet', recipe='published')
+    with pytest.raises(DataError, match='unet3d'): build_model(Settings(mode='patch'), 1, 2) # a ResNet for volumes
+
+def test_guesses_start_at_the_share_of_each_class():
+    masks = [np.zeros((16,16), np.uint8) for _ in range(4)]
+    for m in masks: m[:4,:4] = 2
+    shares = class_shares([(None, m) for m in masks], (0,7,255))
+    net = build_model(Settings(size=64, pretrained=False), 1, 3, shares=shares)
+    np.testing.assert_allclose(net.head[-1][0].bias.detach().exp(), (1-1/16, 1e-3, 1/16), rtol=1e-4) # the class 1 is in no mask
+    body,rest = light_splitter(net)
+    assert len(body)+len(rest)==len(list(net.parameters()))
+
+@pytest.mark.parametrize('able', [True,False])
+def test_bfloat16_where_the_hardware_has_it(able, monkeypatch):
+    monkeypatch.setattr('brainseg_fastai.networks.fast_bf16', lambda device: able)
+    seen = []
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.conv = nn.Conv2d(1, 1, 1)
+        def forward(self, x): seen.append((y := self.conv(x)).dtype); return y
+    InBf16(Net())(torch.zeros(1,1,8,8))
+    assert seen==[torch.bfloat16 if able else torch.float32]
+
+@pytest.mark.parametrize('arch,dims,size,options', SMALL, ids=ids)
+def test_weights_come_back(arch, dims, size, options, tmp_path):
+    last = torch.channels_last if dims==2 else torch.channels_last_3d
+    def make(): return InBf16(build_network(arch, 1, 2, size, dims, **options)).to(memory_format=last).eval()
+    a,b,x = make(), make(), torch.randn(1, 1, *[size]*dims)
+    save_weights(a, tmp_path/'a.safetensors')
+    load_weights(b, tmp_path/'a.safetensors')
+    with torch.inference_mode(): assert torch.equal(a(x), b(x))
+    save_weights(b, tmp_path/'b.safetensors')
+    assert [o.name for o in sorted(tmp_path.iterdir())]==['a.safetensors','b.safetensors']
+    assert (tmp_path/'a.safetensors').read_bytes()==(tmp_path/'b.safetensors').read_bytes()
 
 # ---------------------------------------------------------------- memory
 
@@ -304,7 +383,6 @@ def test_no_training_masks_or_unknown_classes():
 
 def test_gradients_do_not_hold_what_lay_in_memory():
     "In bfloat16, the weights' gradient at the 2×2×2 bottleneck of a 3-D network came out of memory that nothing had written to"
-    from brainseg_fastai.segmentation import InBf16, plain_batch
     net = InBf16(build_network('unet3d', 1, 2, (32,32,32), dims=3)).to(memory_format=torch.channels_last_3d)
     for i in range(6):
         rubbish = [torch.full((n,), float('nan')) for n in (1000, 10_000, 100_000, 1_000_000, 5_000_000) for _ in range(20)]

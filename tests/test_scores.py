@@ -1,7 +1,7 @@
 import numpy as np, pandas as pd, pytest
 from scipy.ndimage import binary_erosion, gaussian_filter
 from scipy.spatial.distance import cdist
-from brainseg_fastai.cases import DataError
+from brainseg_fastai.core import DataError
 from brainseg_fastai.scores import (EMPTY_POLICY, NSD_TOLERANCE, TOLERANCE_POLICY, empty_score, overlap, pooled_dice, score_mask,
                                     summarise_scores)
 
@@ -64,7 +64,7 @@ def test_volumes_agree_with_brute_force():
         p, t = (gaussian_filter(r.normal(size=(8, 12, 12)), 1.5) > .05 for _ in range(2))
         s = score_mask(p, t, sp)
         np.testing.assert_allclose((s['hd95'], s['nsd']), brute(p, t, sp), atol=1e-6)
-        assert np.isclose(s['area_true'], t.sum()*np.prod(sp))
+        assert np.isclose(s['size_true'], t.sum()*np.prod(sp))
 
 def test_symmetry_and_far_padding_change_nothing():
     p, t = random_masks(3)
@@ -76,7 +76,7 @@ def test_units():
     p, t = random_masks(1)
     px, mm, nan = score_mask(p, t), score_mask(p, t, 2.), score_mask(p, t, float('nan'))
     assert (px['unit'], mm['unit'], nan['unit']) == ('px', 'mm', 'px') and nan == px
-    assert np.isclose(mm['hd95'], 2*px['hd95']) and np.isclose(mm['area_true'], 4*px['area_true']) and mm['dice'] == px['dice']
+    assert np.isclose(mm['hd95'], 2*px['hd95']) and np.isclose(mm['size_true'], 4*px['size_true']) and mm['dice'] == px['dice']
     assert score_mask(p, t, tolerance=1e3)['nsd'] == 1
 
 def test_empty_policy():

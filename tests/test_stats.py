@@ -1,18 +1,20 @@
 import json, re
+from dataclasses import replace
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
-from brainseg_fastai.cases import DataError
-from brainseg_fastai.stats import (GENERATORS, bootstrap_t, compare_scores, failure_warning, found_nothing, paired_differences,
-                                   same_input_control, simulate_coverage, subject_means, subjects_needed, training_longer, verdict, verdict_sentence)
+from brainseg_fastai.core import DataError
+from brainseg_fastai.intervals import bootstrap_t, simulate_coverage, subjects_needed
+from brainseg_fastai.stats import (compare_scores, failure_warning, found_nothing, paired_differences, same_input_control,
+                                   subject_means, training_longer, verdict, verdict_sentence)
 
 def study(n=20, gain=0., seeds=(1,), folds=1, scans=2, seed=0, noise=.01):
     "Two score tables of invented subjects, brain and orig"
     r = np.random.default_rng(seed)
     hard = r.normal(0, .02, (n, scans))
-    t = pd.DataFrame([dict(kind=k, fold=i % folds, seed=10*(i % folds) + s, subject=f'{i:03d}', scan=f'I{j}', slice=3, unit='mm',
+    t = pd.DataFrame([dict(variant=k, fold=i % folds, seed=10*(i % folds) + s, subject=f'{i:03d}', scan=f'I{j}', slice=3, unit='mm',
         dice=.9 + hard[i, j] + gain*(k == 'brain') + r.normal(0, noise), jaccard=.8, hd95=2., nsd=.9, n_true=100, n_pred=100, n_both=90)
         for k in ('brain', 'orig') for s in seeds for i in range(n) for j in range(scans)])
-    return t[t.kind == 'brain'], t[t.kind == 'orig']
+    return t[t.variant == 'brain'], t[t.variant == 'orig']
 
 # --- pairing
 
@@ -40,7 +42,7 @@ def test_a_subject_with_many_images_counts_once():
     (lambda a: pd.concat([a, a.iloc[:1]]), 'twice'),
     (lambda a: a.assign(dice=np.nan), 'without a finite dice'),
     (lambda a: a.drop(columns='dice'), "'dice'"),
-    (lambda a: a.assign(kind=['brain', 'orig']*(len(a)//2)), 'mixes the kinds'),
+    (lambda a: a.assign(variant=['brain', 'orig']*(len(a)//2)), 'variants brain, orig'),
     (lambda a: a.iloc[:0], 'share no case')])
 def test_tables_that_cannot_be_compared(spoil, say):
     a, b = study(4)
@@ -127,13 +129,16 @@ def test_swapping_the_inputs_swaps_the_verdict(m, h, ratio, signs):
     assert v(-1) == (swap.get(v(1)[0], v(1)[0]), v(1)[1])
 
 def test_sentences():
-    say = lambda w, small=False, ci=(-.02, .03), **k: verdict_sentence(w, small, np.mean(ci), ci, .01, 12, **k)
-    assert 'these two trained models' in say('equivalent') and 'this kind of input' in say('equivalent', single=False)
+    def say(words, small=False, ci=(-.02, .03), needed=None, differences=(.01,)):
+        return verdict_sentence(replace(c, verdict=words, by_less_than_margin=small, difference=np.mean(ci), ci95=ci, n_subjects=12,
+            subjects_needed=needed, by_training=[dict(difference=o) for o in differences]))
+    c = compare_scores(*study(12))
+    assert 'these two trained models' in say('equivalent') and 'this kind of input' in say('equivalent', differences=(.01, .02))
     assert 'brain is better than full skull by less than the margin of 0.01' in say('brain better', True)
     assert 'full skull is better than brain:' in say('full skull better')
     assert 'About 80 test subjects' in say('inconclusive', needed=80)
     assert 'already as narrow' in say('inconclusive', needed=9)
-    assert 'more repeats' in say('inconclusive', ci=(.01, .03), agree=False, needed=9)
+    assert 'more repeats' in say('inconclusive', ci=(.01, .03), differences=(.01, -.02), needed=9)
     assert 'Too few subjects' in say('inconclusive')
 
 # --- the comparison as a whole
@@ -148,7 +153,7 @@ def test_compare_finds_what_is_there(gain, noise, want):
 
 def test_comparison_json():
     one = study(1)
-    d = json.loads(compare_scores(*one, simulated=True).to_json())
+    d = json.loads(json.dumps(compare_scores(*one, simulated=True).to_dict(), allow_nan=False))
     assert {'verdict', 'sentence', 'n_subjects', 'n_images', 'metrics', 'difference', 'ci95', 'ci90', 'p_value', 'margin', 'subjects_needed', 'folds',
             'repeats', 'control', 'simulated', 'warnings', 'wilcoxon_p', 'estimand'} <= set(d)
     assert d['ci95'] == [-1, 1] and d['verdict'] == 'inconclusive' and d['subjects_needed'] is None and d['simulated'] is True
@@ -156,17 +161,17 @@ def test_comparison_json():
 
 def test_the_same_scores_are_equivalent_to_themselves():
     a, _ = study()
-    c = compare_scores(a, a.assign(kind='orig'))
+    c = compare_scores(a, a.assign(variant='orig'))
     assert (c.verdict, c.difference, c.p_value, c.wilcoxon_p, c.ci95) == ('equivalent', 0, 1, 1, (0, 0))
 
 def test_folds_repeats_and_control():
     a, b = study(18, .03, seeds=(1, 2), folds=3)
     c = compare_scores(a, b)
     assert (c.folds, c.repeats, len(c.by_training), c.n_subjects) == (3, 2, 6, 18) and 'this kind of input' in c.sentence
-    assert c.control['kind'] == 'brain' and c.control['seeds'] == [[1, 2], [11, 12], [21, 22]] and c.control['n_subjects'] == 18
+    assert c.control['variant'] == 'brain' and c.control['seeds'] == [[1, 2], [11, 12], [21, 22]] and c.control['n_subjects'] == 18
     second, first = (a[a.seed % 10 == i].set_index(['subject', 'scan']).dice for i in (2, 1))
     assert np.isclose(c.control['difference'], (second - first).mean())
-    assert same_input_control(pd.concat([a[a.seed % 10 == 1], b]))['kind'] == 'orig'
+    assert same_input_control(pd.concat([a[a.seed % 10 == 1], b]))['variant'] == 'orig'
     assert same_input_control(a[a.seed % 10 == 1]) is None and same_input_control(a.drop(columns='seed')) is None
 
 def test_a_dissenting_fold_forbids_a_claim():
@@ -186,38 +191,38 @@ def test_left_out_cases_and_mixed_units_are_told():
 def test_failures_are_announced_with_a_coverage():
     r = np.random.default_rng(0)
     a, b = r.normal(.95, .01, (2, 60))
-    s = np.arange(60)//3
-    assert failure_warning(a, b, s) is None
+    def warn(a, b): return failure_warning(pd.DataFrame(dict(subject=np.arange(60)//3, a=a, b=b, diff=a-b)))
+    assert warn(a, b) is None
     fail = a.copy(); fail[5] = .01
-    w = failure_warning(fail, b, s)
+    w = warn(fail, b)
     assert 'Dice below 0.2' in w and '20 subjects' in w
     assert int(re.search(r'in (\d+)% of studies only', w)[1]) < 90
     both = b.copy(); both[5] = .01
-    assert failure_warning(fail, both, s) is None # failing under both inputs is no difference
+    assert warn(fail, both) is None # failing under both inputs is no difference
     skew = a.copy(); skew[5] = .4
-    assert 'skewness' in failure_warning(skew, b, s)
+    assert 'skewness' in warn(skew, b)
 
 def test_a_training_that_found_nothing_is_named():
-    a, b = (o.assign(area_true=9., area_pred=8.) for o in study(12, folds=3))
-    assert found_nothing(a) == found_nothing(b.drop(columns='area_pred')) == []
-    stuck = b.assign(area_pred=np.where(b.fold == 1, 0., 8.), dice=np.where(b.fold == 1, 0., b.dice))
+    a, b = (o.assign(size_true=9., size_pred=8.) for o in study(12, folds=3))
+    assert found_nothing(a) == found_nothing(b.drop(columns='size_pred')) == []
+    stuck = b.assign(size_pred=np.where(b.fold == 1, 0., 8.), dice=np.where(b.fold == 1, 0., b.dice))
     w, = found_nothing(pd.concat([a, stuck]))
     assert w.startswith('full skull, fold 2, seed 11: the network found nothing in any of its 8 test cases.')
     assert compare_scores(a, stuck).warnings.count(w) == 1
     first = a[a.fold == 0]
-    again = pd.concat([first, first.assign(seed=first.seed+500, area_pred=0., dice=0.)]) # the control is a training, too
+    again = pd.concat([first, first.assign(seed=first.seed+500, size_pred=0., dice=0.)]) # the control is a training, too
     w, = found_nothing(again)
     assert w in compare_scores(a, b, control=again).warnings
-    one = stuck.area_pred.where(stuck.index != stuck[stuck.fold == 1].index[0], 1.) # a pixel somewhere is something
-    assert found_nothing(stuck.assign(area_pred=one)) == []
-    assert found_nothing(stuck[stuck.fold == 1][['area_true', 'area_pred']])[0].startswith('This training: ')
-    assert found_nothing(stuck.assign(area_true=0.)) == [] # there was nothing to find
+    one = stuck.size_pred.where(stuck.index != stuck[stuck.fold == 1].index[0], 1.) # a pixel somewhere is something
+    assert found_nothing(stuck.assign(size_pred=one)) == []
+    assert found_nothing(stuck[stuck.fold == 1][['size_true', 'size_pred']])[0].startswith('This training: ')
+    assert found_nothing(stuck.assign(size_true=0.)) == [] # there was nothing to find
 
 # --- curves
 
 def test_training_longer():
     ep, r = np.arange(30), np.random.default_rng(0)
-    def curve(y, kind, fold=0): return pd.DataFrame(dict(kind=kind, fold=fold, seed=0, epoch=ep[:len(y)], valid_dice=y))
+    def curve(y, kind, fold=0): return pd.DataFrame(dict(variant=kind, fold=fold, seed=0, epoch=ep[:len(y)], valid_dice=y))
     rising, flat, wild = .3 + .015*ep, .95 + r.normal(0, .001, 30), .6 + r.normal(0, .1, 30)
     out = training_longer(pd.concat([curve(rising, 'brain'), curve(rising, 'brain', 1), curve(flat, 'orig'), curve(wild, 'wild'), curve(flat[:3], 'short')]))
     assert list(out.answer) == ['yes', 'no', 'cannot tell', 'cannot tell'] and out.loc['brain', 'trainings'] == 2 and out.loc['brain', 'best_epoch'] == 30
@@ -225,9 +230,21 @@ def test_training_longer():
 
 # --- the promise
 
+def gamma(skew):
+    k = 4/skew**2
+    return lambda r, size: np.sign(skew)*(r.gamma(k, size=size) - k)/np.sqrt(k)
+
+GENERATORS = {
+    'normal':   lambda r, size: r.normal(size=size),
+    'skew +1':  gamma(1), 'skew -1': gamma(-1), 'skew +2': gamma(2), 'skew -2': gamma(-2),
+    't5':       lambda r, size: r.standard_t(5, size=size),
+    'laplace':  lambda r, size: r.laplace(size=size),
+    'discrete': lambda r, size: np.round(r.normal(size=size)),
+    'shifted mixture': lambda r, size: np.where(r.random(size) < .2, 1.6, -.4) + .5*r.normal(size=size)}
+
 @pytest.mark.parametrize('name', ['normal', 'skew +2', 'skew -2', 'laplace'])
 def test_coverage_in_small(name):
-    s = simulate_coverage(name, 12, n_sim=400, n_boot=999, seed=5)
+    s = simulate_coverage(GENERATORS[name], 12, n_sim=400, n_boot=999, seed=5)
     assert .915 <= s['coverage'] <= .985 and abs(s['coverage'] + s['false_claims'] - 1) < 1e-9 # 3 binomial standard errors
 
 def test_the_simulation_uses_the_shipped_interval():
@@ -243,12 +260,12 @@ def test_the_simulation_uses_the_shipped_interval():
 @pytest.mark.parametrize('name', list(GENERATORS))
 def test_coverage_and_false_claims(name, n):
     "4,000 studies, so that chance (0.35 percentage points) does not decide"
-    s = simulate_coverage(name, n, n_sim=4000, n_boot=1999, seed=100*list(GENERATORS).index(name) + n)
+    s = simulate_coverage(GENERATORS[name], n, n_sim=4000, n_boot=1999, seed=100*list(GENERATORS).index(name) + n)
     assert .92 <= s['coverage'] <= .97 and s['false_claims'] <= .065, s
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', list(GENERATORS))
 def test_coverage_with_ten_subjects_of_one_image(name):
     "The hardest design; a mixture whose smaller part one study in ten does not see at all is known to go beyond 6.5 %"
-    s = simulate_coverage(name, 10, (1, 1), n_sim=4000, n_boot=1999, within=0, seed=list(GENERATORS).index(name))
+    s = simulate_coverage(GENERATORS[name], 10, (1, 1), n_sim=4000, n_boot=1999, within=0, seed=list(GENERATORS).index(name))
     assert .92 <= s['coverage'] <= .97 and s['false_claims'] <= (.08 if name == 'shifted mixture' else .065), s

@@ -1,12 +1,18 @@
 "Tiny data sets in every native format, for tests to look at and to damage"
-import gzip, shutil
+import gzip, importlib, shutil
 from pathlib import Path
 
 import nibabel as nib, numpy as np
-from brainseg_fastai.datasets import standin
+from brainseg_fastai.cases import Layout, standin
+
+def layout_of(name):
+    "The layout of a story's module, such as 'brats'"
+    m = importlib.import_module(f'brainseg_fastai.{name}')
+    return m.ADNI if name=='adni' else m.LAYOUT
 
 def tiny(layout, root, n=6):
-    "A copy of the stand-in of a layout in the folder `root`, to do with as one likes"
+    "A copy of the stand-in of a layout, or of that of this name, in the folder `root`, to do with as one likes"
+    layout = layout if isinstance(layout, Layout) else layout_of(layout)
     return Path(shutil.copytree(standin(layout, n=n), root))
 
 def cut(path, n=400):
