@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['LABEL_FILES', 'PROGRAM', 'MEASURES', 'widths', 'inner_width', 'evans_index', 'Part', 'slab_of', 'part_of_volume',
-           'measure', 'Prediction', 'assess', 'read_for', 'predict_volume', 'predict_pictures', 'predict_scan',
-           'write_labels', 'mask_path', 'sidecar_of', 'input_stamps', 'bundle_key', 'write_prediction', 'read_sidecar',
-           'rows_before', 'qc_row', 'write_tables', 'attempt', 'predict_each', 'checked_options', 'predict_scans']
+           'measure', 'Prediction', 'assess', 'config_of', 'read_for', 'predict_volume', 'predict_pictures',
+           'predict_scan', 'write_labels', 'mask_path', 'sidecar_of', 'input_stamps', 'bundle_key', 'write_prediction',
+           'read_sidecar', 'rows_before', 'qc_row', 'write_tables', 'attempt', 'predict_each', 'checked_options',
+           'predict_scans']
 
 # %% ../nbs/library/20_prediction.ipynb #f22ad321
 import os, re, time
@@ -21,13 +22,15 @@ from scipy import ndimage as ndi
 
 from . import __version__
 from .core import (
-    DataError, digest, in_threads, need, plain, plural, progress as progress_of, read_json, stamp,
-    write_csv, write_json, write_text, written)
-from .images import foreground, is_picture, largest_part, list_files, otsu, stem_of, write_mask
-from .inference import Masks, predict
+    DataError, digest, in_threads, need, plain, plural, progress as bar,
+    read_json, stamp, write_csv, write_json, write_text, written)
+from .images import (
+    foreground, is_picture, largest_part, list_files, otsu, stem_of, write_mask)
+from .inference import predict
 from .trust import agreement, find_flags, predicted_dice, scan_features
 from .scans import (
-    SCALP_AND_SKULL, Scan, find_scans_to_predict, has_skull, read_scan, scan_names, slab_slices, top_of_brain)
+    SCALP_AND_SKULL, Scan, find_scans_to_predict, has_skull, read_scan,
+    scan_names, slab_slices, top_of_brain)
 from .runs import load_bundle
 from .qc import qc_page
 
@@ -37,9 +40,11 @@ def widths(m):
     return np.where(m.any(0), len(m)-m[::-1].argmax(0)-m.argmax(0), 0)
 
 def inner_width(a, m, mm):
-    "Largest inner width in mm of the skull in a slice (X,Y) with ventricles `m`; None if it cannot be told"
-    def depth(o): return ndi.distance_transform_edt(np.pad(o, 1, 'edge'), sampling=mm)[1:-1,1:-1]
-    core = largest_part(depth((a>otsu(a)) | ndi.binary_fill_holes(m))>4) # bridges from brain to scalp are thinner
+    "Largest inner width of the skull in a slice (X,Y) with ventricles `m`, mm; None if it cannot be told"
+    def depth(o): return ndi.distance_transform_edt(o, sampling=mm)
+    tissue = np.pad((a>otsu(a)) | ndi.binary_fill_holes(m), 1)
+    core = depth(tissue)[1:-1,1:-1]>4 # bridges from brain to scalp are thinner
+    core = largest_part(core)
     if not core.any(): return None
     brain = ndi.binary_fill_holes(depth(~core)<=4)
     inner,outer = (widths(o).max()*mm[0] for o in (brain, foreground(a)))
@@ -56,13 +61,14 @@ def evans_index(
     ks = np.sort(np.asarray(ks, int))
     w = widths(mask[:,:,ks]) # (Y,K)
     some,n = w>0, len(w)
-    middle = (some.argmax(0)+n-some[::-1].argmax(0))//2 # of the ventricles, from back to front
+    middle = (some.argmax(0)+n-some[::-1].argmax(0))//2 # of the ventricles, back to front
     widest = np.where(np.arange(n)[:,None]>=middle, w, 0).max(0, initial=0)
     if not widest.any(): return {}
     i = len(ks)-1-int(widest[::-1].argmax()) # the highest of equals
     horns,k = widest[i]*mm[0], int(ks[i])
     skull = inner_width(a[:,:,k], mask[:,:,k], mm[:2])
-    return dict(index=horns/skull, slice=k, horns_mm=horns, skull_mm=skull) if skull else {}
+    if not skull: return {}
+    return dict(index=horns/skull, slice=k, horns_mm=horns, skull_mm=skull)
 
 # %% ../nbs/library/20_prediction.ipynb #d6e72497
 class Part(NamedTuple):
@@ -73,48 +79,54 @@ class Part(NamedTuple):
     notes:tuple=()    # What is to be said of it
 
 def slab_of(config, slab=None):
-    "mm below the top of the brain where a model may be used; None if it may see every slice"
-    if slab is None: return (config.get('slab') or {}).get('below_top_mm')
+    "mm below the top of the brain where a model may be used; None: everywhere"
+    if slab is None: return (config['slab'] or {}).get('below_top_mm')
     lo,hi = map(float, slab)
-    need(0<=lo<=hi, f'slab {lo:g} to {hi:g}: expected mm below the top of the brain, smaller number first')
+    need(0<=lo<=hi, f'slab {lo:g} to {hi:g}: expected mm below the top of the brain, '
+         'the smaller number first')
     return [lo,hi]
 
 def part_of_volume(scan, config, slab=None)->Part:
     "The slices of a volume that a model of slices can be asked about"
     slab,n = slab_of(config, slab), scan.extent[2]
-    need(slab or config.get('whole'), scan.path, 'a volume',
+    need(slab or config['whole'], scan.path, 'a volume',
          'to know which slices the model was trained on, which its bundle does not say',
-         'Give them as --slab LO,HI (in Python slab=(LO,HI)): mm below the top of the brain, such as 55,70.')
-    try: top,skull = top_of_brain(scan.channels[...,0], scan.spacing)
+         'Give them as --slab LO,HI (in Python slab=(LO,HI)): '
+         'mm below the top of the brain, for example 55,70.')
+    try: top,skull = top_of_brain(scan.grey, scan.spacing)
     except DataError as e: raise DataError(f'{scan.path}: {e}') from e
     if not slab: return Part(tuple(range(n)), True, skull)
     ks,inside = slab_slices(top, n, scan.spacing[2], slab)
     where = '{:g} to {:g} mm below the top of the brain'.format(*slab)
     need(len(ks), scan.path, f'no slice {where}', 'a scan that reaches there',
          'Check the scan, or give another --slab.')
-    notes = [f'slices {ks[0]} to {ks[-1]} of 0 to {n-1} lie in the slab of the model ({where}); '
-             'the others were left empty']
-    if skull: notes.append(f'the top of the brain was taken {SCALP_AND_SKULL:g} mm below that of the head')
+    notes = [f'slices {ks[0]} to {ks[-1]} of 0 to {n-1}, from below, lie in the slab '
+             f'of the model ({where}); the others were left empty']
+    if skull: notes.append('the top of the brain was taken to lie '
+                           f'{SCALP_AND_SKULL:g} mm below the top of the head')
     if not inside: notes.append('the scan does not reach over the whole slab')
     return Part(tuple(ks.tolist()), inside, skull, tuple(notes))
 
 # %% ../nbs/library/20_prediction.ipynb #31f61aa3
 def measure(scan, m, label, part, whole)->dict:
-    "A row of volumes.csv: the size of the structure `m`, and what is only asked of ventricles"
-    mm,volume,grey = scan.spacing, scan.is_volume, scan.channels[...,0]
+    "A row of volumes.csv: the size of the structure `m`, and what is asked of ventricles"
+    mm,volume,grey = scan.spacing, scan.is_volume, scan.grey
     sizes = np.atleast_1d(m.sum((0,1)))
     k = int(sizes.argmax())
     px,mm2 = int(sizes[k]), mm[0]*mm[1] if mm else np.nan
-    res = dict(name=scan.name, label=label['name'], code=label['code'], area_mm2=px*mm2, area_px=px,
-               volume_ml=float(m.sum()*np.prod(mm)/1000) if whole else np.nan,
+    ml = float(m.sum()*np.prod(mm)/1000) if whole else np.nan
+    res = dict(name=scan.name, label=label['name'], code=label['code'],
+               area_mm2=px*mm2, area_px=px, volume_ml=ml,
                slice=k if volume and px else None, slices=len(part.slices),
                brain_mm2=np.nan, ventricle_brain_ratio=np.nan, evans_index=np.nan)
     if 'ventric' not in label['name'].lower(): return res
     if not part.skull:
-        brain = int(ndi.binary_fill_holes((grey[:,:,k] if volume else grey)>0).sum())
-        if brain: res |= dict(brain_mm2=brain*mm2, ventricle_brain_ratio=px/brain)
+        brain = (grey[:,:,k] if volume else grey)>0
+        n = int(ndi.binary_fill_holes(brain).sum())
+        if n: res |= dict(brain_mm2=n*mm2, ventricle_brain_ratio=px/n)
     elif volume and scan.oriented:
-        res['evans_index'] = evans_index(grey, m, mm, part.slices).get('index', np.nan)
+        evans = evans_index(grey, m, mm, part.slices)
+        res['evans_index'] = evans.get('index', np.nan)
     return res
 
 # %% ../nbs/library/20_prediction.ipynb #bc535b5b
@@ -125,11 +137,11 @@ class Prediction:
     mask:np.ndarray # Classes, in the frame of `scan.image`
     codes:tuple     # Raw codes by class
     rows:list       # One dict per label
-    quality:float   # Agreement with the prediction of the mirror image; NaN without flips
+    quality:float   # Agreement of image and mirror image; NaN without flips
     predicted:dict  # Dice that is to be expected, see `predicted_dice`
     flags:list      # Reasons not to trust it
     notes:list      # What was done and left out
-    slices:tuple    # Slices that were predicted, in the frame of `scan.image`
+    slices:tuple    # Numbers of the slices that were predicted
 
     def native(self):
         "Raw codes in the file's own array"
@@ -146,71 +158,83 @@ class Prediction:
 
 def assess(model, scan, masks, part, seconds)->Prediction:
     "A `Prediction` from the `Masks` of a part of a scan"
-    config,by_slice,notes = model.config, model.mode=='slice', [*scan.notes, *part.notes]
-    quality = float('nan') if masks.mirrored is None else float(
-        agreement(masks.plain, masks.mirrored, len(model.codes)))
-    dice = predicted_dice(config.get('calibration'), quality)
-    seen = scan.image, scan.spacing, 3
-    if by_slice: seen = scan.pictures([part.slices[len(part.slices)//2]])[0], scan.pixel, 2
-    flags = list(find_flags(scan_features(*seen), config.get('reference')))
-    if not masks.plain.any(): flags.append('Nothing was found: look whether there is nothing to find.')
-    mask = scan.volume(masks.mask, part.slices) if scan.is_volume and by_slice else masks.mask
-    if not scan.spacing: notes.append('areas in pixels only: give --spacing (mm per pixel) for mm²')
-    if scan.is_volume and not config.get('whole'):
-        notes.append("no volume in mL: the model was not trained over the structure's whole extent")
-    whole = bool(scan.is_volume and part.whole and config.get('whole'))
-    more = dict(quality=quality, predicted_dice=dice['dice'], dice_low=dice['low'], dice_high=dice['high'],
-                dice_text=dice['text'], flags='; '.join(flags), seconds=round(seconds, 3))
-    rows = [measure(scan, mask==i, o, part, whole) | more for i,o in enumerate(config['labels'], 1)]
+    config,notes = model.config, [*scan.notes, *part.notes]
+    by_slice,k = model.frame.mode=='slice', part.slices[len(part.slices)//2]
+    quality,mask = float('nan'), masks.mask
+    if masks.mirrored is not None:
+        quality = float(agreement(masks.plain, masks.mirrored, len(model.codes)))
+    dice = predicted_dice(config['calibration'], quality)
+    seen = (scan.pictures([k])[0], scan.pixel, 2) if by_slice else (scan.image, scan.spacing, 3)
+    flags = [*find_flags(scan_features(*seen), config['reference'])]
+    if not masks.plain.any():
+        flags.append('Nothing was found in this scan: look whether there is nothing to find.')
+    if scan.is_volume and by_slice: mask = scan.volume(mask, part.slices)
+    if not scan.spacing:
+        notes.append('areas in pixels only: give --spacing (mm per pixel) for mm²')
+    if scan.is_volume and not config['whole']:
+        notes.append('no volume in mL: the model was not trained over '
+                     "the structure's whole extent")
+    whole = scan.is_volume and part.whole and config['whole']
+    more = dict(quality=quality, predicted_dice=dice['dice'], dice_low=dice['low'],
+                dice_high=dice['high'], dice_text=dice['text'],
+                flags='; '.join(flags), seconds=round(seconds, 3))
+    rows = [measure(scan, mask==i, o, part, whole) | more
+            for i,o in enumerate(config['labels'], 1)]
     return Prediction(scan, mask, model.codes, rows, quality, dice, flags, notes, part.slices)
 
 # %% ../nbs/library/20_prediction.ipynb #ceb53b3b
+def config_of(model):
+    need(model.config, 'a model without a config: expected what load_bundle gives. '
+         'Save it as a bundle, then load it.')
+    return model.config
+
 def read_for(model, path, spacing=None, name=None)->Scan:
     "A scan as a model wants it; a `DataError` if the two do not fit"
-    c = model.config
-    need(c, 'a model without a config: expected what load_bundle gives. Save it as a bundle, then load it.')
-    channels = c.get('channels') or ()
-    packed = c['inputs_all'] if c.get('packed') else ()
-    scan = path if isinstance(path, Scan) else read_scan(path, spacing, channels, packed, name)
-    n,wanted = scan.channels.shape[-1], max(1, len(channels))
-    need(n==wanted, scan.path, plural(n, 'channel'), f'{wanted}, as in training',
-         'Use a model for this kind of image.')
-    need(model.mode=='slice' or scan.is_volume, scan.path, 'a single slice',
+    config,scan = config_of(model), path
+    channels,volume = config['channels'], model.frame.mode!='slice'
+    if not isinstance(path, Scan):
+        packed = config['inputs_all'] if config.get('packed') else ()
+        scan = read_scan(path, spacing, channels, packed, name)
+    n = scan.channels.shape[-1]
+    need(n==len(channels), scan.path, plural(n, 'channel'),
+         f'{len(channels)}, as in training', 'Use a model for this kind of image.')
+    need(scan.is_volume or not volume, scan.path, 'a single slice',
          'a volume, as the model was trained on', 'Give the whole scan.')
     return scan
 
 def predict_volume(model, scan, slab=None, flips=True)->Prediction:
     "Predict a volume: the slices of its slab, or all of it"
     start = time.time()
-    if model.mode=='slice':
+    if model.frame.mode=='slice':
         part = part_of_volume(scan, model.config, slab)
-        masks = predict(model, scan.pictures(list(part.slices)), scan.pixel, flips, volume=True)
+        pics = scan.pictures(list(part.slices))
+        masks = predict(model, pics, scan.pixel, flips, volume=True)
     else:
-        skull = has_skull(scan.channels[...,0], scan.spacing)
+        skull = has_skull(scan.grey, scan.spacing)
         part = Part(tuple(range(scan.extent[2])), True, skull)
         masks = predict(model, scan.image, scan.spacing, flips)
     return assess(model, scan, masks, part, time.time()-start)
 
 def predict_pictures(model, scans, flips=True)->list:
-    "`Prediction`s of `Scan`s that are slices; those of one size and spacing are predicted at once"
-    groups,res = {}, {}
-    for i,s in enumerate(scans): groups.setdefault((s.image.shape, s.spacing), []).append(i)
+    "`Prediction`s of `Scan`s that are slices, those of one size and spacing at once"
+    groups,res = {}, [None]*len(scans)
+    for i,s in enumerate(scans):
+        groups.setdefault((s.image.shape, s.spacing), []).append(i)
     for (_,mm),ids in groups.items():
         start = time.time()
         masks = predict(model, np.stack([scans[i].image for i in ids]), mm, flips)
         seconds = (time.time()-start)/len(ids)
-        for j,i in enumerate(ids):
-            one = Masks(*(None if o is None else o[j] for o in masks))
-            skull = has_skull(scans[i].channels[...,0], mm or model.frame.spacing or 1.)
+        for i,one in zip(ids, masks.each()):
+            skull = has_skull(scans[i].grey, mm or model.frame.spacing or 1.)
             res[i] = assess(model, scans[i], one, Part(skull=skull), seconds)
-    return [res[i] for i in range(len(scans))]
+    return res
 
 # %% ../nbs/library/20_prediction.ipynb #ad76e0ea
 def predict_scan(
     model,        # From `load_bundle`
     path,         # Picture, volume, DICOM folder or case folder; or a `Scan`
     spacing=None, # mm per pixel of a picture
-    slab=None,    # mm below the top of the brain, lowest and highest number; None: as the bundle says
+    slab=None,    # mm below the top of the brain, such as (55,70); None: as the bundle says
     flips=True    # Predict the mirror image as well? Without, there is no quality
 )->Prediction:
     "Predict one scan"
@@ -221,10 +245,12 @@ def predict_scan(
 # %% ../nbs/library/20_prediction.ipynb #e4fdb30b
 LABEL_FILES = { # first lines, and the line of a label
     'dseg.tsv': ('index\tname\tcolor\n0\tbackground\t#000000\n', '{code}\t{name}\t{colour}\n'),
-    'labels.txt': ('# ITK-SnaP Label Description File\n# IDX -R- -G- -B- -A-- VIS MSH LABEL\n'
+    'labels.txt': ('# ITK-SnaP Label Description File\n'
+                   '# IDX -R- -G- -B- -A-- VIS MSH LABEL\n'
                    '    0    0    0    0        0  0  0    "Clear Label"\n',
                    '{code:5d} {r:4d} {g:4d} {b:4d}        1  1  1    "{name}"\n'),
-    'labels.ctbl': ('# Color table file\n0 background 0 0 0 0\n', '{code} {word} {r} {g} {b} 255\n')}
+    'labels.ctbl': ('# Color table file\n0 background 0 0 0 0\n',
+                    '{code} {word} {r} {g} {b} 255\n')}
 
 def write_labels(
     labels, # Of a bundle: code, name, colour '#rrggbb'; without background
@@ -234,13 +260,14 @@ def write_labels(
     for file,(text,line) in LABEL_FILES.items():
         for o in labels:
             r,g,b = bytes.fromhex(o['colour'][1:])
-            text += line.format(**o, r=r, g=g, b=b, word=re.sub(r'\W+', '_', o['name']))
+            word = re.sub(r'\W+', '_', o['name'])
+            text += line.format(**o, r=r, g=g, b=b, word=word)
         write_text(Path(out)/file, text)
 
 def mask_path(name, volume, out)->Path:
     "Where the mask of a scan, or of a volume, of that name goes"
     *parts,suffix = name.split('_')
-    bids = volume and parts and parts[0].startswith('sub-') and all('-' in o for o in parts)
+    bids = volume and name.startswith('sub-') and all('-' in o for o in parts)
     if not bids: return Path(out)/f'{name}_dseg{".nii.gz" if volume else ".png"}'
     who = [o for o in parts if o.startswith(('sub-','ses-'))]
     rest = [o for o in parts if not o.startswith('desc-')]
@@ -266,15 +293,17 @@ def write_prediction(
     **options       # Of the prediction, to be found again by a rerun
 )->Path:            # The mask; its sidecar has the same name with .json
     "Write mask, sidecar and a picture for the quality page"
-    scan,path = p.scan, mask_path(p.scan.name, p.scan.is_volume, out)
+    scan,out,ks = p.scan, Path(out), p.slices
+    path = mask_path(scan.name, scan.is_volume, out)
     sidecar_of(path).unlink(missing_ok=True)
     write_mask(scan.canonical(p.mask), path, p.codes, scan.like)
-    with written(Path(out)/'qc'/f'{scan.name}.png') as tmp:
+    with written(out/'qc'/f'{scan.name}.png') as tmp:
         Image.fromarray(np.stack(p.middle(), -1).astype(np.uint8)).save(tmp)
     write_json(sidecar_of(path), dict(
-        Sources=[o.name for o in scan.files], SpatialReference='orig', GeneratedBy=[PROGRAM], NotAMedicalDevice=True,
+        Sources=[o.name for o in scan.files], SpatialReference='orig',
+        GeneratedBy=[PROGRAM], NotAMedicalDevice=True,
         bundle=config and bundle_key(config), options=options, stamps=input_stamps(scan.path),
-        mask=path.name, name=scan.name, slices=[p.slices[0], p.slices[-1]] if scan.is_volume else None,
+        mask=path.name, name=scan.name, slices=[ks[0], ks[-1]] if scan.is_volume else None,
         quality=p.quality, predicted=p.predicted, flags=p.flags, notes=p.notes, rows=p.rows))
     return path
 
@@ -286,10 +315,11 @@ def read_sidecar(f):
 
 def rows_before(path, name, out, config, options):
     "Rows of a scan that this bundle predicted before with these options, else None"
-    now = bundle_key(config), options, input_stamps(path)
+    if not out: return None
+    now = dict(bundle=bundle_key(config), options=options, stamps=input_stamps(path))
     for volume in (True, False):
-        d = read_sidecar(sidecar_of(mask_path(name, volume, out)))
-        if d and (d.get('bundle'), d.get('options'), d.get('stamps'))==now: return d['rows']
+        d = read_sidecar(sidecar_of(mask_path(name, volume, out))) or {}
+        if now.items() <= d.items(): return d['rows']
 
 # %% ../nbs/library/20_prediction.ipynb #aecea839
 MEASURES = dict(area_mm2='area, mm²', area_px='area, px', volume_ml='volume, mL',
@@ -297,19 +327,20 @@ MEASURES = dict(area_mm2='area, mm²', area_px='area, px', volume_ml='volume, mL
 
 def qc_row(d, labels, out)->dict:
     "A row of the quality page from the content of a sidecar"
-    image,mask = np.moveaxis(np.array(Image.open(Path(out)/'qc'/f"{d['name']}.png")), -1, 0)
+    with Image.open(Path(out)/'qc'/f"{d['name']}.png") as im: image,mask = map(np.array, im.split())
     measures = {}
     for r in d['rows']:
         known = [k for k in MEASURES if r.get(k) is not None]
         if 'area_mm2' in known: known.remove('area_px')
         which = f"{r['label']}: " if len(d['rows'])>1 else ''
         measures |= {which+MEASURES[k]: r[k] for k in known}
-    colours,names = ({i: o[k] for i,o in enumerate(labels, 1)} for k in ('colour','name'))
+    colours = {i: o['colour'] for i,o in enumerate(labels, 1)}
+    names = {i: o['name'] for i,o in enumerate(labels, 1)}
     same = {k: d[k] for k in ('name','quality','predicted','flags','notes')}
-    return dict(image=image, mask=mask, measures=measures, colours=colours, names=names, **same)
+    return dict(same, image=image, mask=mask, measures=measures, colours=colours, names=names)
 
 def write_tables(out, config):
-    "volumes.csv, qc.html and label names for all that a bundle predicted into a folder"
+    "volumes.csv, qc.html and label names of all that a bundle predicted into a folder"
     out,key,labels = Path(out), bundle_key(config), config['labels']
     found = {f: read_sidecar(f) for f in sorted(out.rglob('*_dseg.json'))}
     done = {f: d for f,d in found.items() if d and d.get('bundle')==key}
@@ -323,34 +354,37 @@ def write_tables(out, config):
     qc_page([qc_row(d, labels, out) for d in done.values()]).save(out/'qc.html')
     if any(f.parent!=out for f in done): # some are named as in BIDS
         write_json(out/'dataset_description.json', dict(
-            Name='Segmentations by brainseg_fastai', BIDSVersion='1.9.0', DatasetType='derivative',
-            GeneratedBy=[PROGRAM | dict(Description=f'bundle {key}')]))
+            Name='Segmentations by brainseg_fastai', BIDSVersion='1.9.0',
+            DatasetType='derivative', GeneratedBy=[PROGRAM | dict(Description=f'bundle {key}')]))
 
 # %% ../nbs/library/20_prediction.ipynb #2b7f6ad2
 def attempt(f, *args, **kw):
-    "What `f` gives, or the error that it raises"
+    "What `f` gives, or the text of its error"
     try: return f(*args, **kw)
-    except Exception as e: return e
+    except (DataError, OSError) as e: return str(e)
+    except Exception as e: return f'{type(e).__name__}: {e}'
 
 def predict_each(model, jobs, spacing=None, slab=None, flips=True, some=16):
-    "Each job, a path and a name, with its `Prediction` or what went wrong; pictures first"
+    "Each job, a path and a name, with its `Prediction` or the text of an error; pictures first"
     def read(job): return attempt(read_for, model, job[0], spacing, job[1])
     flat = [j for j in jobs if is_picture(j[0]) and j[0].is_file()]
     for i in range(0, len(flat), some):
         part = flat[i:i+some]
         scans = in_threads(read, part)
-        res = attempt(predict_pictures, model, [s for s in scans if isinstance(s, Scan)], flips)
-        res = repeat(res) if isinstance(res, Exception) else iter(res)
-        for job,s in zip(part, scans): yield job, next(res) if isinstance(s, Scan) else s
+        good = [s for s in scans if isinstance(s, Scan)]
+        res = attempt(predict_pictures, model, good, flips)
+        res = repeat(res) if isinstance(res, str) else iter(res)
+        for job,s in zip(part, scans): yield job, s if isinstance(s, str) else next(res)
     for job in jobs:
         if job in flat: continue
         s = read(job)
-        yield job, attempt(predict_volume, model, s, slab, flips) if isinstance(s, Scan) else s
+        yield job, s if isinstance(s, str) else attempt(predict_volume, model, s, slab, flips)
 
 def checked_options(config, spacing, slab, flips)->dict:
     "What decides a prediction beside scan and bundle"
     mm = None if spacing is None else np.ravel(spacing).tolist()
-    need(mm is None or len(mm)<3 and all(0<o<100 for o in mm), f'spacing {mm}: expected mm per pixel, such as 0.94')
+    need(mm is None or len(mm)<3 and all(0<o<100 for o in mm),
+         f'spacing {mm}: expected mm per pixel, such as 0.94')
     return plain(dict(spacing=mm, slab=slab_of(config, slab), flips=flips))
 
 # %% ../nbs/library/20_prediction.ipynb #b5a6572f
@@ -364,24 +398,21 @@ def predict_scans(
     progress=True,   # Show a bar with the time left?
     overwrite=False, # Predict again what is there already?
     each=None        # Called with every new `Prediction`
-)->pd.DataFrame: # One row per scan and label; `.attrs['failed']` has (file, message) of scans that failed
+)->pd.DataFrame: # A row per scan and label; `.attrs['failed']` has (file, message) of scans that failed
     "Predict scans, and write masks, sidecars, volumes.csv and qc.html"
     model = load_bundle(bundle) if isinstance(bundle, (str, os.PathLike)) else bundle
+    config,failed = config_of(model), []
     need(not Path(out or '').is_file(), out, 'a file', 'a folder, new or old', 'Name another.')
-    config,failed = model.config, []
     options = checked_options(config, spacing, slab, flips)
-    paths = find_scans_to_predict(scans, config.get('channels') or (), config.get('inputs_all') or ())
+    paths = find_scans_to_predict(scans, config['channels'], config.get('inputs_all', ()))
     jobs = list(zip(paths, scan_names(paths)))
-    old = out and not overwrite
-    rows = {n: rows_before(p, n, out, config, options) if old else None for p,n in jobs}
+    rows = {n: rows_before(p, n, not overwrite and out, config, options) for p,n in jobs}
     todo = [j for j in jobs if rows[j[1]] is None]
-    for (path,name),p in progress_of(predict_each(model, todo, **options), len(todo), progress and bool(todo)):
-        e = attempt(write_prediction, p, out, config, **options) if out and isinstance(p, Prediction) else p
-        if isinstance(e, Exception):
-            failed.append((str(path), str(e) if isinstance(e, (DataError, OSError)) else f'{type(e).__name__}: {e}'))
-            continue
-        rows[name] = p.rows
-        if each: each(p)
+    for (path,name),p in bar(predict_each(model, todo, **options), len(todo), progress):
+        e = p if isinstance(p, str) or not out else attempt(write_prediction, p, out, config, **options)
+        if isinstance(e, str): failed.append((str(path), e))
+        else: rows[name] = p.rows
+        if each and rows[name]: each(p)
     if out: write_tables(out, config)
     res = pd.DataFrame([r for o in rows.values() for r in o or ()])
     res.attrs['failed'] = failed

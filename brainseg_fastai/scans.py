@@ -47,6 +47,8 @@ class Scan:
     @property
     def channels(self): return self.image.reshape(*self.extent, -1)
     @property
+    def grey(self): return self.channels[...,0]
+    @property
     def pixel(self):
         "Height and width in mm of a pixel of `pictures`, or None"
         return self.spacing[1::-1] if self.is_volume else self.spacing
@@ -54,7 +56,7 @@ class Scan:
     def pictures(self, ks=slice(None)):
         "Axial slices (N,H,W), front of the head at the top; a slice as the only one"
         if not self.is_volume: return self.image[None]
-        return np.moveaxis(np.rot90(self.image[:,:,ks]), 2, 0)
+        return np.ascontiguousarray(np.moveaxis(np.rot90(self.image[:,:,ks]), 2, 0))
 
     def volume(self, pictures, ks):
         "Pictures of the slices `ks` back in their places; 0 elsewhere"
