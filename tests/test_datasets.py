@@ -5,14 +5,18 @@ from pathlib import Path
 import nibabel as nib, numpy as np, pandas as pd, pytest
 from PIL import Image
 
-from brainseg_fastai import cases as C, datasets as D
-from brainseg_fastai.cases import (DataError, Pixels, _volume_at, check_cases, data_fingerprint, format_problems, image_size,
-                                   is_simulated, mask_codes, need_package, open_volume, read_image, read_mask, refuse_errors,
-                                   show_cases)
-from brainseg_fastai.datasets import (LAYOUTS, brats_cases, figshare_cases, figshare_folds, find_layout, ibsr_cases, lgg_cases,
-                                      standin, write_mat)
+from brainseg_fastai import images as I
+from brainseg_fastai.brats import brats_cases
+from brainseg_fastai.cases import is_simulated, standin
+from brainseg_fastai.checks import format_problems, mask_codes, refuse_errors
+from brainseg_fastai.core import DataError, need_package
+from brainseg_fastai.drawing import show_cases
+from brainseg_fastai.figshare import MatSlice, TUMOURS, figshare_cases, figshare_folds, write_mat
+from brainseg_fastai.ibsr import ibsr_cases
+from brainseg_fastai.images import Pixels, data_fingerprint, file_facts, image_size, open_volume, raw_mask, read_image, read_mask
+from brainseg_fastai.lgg import lgg_cases
 from helpers import dataset
-from tiny import change, cut, tiny, unzip
+from tiny import change, cut, layout_of, tiny, unzip
 
 h5py = pytest.importorskip('h5py')
 four = ['figshare','brats','ibsr','lgg']
@@ -21,7 +25,7 @@ four = ['figshare','brats','ibsr','lgg']
 def cache(tmp_path_factory):
     mp = pytest.MonkeyPatch(); mp.setenv('BRAINSEG_CACHE', str(tmp_path_factory.mktemp('cache')))
     yield
-    _volume_at.cache_clear(); mp.undo()
+    I._open_volume.cache_clear(); mp.undo()
 
 @pytest.fixture
 def brats(tmp_path): return tiny('brats', tmp_path/'data')
@@ -36,30 +40,33 @@ def b(s, seq): return f'MICCAI_BraTS2020_TrainingData/BraTS20_Training_{s:03d}/B
 def i(s, end=''): return f'Training_Set/IBSR_{s:02d}/IBSR_{s:02d}{end}.nii.gz'
 def g(s, k): return f'kaggle_3m/TCGA_XX_{s:04d}_20000101/TCGA_XX_{s:04d}_20000101_{k}.tif'
 
-def clean(root, layout, inputs=None): return not (check_cases(root, inputs, layout=layout).level!='note').any()
+def made(layout, *args, **kwargs): return standin(layout_of(layout), *args, **kwargs)
+def check(root, layout, inputs=None): return layout_of(layout).check(root, inputs)
+def clean(root, layout, inputs=None): return set(check(root, layout, inputs).level) <= {'note'}
 
 # ---- all layouts alike
 
 @pytest.mark.parametrize('layout', four)
 def test_good(layout):
-    root,lay = standin(layout), LAYOUTS[layout]
-    ps,t = check_cases(root, layout=layout), lay.cases(root)
-    assert not (ps.level!='note').any(), format_problems(ps)
-    refuse_errors(ps); assert is_simulated(root)
-    assert list(t.columns)[:7] == ['subject','scan','slice','kind','image','mask','spacing'] and t.subject.nunique()==6
-    assert not t.duplicated(['subject','scan','slice']).any() and set(lay.inputs) >= set(t.kind[0].split('+'))
-    assert mask_codes(t['mask'])==lay.codes==tuple(sorted(lay.labels)) and set(sum(lay.regions.values(), ())) <= set(lay.codes)
+    root,lay = made(layout), layout_of(layout)
+    ps,t,codes = lay.check(root), lay.cases(root), tuple(lay.labels)
+    assert clean(root, layout), format_problems(ps)
+    refuse_errors(ps); assert is_simulated(root) and lay.name==layout
+    assert list(t.columns)[:7] == ['subject','scan','slice','inputs','image','mask','spacing'] and t.subject.nunique()==6
+    assert not t.duplicated(['subject','scan','slice']).any() and set(lay.inputs) >= set(t.inputs[0].split('+'))
+    assert mask_codes(t['mask'])==codes==tuple(sorted(codes)) and set(sum(lay.regions.values(), ())) <= set(codes)
     for o in t.iloc[::9].itertuples():
-        im,m = read_image(o.image), read_mask(o.mask, lay.codes)
-        assert im.dtype==m.dtype==np.uint8 and im.shape[:2]==m.shape==image_size(o.image) and m.max()<len(lay.codes)
+        im,m = read_image(o.image), read_mask(o.mask, codes)
+        assert im.dtype==m.dtype==np.uint8 and im.shape[:2]==m.shape==image_size(o.image) and m.max()<len(codes)
     assert len({str(o) for o in t.image})==len(t)
     assert len(show_cases(t, 2).axes)==2
 
 @pytest.mark.parametrize('layout', four)
 def test_standin_repeats(layout, tmp_path):
-    a,b = LAYOUTS[layout].cases(standin(layout, tmp_path/'a')), LAYOUTS[layout].cases(standin(layout))
+    cases = layout_of(layout).cases
+    a,b = cases(made(layout, tmp_path/'a')), cases(made(layout))
     assert data_fingerprint(a)==data_fingerprint(b.sample(frac=1, random_state=0)) != data_fingerprint(a[1:])
-    with pytest.raises(DataError, match='new or an empty folder'): standin(layout, tmp_path/'a', n=7)
+    with pytest.raises(DataError, match='new or an empty folder'): made(layout, tmp_path/'a', n=7)
 
 def test_fingerprint_sees_channels_and_voxels(brats):
     a = data_fingerprint(brats_cases(brats)); assert a!=data_fingerprint(brats_cases(brats, 't1+t1ce+t2+flair'))
@@ -69,34 +76,34 @@ def test_fingerprint_sees_channels_and_voxels(brats):
 
 @pytest.mark.parametrize('layout', four)
 def test_wrong_folder_and_options(layout, tmp_path):
-    (tmp_path/'void').mkdir(); lay = LAYOUTS[layout]
+    (tmp_path/'void').mkdir(); lay = layout_of(layout)
     for p,word in [(tmp_path/'nowhere','no such folder'), (tmp_path/'void','an empty folder')]:
-        ps = check_cases(p, layout=layout)
+        ps = lay.check(p)
         assert ps.level.tolist()==['error'] and word in ps.found[0] and ps.file[0]==str(p)
         with pytest.raises(DataError, match='expected .*folder'): lay.cases(p)
-    with pytest.raises(DataError, match='pet'): lay.cases(standin(layout), inputs='pet')
-    with pytest.raises(DataError, match='unit'): lay.cases(standin(layout), unit='voxel')
-    with pytest.raises(DataError, match='adni, figshare, brats, ibsr, lgg'): find_layout('x')
+    with pytest.raises(DataError, match='pet'): lay.cases(made(layout), inputs='pet')
+    with pytest.raises(DataError, match='unit'): lay.cases(made(layout), unit='voxel')
 
 def test_light_import():
-    code = ("import sys, brainseg_fastai.datasets; "
+    code = ("import sys; from brainseg_fastai import adni, brats, figshare, ibsr, lgg; "
             "print([m for m in ('torch','fastai','matplotlib','scipy','h5py','nibabel','torchio') if m in sys.modules])")
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()=='[]'
 
 def test_hint_for_missing_package(monkeypatch):
+    root = made('figshare')
     monkeypatch.setitem(sys.modules, 'h5py', None)
-    for f in (figshare_cases, lambda r: check_cases(r, layout='figshare')):
-        with pytest.raises(DataError, match=r"h5py is not installed.*pip install 'brainseg_fastai\[mat\]'"): f(standin('brats'))
+    for f in (figshare_cases, lambda r: check(r, 'figshare')):
+        with pytest.raises(DataError, match=r"h5py is not installed.*pip install 'brainseg_fastai\[mat\]'"): f(root)
     with pytest.raises(DataError, match='volumes'): need_package('not_there', 'volumes')
 
 def test_listing_decodes_each_volume_once(brats, monkeypatch):
-    calls,whole = [],C._whole
-    monkeypatch.setattr(C, '_whole', lambda p: calls.append(p) or whole(p))
+    calls,load = [],I.load_volume
+    monkeypatch.setattr(I, 'load_volume', lambda p: calls.append(p) or load(p))
     monkeypatch.setenv('BRAINSEG_CACHE', str(brats.parent/'cache'))
     t = brats_cases(brats); assert len(calls)==6 and len(t)==156 # the first sequence of each patient
-    check_cases(brats, layout='brats'); data_fingerprint(t); mask_codes(t['mask'])
+    check(brats, 'brats'); data_fingerprint(t); mask_codes(t['mask'])
     assert len(calls)==7*5-1 and len(set(calls))==len(calls)
-    C._facts_at.cache_clear(); brats_cases(brats); assert len(calls)==34 # a later process reads its notes
+    I._volume_facts.cache_clear(); brats_cases(brats); assert len(calls)==34 # a later process reads its notes
     assert sum(p.suffix=='.json' for p in (brats.parent/'cache/volumes').iterdir())==34
 
 # ---- volumes
@@ -159,21 +166,21 @@ def test_brats_files(brats):
 def test_brats_subsets(inputs, brats):
     names = inputs.split('+') if isinstance(inputs, str) else inputs
     if 't1' not in names: [p.unlink() for p in brats.rglob('*_t1.nii.gz')]
-    t = brats_cases(brats, inputs); assert t.kind[0]=='+'.join(names)
+    t = brats_cases(brats, inputs); assert t.inputs[0]=='+'.join(names)
     assert [Path(f).name.split('_')[-1] for f in t.image[0].files]==[f'{o}.nii.gz' for o in names]
     assert clean(brats, 'brats', inputs)
     if 't1' not in names:
         with pytest.raises(DataError, match='no t1.*Add the file'): brats_cases(brats)
 
 def test_prediction_only():
-    brats,ibsr = standin('brats'), standin('ibsr')
-    assert brats_cases(brats, None, 'volume', False)[['subject','mask']].values.tolist()==[['BraTS20_Validation_001',None]]
+    brats,ibsr = made('brats'), made('ibsr')
+    assert brats_cases(brats, None, 'volume', labelled=False)[['subject','mask']].values.tolist()==[['BraTS20_Validation_001',None]]
     assert ibsr_cases(ibsr, labelled=False).subject.unique().tolist()==['IBSR_07']
-    with pytest.raises(DataError, match='leave out labelled'): lgg_cases(standin('lgg'), labelled=False)
+    with pytest.raises(DataError, match='leave out labelled'): lgg_cases(made('lgg'), labelled=False)
 
 def test_empty_slices(brats):
     t = brats_cases(brats, skip_empty=False); assert len(t)==6*32 and t.slice.iloc[-1]=='z031'
-    assert not read_image(t.image[0]).any() and not len(check_cases(brats, layout='brats').query("level!='note'"))
+    assert not read_image(t.image[0]).any() and not len(check(brats, 'brats').query("level!='note'"))
 
 # ---- IBSR
 
@@ -204,7 +211,7 @@ def test_lgg_genomics_and_nested_copy(lgg):
     assert t.tumor_location.tolist()==csv.loc[t.subject, 'tumor_location'].tolist()
     shutil.copytree(lgg/'kaggle_3m', lgg/'lgg-mri-segmentation/kaggle_3m')
     u = lgg_cases(lgg); assert u.image.tolist()==t.image.tolist() and clean(lgg, 'lgg')
-    (lgg/'kaggle_3m/data.csv').write_text('a,b\n1,2\n'); assert check_cases(lgg, layout='lgg').file[0].endswith('data.csv')
+    (lgg/'kaggle_3m/data.csv').write_text('a,b\n1,2\n'); assert check(lgg, 'lgg').file[0].endswith('data.csv')
     (lgg/'kaggle_3m/data.csv').unlink(); (lgg/'lgg-mri-segmentation/kaggle_3m/data.csv').unlink()
     assert 'gender' not in lgg_cases(lgg)
 
@@ -230,7 +237,7 @@ def test_values_not_types_make_the_hash(tmp_path):
     a = np.random.default_rng(0).integers(0, 900, (9,8,7))
     for k,t in enumerate((np.int16, np.int32, np.uint16, np.float32, np.float64)):
         nib.save(nib.Nifti1Image(a.astype(t), np.eye(4)), tmp_path/f'{k}.nii.gz')
-    assert len({C._volume_facts(tmp_path/f'{k}.nii.gz')['sha'] for k in range(5)})==1
+    assert len({file_facts(tmp_path/f'{k}.nii.gz')['sha'] for k in range(5)})==1
 
 def test_figshare_folds(figshare):
     t = figshare_cases(figshare); s = figshare_folds(figshare, t)
@@ -240,12 +247,12 @@ def test_figshare_folds(figshare):
     with h5py.File(figshare/'cvind.mat', 'r+') as h: h['cvind'][0,0] = 3
     with pytest.raises(DataError, match=r'cvind.mat.*1 patient in more than one fold: 100000'): figshare_folds(figshare, t)
     assert len(figshare_folds(figshare, t, force=True))==90
-    ps = check_cases(figshare, layout='figshare'); assert ps.level.tolist()==['warning'] and ps.file[0]=='cvind.mat'
+    ps = check(figshare, 'figshare'); assert ps.level.tolist()==['warning'] and ps.file[0]=='cvind.mat'
     from scipy.io import savemat
     savemat(figshare/'cvind.mat', dict(cvind=np.arange(18)//3%5+1)); assert figshare_folds(figshare, t).equals(s)
     savemat(figshare/'cvind.mat', dict(cvind=np.ones(4)))
     with pytest.raises(DataError, match='4 folds, none for 5.mat'): figshare_folds(figshare, t)
-    (figshare/'cvind.mat').unlink(); assert check_cases(figshare, layout='figshare').empty
+    (figshare/'cvind.mat').unlink(); assert check(figshare, 'figshare').empty
     with pytest.raises(DataError, match='no cvind.mat'): figshare_folds(figshare, t)
 
 # ---- bad input: layout, what to break, level, file, a word of what was found
@@ -261,7 +268,7 @@ def other_size(r):
     with h5py.File(r/'1.mat', 'r+') as h: del h['cjdata/tumorMask']; h['cjdata/tumorMask'] = np.ones((9,9), np.uint8)
 def relabel(r):
     with h5py.File(r/'1.mat', 'r+') as h: h['cjdata/label'][...] = 7
-def twice(r): write_mat(r/'1.mat', *(lambda d: (d['image'], d['mask']))(D._mat(r/'18.mat')), '100000', 1)
+def twice(r): p = MatSlice(r/'18.mat'); write_mat(r/'1.mat', p.values(), p.mask(), '100000', 1)
 def nan(v, x=np.nan): v = v.astype(np.float32); v[3,3,3] = x; return v
 def relabelled(v): v[10,10,10] = 3; return v
 def tif(r, a): Image.fromarray(a).save(r/g(0,1))
@@ -275,9 +282,9 @@ first = Path(b(1,'t2')).parent.as_posix()
 moved = np.diag([-1.,-1,1,1]); moved[:3,3] = 5,47,0
 
 bad = {
-    'older mat':        ('figshare', old_mat, 'error', '1.mat', 'older version'),
-    'no cjdata':        ('figshare', other_mat, 'error', '1.mat', 'no struct cjdata (it has x)'),
-    'lost field':       ('figshare', lost_field, 'error', '1.mat', 'without tumorMask'),
+    'older mat':        ('figshare', old_mat, 'error', '1.mat', 'cannot be read'),
+    'no cjdata':        ('figshare', other_mat, 'error', '1.mat', 'cjdata'),
+    'lost field':       ('figshare', lost_field, 'error', '1.mat', 'tumorMask'),
     'other mask size':  ('figshare', other_size, 'error', '1.mat', '128×128 with a mask of 9×9'),
     'not a mat':        ('figshare', lambda r: (r/'1.mat').write_bytes(b'hello'*99), 'error', '1.mat', 'cannot be read'),
     'truncated mat':    ('figshare', lambda r: cut(r/'1.mat', 30000), 'error', '1.mat', 'cannot be read'),
@@ -285,7 +292,7 @@ bad = {
     'two patients':     ('figshare', twice, 'error', '18.mat', 'the same pixels as 1.mat'),
     'truncated gz':     ('brats', lambda r: cut(r/b(1,'t1')), 'error', b(1,'t1'), 'cannot be read to its end'),
     'cut in the CRC':   ('brats', lambda r: cut(r/b(1,'t1'), 4), 'error', b(1,'t1'), 'cannot be read to its end'),
-    'truncated nii':    ('brats', lambda r: cut(unzip(r/b(1,'t1'))), 'error', b(1,'t1')[:-3], 'cannot be read to its end'),
+    'truncated nii':    ('brats', lambda r: cut(unzip(r/b(1,'t1'))), 'error', b(1,'t1')[:-3], 'a header that claims 48×48×32 voxels'),
     'not NIfTI':        ('brats', lambda r: (r/b(1,'t1')).write_bytes(b'x'*999), 'error', b(1,'t1'), 'cannot be read'),
     'truncated seg':    ('brats', lambda r: cut(r/b(1,'seg')), 'error', b(1,'seg'), 'cannot be read to its end'),
     'NaN':              ('brats', lambda r: change(r/b(1,'t1'), nan), 'error', b(1,'t1'), '1 voxels that are NaN or infinite'),
@@ -316,10 +323,10 @@ bad = {
 @pytest.mark.parametrize('case', bad)
 def test_bad_input(case, tmp_path):
     layout,breaks,level,file,found = bad[case]
-    root = tiny(layout, tmp_path/'data'); before = check_cases(root, layout=layout); breaks(root)
+    root = tiny(layout, tmp_path/'data'); before = check(root, layout); breaks(root)
     names = sorted(p.relative_to(root) for p in root.rglob('*'))
     for _ in range(2): # what is remembered says the same
-        ps = check_cases(root, layout=layout)
+        ps = check(root, layout)
         hit = ps[(ps.level==level) & (ps.file==file) & ps.found.str.contains(found, regex=False)]
         assert len(hit)==1, format_problems(ps)
     assert all(len(o)>3 for c in ('found','expected','remedy') for o in ps[c]) and len(before[before.level!='note'])==0
@@ -334,13 +341,13 @@ def test_reading_refuses_too(case, tmp_path):
     for f in (open_volume, read_image, lambda p: read_image(Pixels(p, 3)), lambda p: mask_codes([p])):
         with pytest.raises(DataError, match=Path(file).name) as e: f(root/file)
         assert found in str(e.value) and e.value.parts['remedy']
-    with pytest.raises(DataError, match=r'32 slices.*slice 40'): read_image(Pixels(standin('brats')/b(1,'t1'), 40))
+    with pytest.raises(DataError, match=r'32 slices.*slice 40'): read_image(Pixels(made('brats')/b(1,'t1'), 40))
 
 # ---- development data
 
 def test_real_figshare():
     root = dataset('figshare_mat'); t = figshare_cases(root)
-    assert (len(t), t.subject.nunique(), set(t.label))==(32, 8, set(D._tumours.values()))
+    assert (len(t), t.subject.nunique(), set(t.label))==(32, 8, set(TUMOURS.values()))
     assert clean(root, 'figshare')
     for p in t.image: # the border lies on the edge of the mask, and the mask in the head
         with h5py.File(p) as h: x,y = h['cjdata/tumorBorder'][0].reshape(-1,2).T.astype(int)-1
