@@ -6,7 +6,9 @@ from PIL import Image
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from brainseg_fastai import slices as S
-from brainseg_fastai.cases import DataError, adni_cases, check_cases, is_simulated, pair_cases, subject_id
+from brainseg_fastai.adni import adni_cases, check_cases, subject_id
+from brainseg_fastai.cases import is_simulated, pair_cases
+from brainseg_fastai.core import DataError
 from brainseg_fastai.slices import choose_slices, find_scans, make_slices, scan_of
 
 AFFINE = np.array([[1.,0,0,-18],[0,1,0,-21],[0,0,2,-20],[0,0,0,1]])
@@ -198,7 +200,7 @@ def wide(a, aff): return a,aff@np.diag([1,1,1.5,1])
     (lambda d: cut(d/'mri/T1.mgz'), ['T1.mgz', 'damaged']), (lambda d: cut(d/'mri/aseg.mgz'), ['aseg.mgz', 'damaged']),
     (lambda d: change(d, 'aseg', lambda a,f: (a[:-1],f)), ['aseg.mgz', 'shape', 'as in T1.mgz']), (lambda d: change(d, 'brainmask', shift), ['brainmask.mgz', 'affine']),
     (lambda d: change(d, 'aseg', lambda a,f: (np.where(a>2, 2, a).astype(np.int32),f)), ['aseg.mgz', 'none of the labels 4, 5']),
-    (lambda d: change(d, 'brainmask', lambda a,f: (a*0,f)), ['brainmask.mgz', 'no voxel above 0']), (lambda d: change(d, 'T1', put(np.nan)), ['T1.mgz', 'not numbers']),
+    (lambda d: change(d, 'brainmask', lambda a,f: (a*0,f)), ['brainmask.mgz', 'no voxel above 0']), (lambda d: change(d, 'T1', put(np.nan)), ['T1.mgz', 'NaN']),
     (lambda d: change(d, 'aseg', put(.5)), ['aseg.mgz', 'whole numbers']), (lambda d: [change(d, o, wide) for o in names], ['T1.mgz', 'square pixels'])],
     ids='no_T1 no_aseg brain.mgz cut_T1 cut_aseg shape affine no_ventricle no_brain nan half oblong'.split())
 def test_bad_scans_are_named_and_nothing_is_written(harm, words, root, tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
-from brainseg_fastai.cases import DataError
+from brainseg_fastai.core import DataError
 from brainseg_fastai.scores import summarise_scores
 from brainseg_fastai.tracking import (check_track, curve_points, flat_numbers, flat_params, hide_secrets, local_store, log_run, tracking_uri)
 
@@ -15,29 +15,29 @@ def needs_mlflow(f):
 
 SECRET = 'tok-Zz81/+q?&"ü'
 
-def result_folder(out, one_kind=False, note=''):
+def result_folder(out, single=False, note=''):
     "A folder as a comparison (or a single training) leaves it"
-    out,rng,kinds = Path(out), np.random.default_rng(0), ['brain'] if one_kind else ['brain','orig']
-    cfg = dict(data='tiny data', kinds=kinds, folds=2, seed=42, arch='unet', external=None, fingerprint={k: 64*k[0] for k in kinds}, note=note)
+    out,rng,variants = Path(out), np.random.default_rng(0), ['brain'] if single else ['brain','orig']
+    cfg = dict(data='tiny data', variants=variants, folds=2, seed=42, arch='unet', external=None, fingerprint={k: 64*k[0] for k in variants}, note=note)
     subjects = [f'{i:03d}' for i in range(6)]
-    rows = [(k, f, s) for k in kinds for f in (0,1) for s in subjects]
+    rows = [(k, f, s) for k in variants for f in (0,1) for s in subjects]
     split = pd.DataFrame([dict(image=f'{k}/{s}.png', subject=s, split='test' if int(s)%2==f else 'train', fold=f) for k,f,s in rows])
-    curves = pd.DataFrame([dict(kind=k, fold=f, seed=42+f, epoch=e, seconds=2.*e+1, train_loss=1/(e+1),
+    curves = pd.DataFrame([dict(variant=k, fold=f, seed=42+f, epoch=e, seconds=2.*e+1, train_loss=1/(e+1),
                                 valid_loss=np.nan if e==1 else 2/(e+1), valid_dice=.1*e)
-                           for k in kinds for f in (0,1) for e in range(3)])
-    scores = pd.DataFrame([dict(kind=k, fold=f, seed=42, subject=s, scan='I1', slice='ax3', image=f'{k}/{s}.png', dice=rng.uniform(.5,1), jaccard=.5,
-                                hd95=np.nan if k=='orig' else 2., nsd=.9, area_true=9., area_pred=8., unit='px') for k,f,s in rows if int(s)%2==f])
+                           for k in variants for f in (0,1) for e in range(3)])
+    scores = pd.DataFrame([dict(variant=k, fold=f, seed=42, subject=s, scan='I1', slice='ax3', image=f'{k}/{s}.png', dice=rng.uniform(.5,1), jaccard=.5,
+                                hd95=np.nan if k=='orig' else 2., nsd=.9, size_true=9., size_pred=8., unit='px') for k,f,s in rows if int(s)%2==f])
     out.mkdir(parents=True)
     for k,t in dict(split=split, curves=curves, scores=scores).items(): t.to_csv(out/f'{k}.csv', index=False)
-    result = dict(kind='brain', simulated=True, scores=dict(dice=dict(mean=.8, low=.7, high=None))) if one_kind else \
+    result = dict(variant='brain', simulated=True, scores=dict(dice=dict(mean=.8, low=.7, high=None))) if single else \
         dict(verdict='inconclusive', sentence='No difference was shown.', difference=.01, ci95=[-.02,.04], p_value=.4, simulated=False, control=None)
     (out/'settings.json').write_text(json.dumps(cfg), encoding='utf-8')
-    (out/f'{"summary" if one_kind else "comparison"}.json').write_text(json.dumps(result), encoding='utf-8')
+    (out/f'{"summary" if single else "comparison"}.json').write_text(json.dumps(result), encoding='utf-8')
     (out/'report.html').write_text(f'<p>Bericht für {html.escape(note)}</p>', encoding='utf-8')
     (out/'.hidden').write_text('x'); (out/'predictions').mkdir(); (out/'predictions/a.png').write_bytes(b'x')
-    for k in kinds:
+    for k in variants:
         d = out/f'runs/{k}-fold0-seed42'; d.mkdir(parents=True)
-        (d/'model.safetensors').write_bytes(b'w'*1000); (d/'run.json').write_text('{}'); (d/'checkpoint.pt').write_bytes(b'c')
+        (d/'model.safetensors').write_bytes(b'w'*1000); (d/'config.json').write_text('{}'); (d/'checkpoint.pt').write_bytes(b'c')
     return out, scores
 
 @pytest.fixture(autouse=True)
@@ -65,10 +65,10 @@ def test_a_comparison_is_logged_beside_its_folder(place, monkeypatch):
     run = c.get_run(r['run_id'])
     assert run.info.status=='FINISHED' and run.info.run_name=='first'
     p = run.data.params
-    assert p['arch']=='unet' and p['kinds']=='brain, orig' and p['fingerprint.brain']==64*'b' and 'external' not in p
+    assert p['arch']=='unet' and p['variants']=='brain, orig' and p['fingerprint.brain']==64*'b' and 'external' not in p
     assert p['split.fold0.train_subjects']=='3' and p['split.fold1.test_subjects']=='3'
     m = run.data.metrics
-    for k,g in scores.groupby('kind'):
+    for k,g in scores.groupby('variant'):
         d = summarise_scores(g[['subject','dice']]).loc['dice']
         assert (m[f'scores/{k}/dice'], m[f'scores/{k}/dice_low'], m[f'scores/{k}/dice_high'])==pytest.approx((d['mean'], d['low'], d['high']))
     assert m['scores/brain/subjects']==6 and 'scores/orig/hd95' not in m # no number is better than NaN
@@ -79,7 +79,7 @@ def test_a_comparison_is_logged_beside_its_folder(place, monkeypatch):
     assert [o.step for o in c.get_metric_history(r['run_id'], 'curve/orig/fold1/seed43/valid_loss')]==[0,2]
     files = {p.relative_to(place/'mlartifacts').as_posix().split('artifacts/')[1]: p for p in (place/'mlartifacts').rglob('*') if p.is_file()}
     assert set(files)=={'settings.json','split.csv','scores.csv','curves.csv','comparison.json','report.html',
-                        *(f'runs/{k}-fold0-seed42/{o}' for k in ('brain','orig') for o in ('model.safetensors','run.json'))}
+                        *(f'runs/{k}-fold0-seed42/{o}' for k in ('brain','orig') for o in ('model.safetensors','config.json'))}
     assert files['runs/brain-fold0-seed42/model.safetensors'].read_bytes()==b'w'*1000
     assert files['scores.csv'].read_bytes()==(out/'scores.csv').read_bytes()
     stored = [p.read_bytes() for p in place.rglob('*') if p.is_file() and out not in p.parents] # the database and every logged file
@@ -88,7 +88,7 @@ def test_a_comparison_is_logged_beside_its_folder(place, monkeypatch):
 
 @needs_mlflow
 def test_a_single_training_joins_the_store(place):
-    out,_ = result_folder(place/'second', one_kind=True)
+    out,_ = result_folder(place/'second', single=True)
     r = log_run('mlflow', out, name='mine', experiment='other')
     from mlflow import MlflowClient
     c = MlflowClient(r['uri'])
@@ -187,7 +187,7 @@ def test_unknown_trackers():
 
 @needs_mlflow
 def test_a_server_that_does_not_answer():
-    with pytest.raises(DataError, match=r'http://127\.0\.0\.1:9: no MLflow server answers'): check_track('mlflow', uri='http://127.0.0.1:9')
+    with pytest.raises(DataError, match=r'http://127\.0\.0\.1:9: found no MLflow server answers'): check_track('mlflow', uri='http://127.0.0.1:9')
 
 @pytest.mark.parametrize('uri', ['https://anna:geheim77@host.org/x', 'https://geheim77@host.org', 'postgresql://anna:geheim77@host/db'])
 def test_passwords_are_not_taken_as_arguments(uri, monkeypatch):
@@ -219,4 +219,4 @@ def test_names_that_mlflow_takes():
     assert len(flat_params(dict(a='x'*900))['a'])==500
     assert flat_numbers({'t1+t2': dict(a=[1,2], b=[1,2,3], c=True, d=float('inf'), e=None)})=={'t1_t2/a_low': 1, 't1_t2/a_high': 2}
     t = pd.DataFrame(dict(epoch=[0,1], seconds=[1.,2.], loss=[3.,4.]))
-    assert curve_points(t, end=10)==[('curve/loss', 3., 9000, 0), ('curve/loss', 4., 10000, 1)] and curve_points(None, 0)==[]
+    assert curve_points(t, end=10)==[('curve/loss', 3., 9000, 0), ('curve/loss', 4., 10000, 1)]
