@@ -8,8 +8,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 from PIL import Image
 from scipy import ndimage as ndi
 
-try: from brainseg_fastai.cli import main
-except ImportError: main = None
+from brainseg_fastai.cli import main
 from brainseg_fastai.core import DataError
 from brainseg_fastai.inference import Frame, Model
 from brainseg_fastai.prediction import (evans_index, inner_width, predict_pictures, predict_scan, predict_scans,
@@ -35,7 +34,7 @@ class Bright(torch.nn.Module):
 
 def rule(slab=(10,30), size=64, inputs='brain', net=None, spacing=(1.,1.), frame={}, **more):
     "What `load_bundle` gives, with a rule in the place of a network"
-    config = dict(channels=[inputs], whole=False, labels=[dict(code=255, name='ventricles', colour='#e0402a')],
+    config = dict(channels=[inputs], inputs_all=[], packed=False, whole=False, labels=[dict(code=255, name='ventricles', colour='#e0402a')],
                   slab=slab and dict(below_top_mm=list(slab)), reference=None, calibration=None, sha256='x') | more
     return Model(net or DarkInside(), Frame(**dict(size=size, spacing=spacing) | frame), config)
 
