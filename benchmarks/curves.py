@@ -1,9 +1,10 @@
-"What Dice curves say: when to evaluate, time to a target, best Dice by a time, medians, ratios, tables. Plain numbers in and out"
+"What Dice curves say: when to evaluate, time to a target, best Dice by a time, medians, ratios, tables; plain numbers"
 import math
 from statistics import median
 
 TARGETS = .85, .90, .93                     # per-image foreground Dice on validation subjects
-FINE,FINE_UNTIL,GROWTH = 2., 60., 1.04      # evaluate every 2 s up to 60 s of training, then every 4 % of the time so far
+# evaluate every 2 s up to 60 s of training, then every 4 % of the time so far
+FINE,FINE_UNTIL,GROWTH = 2., 60., 1.04
 COLUMNS = 'system','seed','target','seconds','reached','init','machine'
 
 # ---- one curve: a list of (seconds, dice)
@@ -96,7 +97,8 @@ def summarise(runs)->list: # One dict per system, in the order of `runs`
             base = {s: time_to(r['curve'], t, r['end']) for s,r in ours.items()}
             m,low = median_time(list(pairs.values()))
             ratio,more = ratio_to(pairs, base)
-            d |= {f't{k}': m, **{f't{k}_{o.__name__}': o(s for s,_ in pairs.values()) for o in (min,max)}, f't{k}_at_least': low,
+            d |= {f't{k}': m, **{f't{k}_{o.__name__}': o(s for s,_ in pairs.values()) for o in (min,max)},
+                  f't{k}_at_least': low,
                   f't{k}_reached': sum(ok for _,ok in pairs.values()), f'ratio{k}': ratio, f'ratio{k}_at_least': more}
         d['ratio_init'] = f"{label(d['init'])} / {label(next(iter(ours.values()))['init'])}" if ours else ''
         at = [best_by(r['curve'], ours[r['seed']]['end']) if r['seed'] in ours else None for r in mine]
@@ -125,7 +127,8 @@ ABLATIONS = { # ours with one thing changed, see `CHANGES` in systems.py
     'ours-workers':    'two processes that load, instead of none',
     'ours-compile':    '`torch.compile`'}
 
-NAMES = dict(ours='ours', published='published recipe', stock='fastai `unet_learner` resnet34, defaults', smp='SMP U-Net resnet34',
+NAMES = dict(ours='ours', published='published recipe', stock='fastai `unet_learner` resnet34, defaults',
+             smp='SMP U-Net resnet34',
              monai_unet='MONAI UNet', monai_basic='MONAI BasicUNet', nnunet='network that nnU-Net plans') | ABLATIONS
 
 def _number(x, digits=2, sign=''): return '–' if x is None else f'{x:{sign}.{digits}f}'
@@ -160,24 +163,29 @@ def markdown(
 )->str:
     "The tables for the README"
     times = [[NAMES.get(d['system'], d['system']), label(d['init']), *(time_text(d, k) for k in ('085','090','093')),
-              ratio_text(d['ratio090'], d['ratio090_at_least']), d['ratio_init'], _range(d, 'best_at_our_end', 3)] for d in summary]
+              ratio_text(d['ratio090'], d['ratio090_at_least']), d['ratio_init'], _range(d, 'best_at_our_end', 3)]
+              for d in summary]
     def cost(d):
         share,memory = d['wait_share'],d['memory_mb']
-        return [NAMES.get(d['system'], d['system']), _range(d, 'train_images_per_s', 1), _range(d, 'predict_images_per_s', 1),
+        return [NAMES.get(d['system'], d['system']), _range(d, 'train_images_per_s', 1),
+                _range(d, 'predict_images_per_s', 1),
                 '–' if share is None else f'{100*share:.0f} %', '–' if memory is None else f'{memory/1000:.1f} GB',
                 _range(d, 'setup_s', 1)]
-    return (f"Measured on {about['machine']}: {about['data']}, {about['train']} training and {about['valid']} validation images "
-            f"({about['train_subjects']} and {about['valid_subjects']} subjects), {about['size']} px. Median over seeds (range). "
-            'Seconds of training, evaluation not counted; Dice is the mean per-image foreground Dice on validation subjects.\n\n' +
-            _table(['system','weights','s to 0.85','s to 0.90','s to 0.93','0.90: times ours','weights, theirs / ours',
+    return (f"Measured on {about['machine']}: {about['data']}, {about['train']} training and "
+            f"{about['valid']} validation images ({about['train_subjects']} and {about['valid_subjects']} subjects), "
+            f"{about['size']} px. Median over seeds (range). Seconds of training, evaluation not counted; "
+            'Dice is the mean per-image foreground Dice on validation subjects.\n\n' +
+            _table(['system','weights','s to 0.85','s to 0.90','s to 0.93','0.90: times ours',
+                    'weights, theirs / ours',
                     'best Dice when ours is done'], times) + '\n\n' +
-            _table(['system','images/s in training','images/s in prediction','waiting for data','peak memory','s of setup'],
+            _table(['system','images/s in training','images/s in prediction','waiting for data','peak memory',
+                    's of setup'],
                    map(cost, summary)) + '\n')
 
 # ---- what each piece brings
 
 def ablations(runs)->list: # One dict for each change, in the order of `ABLATIONS`
-    "Ours with one thing changed beside ours with the same seed: ratio of the time for an image, differences in Dice; median and range over seeds"
+    "Ours with one thing changed beside ours with the same seed: time for an image, differences in Dice, over seeds"
     ours,summary = {r['seed']: r for r in runs if r['system']=='ours'}, {d['system']: d for d in summarise(runs)}
     res = []
     for name in ABLATIONS:
@@ -185,8 +193,10 @@ def ablations(runs)->list: # One dict for each change, in the order of `ABLATION
         if not pairs: continue
         res.append(dict(system=name, name=ABLATIONS[name], runs=len(pairs), ratio090=summary[name]['ratio090'],
                         ratio090_at_least=summary[name]['ratio090_at_least'],
-                        **_spread('time_per_image', [o['train_images_per_s']/r['train_images_per_s'] for r,o in pairs]),
-                        **_spread('then', [best_by(r['curve'], o['end'])-best_by(o['curve'], o['end']) for r,o in pairs]),
+                        **_spread('time_per_image', [o['train_images_per_s']/r['train_images_per_s']
+                                                     for r,o in pairs]),
+                        **_spread('then', [best_by(r['curve'], o['end'])-best_by(o['curve'], o['end'])
+                                           for r,o in pairs]),
                         **_spread('last', [r['curve'][-1][1]-o['curve'][-1][1] for r,o in pairs])))
     return res
 
@@ -195,8 +205,11 @@ def ablation_markdown(
 )->str:
     "The table for the story: what is lost without each piece"
     our = next(d for d in summarise(runs) if d['system']=='ours')
-    rows = [[d['name'], _range(d, 'time_per_image', 2), ratio_text(d['ratio090'], d['ratio090_at_least']), _range(d, 'then', 3, '+'), _range(d, 'last', 3, '+')]
+    rows = [[d['name'], _range(d, 'time_per_image', 2), ratio_text(d['ratio090'], d['ratio090_at_least']),
+             _range(d, 'then', 3, '+'), _range(d, 'last', 3, '+')]
             for d in ablations(runs)]
-    return (f"Ours as it is: {time_text(our, '090')} s to 0.90, Dice {_range(our, 'best_at_our_end', 3)} when it is done; {our['runs']} trainings. Below, ours with "
+    return (f"Ours as it is: {time_text(our, '090')} s to 0.90, Dice {_range(our, 'best_at_our_end', 3)} when it is "
+            f"done; {our['runs']} trainings. Below, ours with "
             'one thing changed, each beside ours with the same seed. Median over seeds (range).\n\n' +
-            _table(['changed','time per image, times ours','time to 0.90, times ours','Dice when ours is done, minus ours','Dice at its own end, minus ours'], rows) + '\n')
+            _table(['changed','time per image, times ours','time to 0.90, times ours',
+                    'Dice when ours is done, minus ours','Dice at its own end, minus ours'], rows) + '\n')

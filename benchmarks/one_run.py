@@ -5,10 +5,17 @@ STARTED = time.perf_counter() # imports are part of the setup
 
 import numpy as np, pandas as pd, torch
 from fastai.torch_core import default_device, set_seed
-from brainseg_fastai.cases import adni_cases, data_fingerprint, mask_codes, read_mask
+from fastcore.basics import store_attr
+from brainseg_fastai.adni import adni_cases
+from brainseg_fastai.cases import case_name
+from brainseg_fastai.checks import mask_codes
+from brainseg_fastai.core import write_json
+from brainseg_fastai.images import data_fingerprint, read_mask
 from brainseg_fastai.plan import peak_mb
 from brainseg_fastai.scores import empty_score, overlap
-from brainseg_fastai.segmentation import SubjectSplitter, assert_apart, case_name, environment, write_json
+from brainseg_fastai.segmentation import SubjectSplitter
+from brainseg_fastai.splits import assert_apart
+from brainseg_fastai.training import environment
 
 from curves import TARGETS, next_point
 from systems import SYSTEMS
@@ -47,12 +54,12 @@ class Clock:
         show=None,      # Function of seconds and Dice
         now=None        # The time; None: of this machine, its device's work done
     ):
-        self.evaluate,self.at_least,self.at_most,self.compare_at = evaluate,at_least,at_most,compare_at
-        self.max_steps,self.each_step = max_steps,each_step
-        self.show,self.now = show or (lambda *args: None), now or _now
-        self.seconds=self.waited=self.evaluating=self.last_step = 0.
-        self.steps=self.images = 0
-        self.curve,self.losses,self.since,self.due,self.stopped,self.first = [],[],None,next_point(0.),False,None
+        store_attr('evaluate,at_least,at_most,compare_at,max_steps,each_step')
+        self.show,self.now = show or (lambda *args: None), now or now_done
+        self.seconds = self.waited = self.evaluating = self.last_step = 0.
+        self.steps = self.images = 0
+        self.curve,self.losses,self.stopped = [],[],False
+        self.since,self.first,self.due = None,None,next_point(0.)
 
     def share(self): return min(1., self.seconds/self.at_most) # of the time that it may train: for learning rates
     def start(self):
@@ -74,7 +81,8 @@ class Clock:
         before = self.seconds
         self.pause()
         self.last_step = self.seconds-before
-        self.steps += 1; self.images += images
+        self.steps += 1
+        self.images += images
         self.losses.append(float(loss.detach() if hasattr(loss, 'detach') else loss))
         at = self.compare_at
         last_chance = at is not None and self.seconds<=at<self.seconds+self.last_step
@@ -100,7 +108,8 @@ class Clock:
         self.pause()
         if self.steps and (not self.curve or self.curve[-1][0]<round(self.seconds, 3)): self.look()
 
-def _now():
+def now_done():
+    "The time, when the device has done its work"
     if torch.cuda.is_available(): torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -116,13 +125,16 @@ def undisturbed(
         try: return f()
         finally:
             for m,o in modes: m.training = o
-            np.random.set_state(state); random.setstate(py)
+            np.random.set_state(state)
+            random.setstate(py)
 
 def prediction_speed(predict, cases, seconds=2.):
     "Images per second from files to masks: passes over `cases` until `seconds` are over"
-    n,start = 0, _now()
-    while n==0 or _now()-start<seconds: predict(cases); n += len(cases)
-    return n/(_now()-start)
+    n,start = 0, now_done()
+    while n==0 or now_done()-start<seconds:
+        predict(cases)
+        n += len(cases)
+    return n/(now_done()-start)
 
 def machine_name(
     env # From `environment`
@@ -131,35 +143,42 @@ def machine_name(
     return f"{env['device']}, {env['threads']} threads{', bf16 in hardware'*env['bf16']}"
 
 def run(
-    spec # dict: data, kind, size, system, seed, init, threads, and if wanted the limits of `Clock`, epochs, speed_s
+    spec # dict: data, inputs, size, system, seed, init, threads, and if wanted the limits of `Clock`, epochs, speed_s
 )->dict: # What is kept of the run
     "Train one system under the clock"
     torch.set_num_threads(spec['threads'])
-    cases = split_of(adni_cases(spec['data'], spec['kind']))
-    valid = cases[cases['split']=='valid'].reset_index(drop=True)
-    codes = list(mask_codes(cases['mask']))
+    cases = split_of(adni_cases(spec['data'], spec['inputs']))
+    valid,codes = cases[cases['split']=='valid'].reset_index(drop=True), list(mask_codes(cases['mask']))
     set_seed(spec['seed'], reproducible=True)
-    system = SYSTEMS[spec['system']](cases=cases, codes=codes, size=spec['size'], seed=spec['seed'], pretrained=spec['init']=='pretrained',
-                                     epochs=spec.get('epochs'))
+    system = SYSTEMS[spec['system']](cases, codes, spec['size'], spec['seed'], spec['init']=='pretrained',
+                                     spec.get('epochs'))
     truths = [read_mask(o, codes) for o in valid['mask']]
+    def look(): return undisturbed(system.model, lambda: mean_dice(system.predict(valid), truths))
     def show(seconds, dice):
-        if sys.stderr.isatty(): print(f'\r    {seconds:7.1f} s   Dice {dice:.3f} ', end='', file=sys.stderr, flush=True)
-    limits = {k: spec[k] for k in ('at_least','at_most','compare_at','max_steps','each_step') if spec.get(k) is not None}
-    clock = Clock(lambda: undisturbed(system.model, lambda: mean_dice(system.predict(valid), truths)), show=show, **limits)
-    begin = time.perf_counter()
+        if sys.stderr.isatty(): print(f'\r    {seconds:7.1f} s   Dice {dice:.3f} ', end='', file=sys.stderr,
+                                      flush=True)
+    limits = {k: spec[k] for k in ('at_least','at_most','compare_at','max_steps','each_step')
+              if spec.get(k) is not None}
+    clock,begin = Clock(look, show=show, **limits), time.perf_counter()
     system.train(clock)
     clock.finish()
     speed = undisturbed(system.model, lambda: prediction_speed(system.predict_all, valid, spec.get('speed_s', 2.)))
-    env = environment(default_device())
-    init = 'pretrained' if system.pretrained else 'scratch'
-    return dict(spec=spec, system=spec['system'], seed=spec['seed'], init=init, end=clock.seconds, curve=clock.curve,
-                best=max(d for _,d in clock.curve), steps=clock.steps, images=clock.images, losses=clock.losses, about=system.about,
-                parameters=sum(p.numel() for p in system.model.parameters()), setup_s=(clock.first or begin)-STARTED,
-                train_images_per_s=clock.images/clock.seconds, predict_images_per_s=speed, wait_share=clock.waited/clock.seconds,
-                evaluation_s=clock.evaluating, memory_mb=None if np.isnan(m := peak_mb()) else m,
-                machine=machine_name(env),
-                environment=env, split=dict(zip(map(case_name, cases.itertuples()), cases['split'])),
-                sides={p: sorted(set(g['subject'])) for p,g in cases.groupby('split')}, data=data_fingerprint(cases))
+    return figures(spec, system, clock, speed, begin, cases)
+
+def figures(spec, system, clock, speed, begin, cases):
+    "What is kept of a run"
+    env,mb = environment(default_device()), peak_mb()
+    return dict(
+        spec=spec, system=spec['system'], seed=spec['seed'], init='pretrained' if system.pretrained else 'scratch',
+        end=clock.seconds, curve=clock.curve, best=max(d for _,d in clock.curve), steps=clock.steps,
+        images=clock.images,
+        losses=clock.losses, about=system.about, parameters=sum(p.numel() for p in system.model.parameters()),
+        setup_s=(clock.first or begin)-STARTED, train_images_per_s=clock.images/clock.seconds,
+        predict_images_per_s=speed,
+        wait_share=clock.waited/clock.seconds, evaluation_s=clock.evaluating, memory_mb=None if np.isnan(mb) else mb,
+        machine=machine_name(env), environment=env, split=dict(zip(map(case_name, cases.itertuples()),
+                                                                   cases['split'])),
+        sides={p: sorted(set(g['subject'])) for p,g in cases.groupby('split')}, data=data_fingerprint(cases))
 
 if __name__=='__main__':
     with open(sys.argv[1], encoding='utf-8') as f: spec = json.load(f)

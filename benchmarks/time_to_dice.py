@@ -2,37 +2,47 @@
 
     python benchmarks/time_to_dice.py DATA
 
-Every run is a process of its own and leaves one file in OUT/runs, so that the same command goes on after an interruption."""
+Every run is a process of its own and leaves one file in OUT/runs: the same command goes on after an interruption."""
 import argparse, hashlib, importlib.util, json, math, os, subprocess, sys, time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from brainseg_fastai.cases import DataError
+from brainseg_fastai.core import DataError
 from curves import ABLATIONS, caps, time_to
 from report import read_run, write_report
 
-ORDER = 'ours','published','stock','smp','monai_unet','monai_basic','nnunet' # within a seed; the caps of all need ours
+# within a seed; the caps of all need ours
+ORDER = 'ours','published','stock','smp','monai_unet','monai_basic','nnunet'
 NEEDS = dict(smp=('segmentation_models_pytorch','segmentation-models-pytorch'),
              nnunet=('dynamic_network_architectures','dynamic-network-architectures'))
-SAME = 'kind','size','init','threads','quick'                                 # for all runs of a folder
-QUICK = dict(size=64, seeds=1, threads=1, max_steps=3, each_step=True, epochs=4, speed_s=0.) # does it work? Its times mean nothing
-CODE = 'one_run.py','systems.py','curves.py','../brainseg_fastai/segmentation.py','../brainseg_fastai/networks.py'
+SAME = 'inputs','size','init','threads','quick'                               # for all runs of a folder
+# does it work? Its times mean nothing
+QUICK = dict(size=64, seeds=1, threads=1, max_steps=3, each_step=True, epochs=4, speed_s=0.)
+CODE = ('one_run.py','systems.py','curves.py', *(f'../brainseg_fastai/{o}.py'
+                                                 for o in ('settings','networks','training','inference',
+                                                                                      'segmentation','runs')))
 
 def parse(args=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument('data', nargs='?', help='folder with mask/ and the images; with --quick a small simulated one if left out')
-    p.add_argument('--out', type=Path, help='folder for results (default benchmarks/results, with --ablation benchmarks/results/ablation)')
-    p.add_argument('--kind', default='orig', help='folder of the images within DATA (default orig, the full skull)')
+    p.add_argument('data', nargs='?',
+                   help='folder with mask/ and the images; with --quick a small simulated one if left out')
+    p.add_argument('--out', type=Path,
+                   help='folder for results (default benchmarks/results, with --ablation benchmarks/results/ablation)')
+    p.add_argument('--inputs', '--kind', default='orig',
+                   help='folder of the images within DATA (default orig, the full skull)')
     p.add_argument('--size', type=int, help='pixels (default 256)')
     p.add_argument('--seeds', type=int, help='runs of each system; of the published recipe always one (default 3)')
-    p.add_argument('--systems', nargs='+', choices=(*ORDER, *ABLATIONS), metavar='NAME', help=f"of {', '.join(ORDER)} (default all); ours with one change: {', '.join(ABLATIONS)}")
-    p.add_argument('--ablation', action='store_true', help='compare ours with ours where one thing is changed, not with others')
+    p.add_argument('--systems', nargs='+', choices=(*ORDER, *ABLATIONS), metavar='NAME',
+                   help=f"of {', '.join(ORDER)} (default all); ours with one change: {', '.join(ABLATIONS)}")
+    p.add_argument('--ablation', action='store_true',
+                   help='compare ours with ours where one thing is changed, not with others')
     p.add_argument('--init', choices=('scratch','pretrained'), default='scratch',
                    help='ImageNet weights for none (default), or for all that have some')
     p.add_argument('--threads', type=int, help='of every run (default 2)')
-    p.add_argument('--quick', action='store_true', help='a few steps of each on 64 px: does the benchmark itself work?')
+    p.add_argument('--quick', action='store_true',
+                   help='a few steps of each on 64 px: does the benchmark itself work?')
     a = p.parse_args(args)
     a.systems = a.systems or ['ours', *ABLATIONS] if a.ablation else a.systems or list(ORDER)
     a.out = a.out or (HERE/'results'/'ablation' if a.ablation else HERE/'results')
@@ -40,15 +50,16 @@ def parse(args=None):
     for k,v in usual.items():
         if getattr(a, k) is None: setattr(a, k, v)
         if getattr(a, k)<1: p.error(f'--{k} {getattr(a, k)}: expected 1 or more')
-    if a.size%32: p.error(f'--size {a.size}: expected a multiple of 32, as every network here halves its images five times')
+    if a.size%32: p.error(f'--size {a.size}: expected a multiple of 32; networks here halve images five times')
     if not a.data and not a.quick: p.error('DATA: name a folder of slices and masks')
-    if 'ours' not in a.systems: p.error('--systems: ours is always needed, because the caps of the others depend on its time')
+    if 'ours' not in a.systems: p.error('--systems: ours is always needed; the caps of the others depend on its time')
     return a
 
 def missing(
     systems # Names
 )->list: # Packages that these need and that are not installed
-    return [pip for name,(module,pip) in NEEDS.items() if name in systems and importlib.util.find_spec(module) is None]
+    return [pip for name,(module,pip) in NEEDS.items() if name in systems
+            and importlib.util.find_spec(module) is None]
 
 def planned(systems, seeds)->list: # (seed, system), in order
     "Seed by seed, all systems within a seed, ours first"
@@ -75,22 +86,25 @@ def finished(path, spec):
         if r['spec'].get(k)!=spec.get(k):
             raise DataError.of(path, f"a run with {k} {r['spec'].get(k)}", f'{k} {spec.get(k)}',
                                'Give another --out, or delete the old runs.')
-    if r.get('code')!=code_version(): print(f'    {path.name} was made by other code than there is now; delete it to run it again')
+    if r.get('code')!=code_version(): print(f'    {path.name} was made by other code; delete it to run it again')
     return r
 
 def start(spec, path):
     "Run one system in a fresh process"
     path.parent.mkdir(parents=True, exist_ok=True)
     todo,res,log = (path.with_name(f'.{path.stem}-{os.getpid()}.{o}') for o in ('todo','part','log'))
-    env = {**os.environ, **dict.fromkeys(('OMP_NUM_THREADS','MKL_NUM_THREADS','OPENBLAS_NUM_THREADS'), str(spec['threads'])),
+    env = {**os.environ, **dict.fromkeys(('OMP_NUM_THREADS','MKL_NUM_THREADS','OPENBLAS_NUM_THREADS'),
+                                         str(spec['threads'])),
            'PYTHONPATH': os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get('PYTHONPATH')]))}
-    env.pop('PYTHONDONTWRITEBYTECODE', None) # else each process compiles the libraries anew, which is not what is measured
+    # else each process compiles the libraries anew, which is not what is measured
+    env.pop('PYTHONDONTWRITEBYTECODE', None)
     todo.write_text(json.dumps(spec), encoding='utf-8')
     began = time.time()
     try:
         show = sys.stderr.isatty()
         call = [sys.executable, str(HERE/'one_run.py'), str(todo), str(res)]
-        with open(log, 'w', encoding='utf-8') as f: code = subprocess.run(call, env=env, stdout=f, stderr=None if show else f).returncode
+        with open(log, 'w', encoding='utf-8') as f: code = subprocess.run(call, env=env, stdout=f,
+                                                                          stderr=None if show else f).returncode
         if code:
             last = log.read_text(encoding='utf-8', errors='replace').strip().splitlines()[-1:] or ['see above']
             raise DataError(f"{spec['system']}, seed {spec['seed']}: the run stopped with code {code} ({last[0]}). "
@@ -100,7 +114,8 @@ def start(spec, path):
         res.replace(path)
         log.unlink()
         return r
-    finally: todo.unlink(missing_ok=True); res.unlink(missing_ok=True)
+    finally:
+        for o in (todo, res): o.unlink(missing_ok=True)
 
 def time_left(
     todo, # (seed, system) still to run
@@ -125,10 +140,12 @@ def main(args=None):
     if lacking: raise DataError(f"found no {' and no '.join(lacking)}; expected the packages of the extra `bench`. "
                                 "Install them: pip install -e '.[bench]'")
     if not a.data:
-        from brainseg_fastai.datasets import standin
-        a.data = standin('adni')
-    if not (Path(a.data)/a.kind).is_dir():
-        raise DataError.of(a.data, f'no folder {a.kind}', 'images there and masks in mask/', 'Name the data folder, or give --kind.')
+        from brainseg_fastai.adni import ADNI
+        from brainseg_fastai.cases import standin
+        a.data = standin(ADNI)
+    if not (Path(a.data)/a.inputs).is_dir():
+        raise DataError.of(a.data, f'no folder {a.inputs}', 'images there and masks in mask/',
+                           'Name the data folder, or give --inputs.')
     runs,ours,todo = [],{},planned(a.systems, a.seeds)
     for i,(seed,system) in enumerate(todo):
         path = a.out/'runs'/f'{system}-seed{seed}.json'
@@ -151,5 +168,9 @@ def main(args=None):
 
 if __name__=='__main__':
     try: sys.exit(main())
-    except DataError as e: print(e, file=sys.stderr); sys.exit(2)
-    except KeyboardInterrupt: print('\nInterrupted. Finished runs are kept; the same command goes on.', file=sys.stderr); sys.exit(130)
+    except DataError as e:
+        print(e, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print('\nInterrupted. Finished runs are kept; the same command goes on.', file=sys.stderr)
+        sys.exit(130)

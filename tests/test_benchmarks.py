@@ -10,7 +10,7 @@ BENCH = ROOT/'benchmarks'
 sys.path.insert(0, str(BENCH))
 
 import curves as C, time_to_dice as T
-from brainseg_fastai.cases import DataError
+from brainseg_fastai.core import DataError
 from report import csv_text, read_run, same_for_all
 
 # ---- one curve
@@ -44,25 +44,33 @@ def test_caps():
 # ---- several runs
 
 def run(system, seed, curve, end, init='scratch', **kwargs):
-    return dict(system=system, seed=seed, init=init, machine='a machine', curve=curve, end=end, best=max(d for _,d in curve), setup_s=8.,
+    return dict(system=system, seed=seed, init=init, machine='a machine', curve=curve, end=end,
+                best=max(d for _,d in curve), setup_s=8.,
                 train_images_per_s=10.+seed, predict_images_per_s=20., wait_share=.05, memory_mb=1000.) | kwargs
 
 def test_median_of_stopped_runs():
     assert C.median_time([(10,True),(30,True),(20,True)])==(20, False)
     assert C.median_time([(10,True),(20,True),(90,False)])==(20, False)  # one was stopped later: the median stands
     assert C.median_time([(10,True),(90,False),(80,False)])==(80, True)  # it is one of those that were stopped
-    assert C.median_time([(10,False),(20,True),(30,True)])==(20, True)   # one was stopped before: it might have needed longer
+    # one was stopped before: it might have needed longer
+    assert C.median_time([(10,False),(20,True),(30,True)])==(20, True)
 
 def test_ratio():
     ours = {0:(10,True), 1:(20,True), 2:(12,True)}
-    assert C.ratio_to({0:(310,False)}, ours)==(31, True)     # only the seeds that both have: 31 times 10, not times 12
+    # only the seeds that both have: 31 times 10, not times 12
+    assert C.ratio_to({0:(310,False)}, ours)==(31, True)
     assert C.ratio_to({0:(30,True), 1:(40,True), 2:(36,True)}, ours)==(3, False)
     assert C.ratio_to({0:(30,True)}, {0:(10,False)})==(None, False) # ours did not get there: no ratio
     assert C.ratio_to({5:(30,True)}, ours)==(None, False)
-    assert C.ratio_text(31, True)=='more than 31×' and C.ratio_text(3.04, False)=='3.0×' and C.ratio_text(None, False)=='–'
-    assert C.ratio_text(10.57, True)=='more than 10×' and C.ratio_text(9.29, True)=='more than 9.2×' and C.ratio_text(10.57, False)=='11×' # no more than was seen
+    assert C.ratio_text(31, True)=='more than 31×' and C.ratio_text(3.04, False)=='3.0×' and C.ratio_text(None,
+                                                                                                          False)=='–'
+    assert C.ratio_text(10.57, True)=='more than 10×' and C.ratio_text(9.29,
+                                                                       True)=='more than 9.2×' and C.ratio_text(10.57,
+                                                                                                                False)=='11×' # no more than was seen
     late = dict(runs=1, t090=121.94, t090_at_least=True, t090_reached=0)
-    assert C.time_text(late, '090')=='more than 121, 0 of 1 got there' and C.time_text({**late, 't090_at_least': False, 't090_reached': 1}, '090')=='122'
+    assert C.time_text(late, '090')=='more than 121, 0 of 1 got there' and C.time_text({**late,
+                                                                                        't090_at_least': False,
+                                                                                        't090_reached': 1}, '090')=='122'
 
 @pytest.fixture
 def runs():
@@ -73,16 +81,20 @@ def runs():
 
 def test_summary(runs):
     ours,slow,smp = C.summarise(runs)
-    assert (ours['t090'], ours['t090_min'], ours['t090_max'], ours['t090_reached'], ours['ratio090'])==(12, 10, 14, 3, 1)
-    assert (slow['t090'], slow['t090_at_least'], slow['t090_reached'], slow['ratio090'], slow['ratio090_at_least'])==(310, True, 0, 31, True)
+    assert (ours['t090'], ours['t090_min'], ours['t090_max'], ours['t090_reached'], ours['ratio090'])==(12, 10, 14, 3,
+                                                                                                        1)
+    assert (slow['t090'], slow['t090_at_least'], slow['t090_reached'], slow['ratio090'],
+            slow['ratio090_at_least'])==(310, True, 0, 31, True)
     assert (smp['t085'], smp['t090'], smp['ratio090'], smp['ratio090_at_least'])==(31, 60, 5, False)
     assert (smp['t093'], smp['t093_at_least'], smp['ratio093'], smp['ratio093_at_least'])==(180, True, 6, True)
-    assert (ours['best_at_our_end'], slow['best_at_our_end'], smp['best_at_our_end'])==(.95, 0, .80) # 0.86 came after ours was done
+    # 0.86 came after ours was done
+    assert (ours['best_at_our_end'], slow['best_at_our_end'], smp['best_at_our_end'])==(.95, 0, .80)
     assert (smp['ratio_init'], slow['ratio_init'])==('pretrained / from scratch', 'from scratch / from scratch')
     assert (ours['train_images_per_s'], ours['train_images_per_s_min'], ours['train_images_per_s_max'])==(11, 10, 12)
 
 def test_markdown(runs):
-    about = dict(machine='Some CPU, 2 threads', data='folder, orig', size=256, train=57, valid=24, train_subjects=10, valid_subjects=5)
+    about = dict(machine='Some CPU, 2 threads', data='folder, orig', size=256, train=57, valid=24, train_subjects=10,
+                 valid_subjects=5)
     text = C.markdown(C.summarise(runs), about)
     assert 'Some CPU, 2 threads' in text and '57 training and 24 validation images' in text
     row = {l.split(' | ')[0].strip('| '): l for l in text.splitlines()[2:7]} # of the first of the two tables
@@ -93,7 +105,8 @@ def test_markdown(runs):
 def test_ablations(runs):
     "Each change beside ours with the same seed, while ours trains and at its own end"
     assert C.ablations(runs)==[]
-    ce = [dict(run('ours-ce', k, [(20,.80),(29,.90-.01*k),(40,.96)], 40), train_images_per_s=5.) for k in (0,2)] # one seed is yet to come
+    # one seed is yet to come
+    ce = [dict(run('ours-ce', k, [(20,.80),(29,.90-.01*k),(40,.96)], 40), train_images_per_s=5.) for k in (0,2)]
     d, = C.ablations([*runs, *ce])
     assert (d['runs'], d['ratio090'])==(2, 34.5/12) # seed 2 got to 0.90 after 40 s
     assert [d[f'time_per_image{o}'] for o in ('_min','','_max')]==[2., 2.2, 2.4]
@@ -127,7 +140,8 @@ def test_clock():
     assert not step(1., 1.) and c.curve[-1]==(6.,.9)
     assert step(1., 1.) and c.curve[-1]==(8.,.94) and c.stopped # 0.93 is reached, and 7 s are over
     c.finish()
-    assert (c.seconds, c.waited, c.images, c.evaluating, len(c.curve))==(8., pytest.approx(3.5), 20, pytest.approx(2.4), 4)
+    assert (c.seconds, c.waited, c.images, c.evaluating, len(c.curve))==(8., pytest.approx(3.5), 20,
+                                                                         pytest.approx(2.4), 4)
 
 def test_slow_evaluations_are_rare():
     from one_run import EVAL_PAUSE, Clock
@@ -177,10 +191,10 @@ def test_evaluation_disturbs_nothing():
 
 def test_own_pixels():
     import torch
-    from systems import FitSquare, PILMask, own_pixels
+    from systems import PILMask, SquarePad, own_classes
     m = np.zeros((40,64), np.uint8); m[10:30,20:50] = 1
-    seen = torch.from_numpy(np.array(FitSquare(32)(PILMask.create(m)))).long()
-    back = own_pixels(torch.nn.functional.one_hot(seen).movedim(-1, 0).float(), 40, 64)
+    seen = torch.from_numpy(np.array(SquarePad(32)(PILMask.create(m)))).long()
+    back = own_classes(torch.nn.functional.one_hot(seen).movedim(-1, 0).float(), 40, 64)
     assert back.shape==m.shape and (back!=m).mean()<.06 and (back & m).sum()*2/(back.sum()+m.sum()) > .93
 
 def test_nnunet_plan():
@@ -205,7 +219,7 @@ def test_every_change_of_ours_trains(tmp_path, monkeypatch):
     "What is left out in an ablation is left out, and it still learns"
     import systems as S
     from fastai.torch_core import set_seed
-    from brainseg_fastai.cases import adni_cases
+    from brainseg_fastai.adni import adni_cases
     from one_run import split_of
     cases = split_of(adni_cases(make_folder(tmp_path, 6, 1), 'brain'))
     assert {f'ours-{k}' for k in S.CHANGES}==set(C.ABLATIONS)
@@ -237,21 +251,23 @@ def test_every_change_of_ours_trains(tmp_path, monkeypatch):
 
 def test_missing_package(tmp_path, monkeypatch):
     monkeypatch.setitem(T.NEEDS, 'smp', ('no_such_module','no-such-package'))
-    with pytest.raises(DataError, match=r"^found no no-such-package; expected .* extra `bench`\. Install them: pip install -e '\.\[bench\]'$"):
+    with pytest.raises(DataError,
+                       match=r"^found no no-such-package; expected .* extra `bench`\. Install them: pip install -e '\.\[bench\]'$"):
         T.main([str(tmp_path), '--systems', 'ours', 'smp', '--out', str(tmp_path/'out')])
     assert not (tmp_path/'out').exists()
 
 def test_damaged_and_foreign_runs(tmp_path):
     (tmp_path/'a.json').write_text('{"spec":')
     with pytest.raises(DataError, match='a damaged file'): read_run(tmp_path/'a.json')
-    spec = dict(kind='orig', size=256, init='scratch', threads=2, quick=False, data='d')
+    spec = dict(inputs='orig', size=256, init='scratch', threads=2, quick=False, data='d')
     (tmp_path/'b.json').write_text(json.dumps(dict(spec=spec | dict(size=64))))
     with pytest.raises(DataError, match='a run with size 64; expected size 256'): T.finished(tmp_path/'b.json', spec)
     assert T.finished(tmp_path/'none.json', spec) is None
 
 def test_runs_must_be_comparable():
-    spec = dict(kind='orig', size=64, threads=1, init='scratch')
-    a = run('ours', 0, [(1,.5)], 1, spec=spec, split=dict(a='train', b='valid'), sides=dict(train=['a'], valid=['b']), data='x')
+    spec = dict(inputs='orig', size=64, threads=1, init='scratch')
+    a = run('ours', 0, [(1,.5)], 1, spec=spec, split=dict(a='train', b='valid'), sides=dict(train=['a'], valid=['b']),
+            data='x')
     same_for_all([a, a])
     for other,what in ((dict(split=dict(a='valid', b='train')), 'another split'), (dict(data='y'), 'another data'),
                        (dict(machine='z'), 'another machine'), (dict(spec=spec | dict(size=32)), 'found size 32'),
@@ -263,7 +279,7 @@ def test_stock_in_bf16():
     import torch
     from types import SimpleNamespace
     import out_of_fold as O
-    from brainseg_fastai.segmentation import fast_bf16
+    from brainseg_fastai.networks import fast_bf16
     net,x = torch.nn.Conv2d(3, 2, 3), torch.rand(2, 3, 9, 9)
     full = net(x)
     O.in_bf16(SimpleNamespace(model=net))
@@ -279,21 +295,26 @@ def test_out_of_fold(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(O.torch, 'set_num_threads', lambda n: None)
     monkeypatch.setitem(S.RECIPES, 'light', dict(S.RECIPES['light'], views=4, min_epochs=1))
     data,out = make_folder(tmp_path/'data', 6, 1), tmp_path/'out'
-    args = [str(data), '--kind', 'brain', '--size', '64', '--epochs', '2', '--folds', '2', '--bf16', '--out', str(out)]
+    args = [str(data), '--inputs', 'brain', '--size', '64', '--epochs', '2', '--folds', '2', '--bf16', '--out',
+            str(out)]
     assert O.main(args)==0
     r = json.loads((out/'out_of_fold.json').read_text(encoding='utf-8'))
     tables = sorted((out/'runs'/'out_of_fold').glob('*fold?of2.csv'))
-    assert r['subjects']==6 and set(r['dice'])=={'ours','stock'} and r['ci90'][0]<=r['difference']<=r['ci90'][1] and len(tables)==4
+    assert r['subjects']==6 and set(r['dice'])=={'ours',
+                                                 'stock'} and r['ci90'][0]<=r['difference']<=r['ci90'][1] and len(tables)==4
     got = [row for o in tables if 'stock' in o.name for row in csv.DictReader(o.open())]
     assert len(got)==len({o['subject'] for o in got})==6 # everybody once
     assert r['dice']['stock']==pytest.approx(np.mean([float(o['dice']) for o in got]))
-    assert np.mean([o['ours']-o['stock'] for o in r['by_subject']])==pytest.approx(r['difference'], abs=1e-5) and len(r['by_subject'])==6
+    assert np.mean([o['ours']-o['stock'] for o in r['by_subject']])==pytest.approx(r['difference'],
+                                                                                   abs=1e-5) and len(r['by_subject'])==6
     new,rest = [o['ours']-o['stock'] for o in r['by_subject'] if not o['helped']], r['without_helped']
     assert 0<len(new)==rest['subjects']<6 and np.mean(new)==pytest.approx(rest['difference'], abs=1e-5)
     assert len(r['loss']['stock'])==2 and r['machine']
     for o in tables:
         loss = pd.read_csv(o.with_suffix('.loss.csv'))
-        assert loss['epoch'].tolist()==list(range(1, len(loss)+1)) and np.isfinite(loss['loss']).all() and (len(loss)==2 or 'ours' in o.name)
+        assert loss['epoch'].tolist()==list(range(1,
+                                                  len(loss)+1)) and np.isfinite(loss['loss']).all() and (len(loss)==2
+                                                                                                         or 'ours' in o.name)
     monkeypatch.setattr(O, 'tested', None) # nothing is trained twice
     assert O.main(args)==0 and 'ours minus stock' in capsys.readouterr().out
 
@@ -317,15 +338,19 @@ def test_quick(tmp_path):
     for r in runs.values():
         assert r['split']==first['split'] and not set(r['sides']['train']) & set(r['sides']['valid'])
         assert r['steps']==len(r['losses'])==3 and np.isfinite(r['losses']).all() and r['images']>=3
-        assert len(r['curve'])==3 and all(0<=d<=1 for _,d in r['curve']) and r['curve'][-1][0]==pytest.approx(r['end'], abs=1e-3)
+        assert len(r['curve'])==3 and all(0<=d<=1 for _,
+                                          d in r['curve']) and r['curve'][-1][0]==pytest.approx(r['end'], abs=1e-3)
         assert 0<=r['wait_share']<=1 and r['predict_images_per_s']>0 and r['setup_s']>0 and r['init']=='scratch'
     with open(out/'time_to_dice.csv', encoding='utf-8') as f: rows = list(csv.DictReader(f))
     assert list(rows[0])==list(C.COLUMNS)
-    assert {(o['system'], o['seed'], o['target']) for o in rows}=={(s,'0',t) for s in T.ORDER for t in ('0.85','0.9','0.93')}
+    assert {(o['system'], o['seed'], o['target']) for o in rows}=={(s,'0',t) for s in T.ORDER
+                                                                   for t in ('0.85','0.9','0.93')}
     for o in rows:
         curve = runs[f"{o['system']}-seed0"]['curve']
-        assert (o['reached']=='True')==(max(d for _,d in curve)>=float(o['target'])) and o['init']=='scratch' and 'threads' in o['machine']
-    with open(out/'summary.csv', encoding='utf-8') as f: assert [o['system'] for o in csv.DictReader(f)]==list(T.ORDER)
+        assert (o['reached']=='True')==(max(d for _,
+                                            d in curve)>=float(o['target'])) and o['init']=='scratch' and 'threads' in o['machine']
+    with open(out/'summary.csv', encoding='utf-8') as f: assert [o['system']
+                                                                 for o in csv.DictReader(f)]==list(T.ORDER)
     text = (out/'time_to_dice.md').read_text(encoding='utf-8')
     assert all(C.NAMES[o] in text for o in T.ORDER) and first['machine'] in text and str(tmp_path) not in text
     assert (out/'time_to_dice.png').read_bytes()[:4]==b'\x89PNG'
@@ -341,4 +366,5 @@ def test_the_readme_shows_what_was_measured():
     shown = (ROOT/'README.md').read_text(encoding='utf-8').split('<!-- benchmark -->')[1].split('<!-- end of benchmark -->')[0]
     assert shown.strip()==measured.strip()
     with open(BENCH/'results'/'time_to_dice.csv', encoding='utf-8') as f: rows = list(csv.DictReader(f))
-    assert {'ours','stock'} <= {o['system'] for o in rows} <= set(T.ORDER) and len({o['machine'] for o in rows})==1 and rows[0]['machine'] in shown
+    assert {'ours','stock'} <= {o['system'] for o in rows} <= set(T.ORDER) and len({o['machine']
+                                                                                    for o in rows})==1 and rows[0]['machine'] in shown

@@ -1,11 +1,13 @@
 "The command end to end on tiny folders, and what it says to bad input"
-import json, os, signal, subprocess, sys, time
+import json, os, re, shlex, signal, subprocess, sys, time
 from pathlib import Path
 
-import numpy as np, pandas as pd, pytest
+import pandas as pd, pytest
 from PIL import Image
 
-from brainseg_fastai.cli import main
+from brainseg_fastai.cli import find_layout, main, parser
+from brainseg_fastai.core import DataError
+from brainseg_fastai.settings import Settings, from_flags
 from helpers import dataset, make_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,33 +34,57 @@ def report(data, tmp_path_factory):
 def test_help_is_quick_to_import_nothing_heavy():
     code = 'import sys; from brainseg_fastai.cli import main\ntry: main(["--help"])\nexcept SystemExit: pass\n' \
            'assert not {"torch","fastai","pandas","matplotlib","monai"} & set(sys.modules)'
-    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+                       env={**os.environ, 'PYTHONPATH': str(ROOT)})
     assert r.returncode==0 and 'examples:' in r.stdout, r.stderr
+
+@pytest.mark.parametrize('page', ['README.md','data_README.md'])
+def test_every_command_that_is_promised_is_understood(page):
+    text = (ROOT/page).read_text(encoding='utf-8')
+    blocks = '\n'.join(re.findall('```bash\n(.*?)```', text, re.S))
+    lines = [l.split('#')[0] for l in blocks.splitlines() if l.startswith('brainseg ')]
+    assert lines
+    for l in lines: assert parser().parse_args(shlex.split(l)[1:]).run
+
+def test_flags_are_the_fields_of_the_settings():
+    for command in (['compare','x','--out','o'], ['train','x','--out','o'], ['plan','x'], ['demo']):
+        a = parser().parse_args(command)
+        assert from_flags(a)==Settings()
+        a = parser().parse_args([*command, '--kind', 'orig', '--patch', '32,48,64', '--no-pretrained', '--steps',
+                                 'n4,nyul'])
+        assert from_flags(a)==Settings(inputs='orig', patch=(32,48,64), pretrained=False, steps='n4,nyul')
+
+def test_layouts_have_names_on_the_command_line_alone():
+    assert find_layout('adni').name=='adni'
+    with pytest.raises(DataError, match='one of adni, figshare'): find_layout('bids')
 
 def test_compare_leaves_everything(report, data):
     out,said = report
     names = {o.name for o in out.iterdir()}
-    assert {'report.html','scores.csv','comparison.json','split.csv','swap.csv','curves.csv','control.csv','settings.json','runs','bundles'} <= names
+    assert {'report.html','scores.csv','comparison.json','split.csv','swap.csv','curves.csv','control.csv',
+            'settings.json','runs','bundles'} <= names
     assert sorted(o.relative_to(out/'bundles').as_posix() for o in (out/'bundles').rglob('*') if o.is_file())==[
         f'{k}/{o}' for k in ('brain','orig') for o in ('README.md','config.json','model.safetensors')]
     assert not [o for o in out.rglob('.*') if o.is_file()], 'temporary files are left'
     assert 'Training 7 of 7' in said and 'report.html' in said
 
-def test_scores_are_the_kinds_own_test_rows(report):
+def test_scores_are_the_variants_own_test_rows(report):
     s = pd.read_csv(report[0]/'scores.csv', dtype={'subject': str})
-    assert list(s.columns[:13])==['kind','fold','seed','subject','scan','slice','image','dice','jaccard','hd95','nsd','area_true','area_pred']
-    assert (s.image.str.split('/').str[0]==s.kind).all()
+    assert list(s.columns[:8])==['variant','fold','seed','subject','scan','slice','image','mask']
+    assert {'dice','jaccard','hd95','nsd','size_true','size_pred','prediction'} <= set(s)
+    assert (s.image.str.split('/').str[0]==s.variant).all() and (s['mask'].str.split('/').str[0]=='mask').all()
     split = pd.read_csv(report[0]/'split.csv', dtype={'subject': str}).query('split=="test"')
     assert sorted(zip(s.image, s.fold))==sorted(zip(split.image, split.fold))
-    assert s.groupby('kind').subject.nunique().tolist()==[6,6] and s.groupby(['kind','image']).size().max()==1
+    assert s.groupby('variant').subject.nunique().tolist()==[6,6] and s.groupby(['variant','image']).size().max()==1
     assert all((report[0]/o).is_file() for o in s.prediction)
 
 def test_comparison_keys(report):
     c = json.loads((report[0]/'comparison.json').read_text(encoding='utf-8'))
-    assert {'verdict','n_subjects','metrics','difference','ci95','p_value','margin','subjects_needed','folds','repeats','control','simulated'} <= set(c)
-    s = pd.read_csv(report[0]/'scores.csv').groupby(['kind','subject']).dice.mean().unstack(0)
+    assert {'verdict','n_subjects','metrics','difference','ci95','p_value','margin','subjects_needed','folds',
+            'repeats','control','simulated'} <= set(c)
+    s = pd.read_csv(report[0]/'scores.csv').groupby(['variant','subject']).dice.mean().unstack(0)
     assert c['difference']==pytest.approx((s.brain-s.orig).mean()) and c['n_subjects']==6 and c['folds']==3
-    assert c['control']['kind']=='brain' and c['simulated'] is False
+    assert c['control']['variant']=='brain' and c['simulated'] is False
     assert len(pd.read_csv(report[0]/'swap.csv'))==4
 
 def test_report_speaks_of_this_run(report):
@@ -70,12 +96,14 @@ def test_report_speaks_of_this_run(report):
 def test_the_same_seed_gives_the_same_scores(report, data, tmp_path):
     r = brainseg('compare', data, '--out', tmp_path/'again', *TINY)
     assert r.returncode==0, r.stderr[-3000:]
-    for f in ('scores.csv','swap.csv','split.csv'): assert (tmp_path/'again'/f).read_bytes()==(report[0]/f).read_bytes(), f
+    for f in ('scores.csv','swap.csv',
+              'split.csv'): assert (tmp_path/'again'/f).read_bytes()==(report[0]/f).read_bytes(), f
     r = brainseg('compare', data, '--out', tmp_path/'other', '--seed', 7, '--folds', 2, '--no-control', *TINY)
     assert r.returncode==0 and (tmp_path/'other'/'scores.csv').read_bytes()!=(report[0]/'scores.csv').read_bytes()
 
 def test_train_one_kind_with_an_external_folder(tmp_path):
-    a,b = make_folder(tmp_path/'a', 4, 1, kinds=('brain',)), make_folder(tmp_path/'b', 2+3, 1, kinds=('brain',), seed=5)
+    a,b = make_folder(tmp_path/'a', 4, 1, kinds=('brain',)), make_folder(tmp_path/'b', 2+3, 1, kinds=('brain',),
+                                                                         seed=5)
     for o in (b/'brain').parent.rglob('*.png'): o.rename(o.with_name('9'+o.name)) # other people
     r = brainseg('train', a, '--kind', 'brain', '--out', tmp_path/'m', '--folds', 2, '--external', b, *TINY)
     assert r.returncode==0, r.stderr[-3000:]
@@ -85,16 +113,18 @@ def test_train_one_kind_with_an_external_folder(tmp_path):
 
 @pytest.mark.skipif(os.name=='nt', reason='Ctrl-C is sent as a POSIX signal')
 def test_interrupted_and_resumed(data, tmp_path):
-    args = ['compare', str(data), '--out', str(tmp_path/'r'), '--size','64','--epochs','2','--no-pretrained','--folds','2','--no-control']
+    args = ['compare', str(data), '--out', str(tmp_path/'r'), '--size','64','--epochs','2','--no-pretrained',
+            '--folds','2','--no-control']
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
     p = subprocess.Popen([*COMMAND, *args], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # tests run in the background inherit that it is ignored
+                         # tests run in the background inherit that it is ignored
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     end = time.time()+240
-    while not list((tmp_path/'r').rglob('run.json')) and time.time()<end and p.poll() is None: time.sleep(.05)
+    while not list((tmp_path/'r').rglob('config.json')) and time.time()<end and p.poll() is None: time.sleep(.05)
     p.send_signal(signal.SIGINT)
     _,err = p.communicate(timeout=120)
     assert p.returncode==130 and '--resume' in err and 'Traceback' not in err, err
-    done = {o: o.stat().st_mtime_ns for o in (tmp_path/'r').rglob('run.json')}
+    done = {o: o.stat().st_mtime_ns for o in (tmp_path/'r').rglob('config.json')}
     assert done and not (tmp_path/'r'/'scores.csv').exists()
     assert brainseg(*args).returncode==2, 'a begun run is not overwritten'
     r = brainseg(*args, '--resume')
@@ -111,20 +141,23 @@ def _breaks(root, how):
     if how=='size': Image.new('L', (32,32)).save(next((root/'mask').iterdir()))
     if how=='two people': brain[-1].write_bytes(brain[0].read_bytes())
     if how=='anti-aliased':
-        m = next((root/'mask').iterdir()); Image.open(m).resize((48,48), Image.BILINEAR).resize((64,64), Image.BILINEAR).save(m)
+        m = next((root/'mask').iterdir()); Image.open(m).resize((48,48), Image.BILINEAR).resize((64,64),
+                                                                                                Image.BILINEAR).save(m)
     if how=='name': brain[0].rename(root/'brain'/'nodash.png')
     if how=='few':
         for o in root.rglob('*.png'):
             if not o.name.startswith(('000','001')): o.unlink()
 
-@pytest.mark.parametrize('how,word', [('missing mask','no mask'), ('truncated','cannot be read'), ('size','same size'), ('two people','same pixels'),
+@pytest.mark.parametrize('how,word', [('missing mask','no mask'), ('truncated','cannot be read'),
+                                      ('size','same size'), ('two people','same pixels'),
                                       ('anti-aliased','anti-aliased'), ('name','nodash.png'), ('few','subjects')])
 def test_a_bad_folder_is_refused_before_anything_is_written(tmp_path, capsys, how, word):
     root = make_folder(tmp_path/'d', 5, 1)
     _breaks(root, how)
     assert main(['check', str(root)])==1
     assert word in capsys.readouterr().out
-    for args in (['compare', str(root), '--out', str(tmp_path/'o'), *TINY], ['train', str(root), '--kind', 'brain', '--out', str(tmp_path/'o'), *TINY]):
+    for args in (['compare', str(root), '--out', str(tmp_path/'o'), *TINY],
+                 ['train', str(root), '--kind', 'brain', '--out', str(tmp_path/'o'), *TINY]):
         assert main(args)==2
         err = capsys.readouterr().err
         assert word in err and 'Traceback' not in err and not (tmp_path/'o').exists(), err
@@ -134,11 +167,12 @@ def test_one_kind_alone_is_told_about_train(tmp_path, capsys):
     assert main(['compare', str(root), '--out', str(tmp_path/'o')])==2
     err = capsys.readouterr().err
     assert 'brainseg train' in err and '--kind brain' in err and not (tmp_path/'o').exists()
-    assert main(['train', str(root), '--kind', 'orig', '--out', str(tmp_path/'o')])==2
+    assert main(['train', str(root), '--inputs', 'orig', '--out', str(tmp_path/'o')])==2
     assert 'brain' in capsys.readouterr().err
 
-@pytest.mark.parametrize('make,word', [(lambda d: (d/'o').write_text('mine'), 'is a file'),
-                                       (lambda d: ((d/'o').mkdir(), (d/'o'/'thesis.txt').write_text('mine')), 'other things')])
+@pytest.mark.parametrize('make,word', [(lambda d: (d/'o').write_text('mine'), 'a file'),
+                                       (lambda d: ((d/'o').mkdir(), (d/'o'/'thesis.txt').write_text('mine')),
+                                        'other things')])
 def test_a_folder_of_others_is_never_touched(tmp_path, capsys, data, make, word):
     make(tmp_path)
     before = sorted((str(o), o.read_text() if o.is_file() else '') for o in tmp_path.rglob('*'))
@@ -153,8 +187,10 @@ def test_an_earlier_run_is_refused_and_other_settings_are_not_resumed(report, da
     assert main(['compare', str(data), '--out', str(report[0]), *TINY, '--seed', '9', '--resume'])==2
     assert 'other settings' in capsys.readouterr().err
 
-@pytest.mark.parametrize('args', [['compare','x','--out','o','--size','100'], ['compare','x','--out','o','--epochs','0'], ['compare','x'], ['train','x'],
-                                  ['nonsense'], ['compare','x','--out','o','--resume','--overwrite'], ['compare','x','--out','o','--seed','a']])
+@pytest.mark.parametrize('args', [['compare','x','--out','o','--size','100'],
+                                  ['compare','x','--out','o','--epochs','0'], ['compare','x'], ['train','x'],
+                                  ['nonsense'], ['compare','x','--out','o','--resume','--overwrite'],
+                                  ['compare','x','--out','o','--seed','a']])
 def test_wrong_arguments(args, capsys):
     with pytest.raises(SystemExit) as e: main(args)
     assert e.value.code==2 and 'usage:' in capsys.readouterr().err

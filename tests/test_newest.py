@@ -11,13 +11,14 @@ import sys; from pathlib import Path
 import fastai, fastcore, torch
 from fastai.vision.all import *
 from helpers import make_folder
-from brainseg_fastai.cases import adni_cases
-from brainseg_fastai.segmentation import brainseg_block, brainseg_learner, score_cases, split_cases, with_split
+from brainseg_fastai.adni import adni_cases
+from brainseg_fastai.segmentation import brainseg_block, brainseg_learner, score_cases, split_cases
+from brainseg_fastai.splits import with_split
 root = make_folder(Path(sys.argv[1])/'data', 4, 2)
 cases = adni_cases(root, 'brain')
 block = brainseg_block('brain', size=64)
 save_pickle(Path(sys.argv[1])/'block.pkl', block); block = load_pickle(Path(sys.argv[1])/'block.pkl')
-learn = brainseg_learner(block.dataloaders(with_split(cases, split_cases(cases, 1)), bs=2, num_workers=0), resnet18, pretrained=False)
+learn = brainseg_learner(block.dataloaders(with_split(cases, split_cases(cases, 1)), bs=2, num_workers=0), pretrained=False)
 with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=ShortEpochCallback(pct=2/len(learn.dls.train)))
 assert len(learn.recorder.losses) >= 2, 'two batches'
 learn.export(Path(sys.argv[1])/'learner.pkl')
@@ -28,7 +29,8 @@ print('proved with fastai', fastai.__version__, 'fastcore', fastcore.__version__
 
 def prove(python, tmp_path):
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join((str(ROOT), str(ROOT/'tests')))}
-    r = subprocess.run([str(python), '-W', 'ignore', '-c', PROOF, str(tmp_path)], capture_output=True, text=True, timeout=600, env=env)
+    r = subprocess.run([str(python), '-W', 'ignore', '-c', PROOF, str(tmp_path)], capture_output=True, text=True,
+                       timeout=600, env=env)
     assert r.returncode==0, r.stderr[-3000:]
     return r.stdout
 
@@ -41,7 +43,8 @@ def test_newest_fastai(tmp_path):
     assert uv, 'uv comes with the dev extra'
     env = {k: v for k,v in os.environ.items() if k not in ('VIRTUAL_ENV','PYTHONPATH')}
     python = tmp_path/'env'/('Scripts/python.exe' if os.name=='nt' else 'bin/python')
-    for args in (['venv', '-q', '--python', sys.executable, tmp_path/'env'], ['pip', 'install', '-q', '--python', python, ROOT, NEWEST]):
+    for args in (['venv', '-q', '--python', sys.executable, tmp_path/'env'],
+                 ['pip', 'install', '-q', '--python', python, ROOT, NEWEST]):
         r = subprocess.run([uv, *map(str, args)], capture_output=True, text=True, timeout=1500, env=env)
         assert r.returncode==0, r.stderr[-3000:]
     try: out = prove(python, tmp_path)

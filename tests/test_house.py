@@ -1,0 +1,90 @@
+"The rules that keep the house readable: floors, lengths, names. They are measured on the text; nothing is run"
+import ast, json, re, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = {p.stem: p.read_text(encoding='utf-8') for p in sorted((ROOT/'brainseg_fastai').glob('*.py'))
+        if p.stem not in ('_modidx','__init__')}
+TREES = {k: ast.parse(s) for k,s in TEXT.items()}
+LINES = {k: [l for l in s.splitlines() if l.strip()] for k,s in TEXT.items()}
+FUNCTIONS = [(k, f) for k,t in TREES.items() for f in ast.walk(t)
+             if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))]
+NOTEBOOKS = sorted((ROOT/'nbs').rglob('*.ipynb'))
+# the stories of the data sets, and the command line's table
+KNOW_THEIR_NAME = 'adni','figshare','brats','ibsr','lgg','cli'
+
+def imported(tree):
+    "Modules of the library that a module imports, anywhere in it"
+    res = set()
+    for o in ast.walk(tree):
+        if not isinstance(o, ast.ImportFrom) or not (o.level or (o.module
+                                                                 or '').startswith('brainseg_fastai')): continue
+        base = (o.module or '').removeprefix('brainseg_fastai').strip('.')
+        res |= {base} if base else {a.name for a in o.names}
+    return res & set(TREES)
+
+def at_import(tree):
+    "The same, of what is imported at once"
+    return imported(ast.Module([o for o in tree.body if isinstance(o, ast.ImportFrom)], []))
+
+def floors(imports):
+    "Floor of each module: one above the highest that it imports; those in a circle have none"
+    floor = {}
+    while ready := [k for k in imports if k not in floor and imports[k] <= set(floor)]:
+        floor |= {k: max((floor[o] for o in imports[k]), default=-1)+1 for k in ready}
+    return floor
+
+def test_ruff_finds_nothing():
+    pytest.importorskip('ruff', reason='ruff comes with the dev extra')
+    r = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--no-cache', '--output-format', 'concise', '.'],
+                       cwd=ROOT, capture_output=True, text=True, encoding='utf-8')
+    assert r.returncode==0, r.stdout[-3000:]+r.stderr[-1000:]
+
+def test_imports_point_down_only():
+    "Imports within functions count as well: a circle is one wherever it is closed"
+    imports = {k: imported(t)-{k} for k,t in TREES.items()}
+    assert not set(imports)-set(floors(imports)), 'modules in a circle, or above one'
+
+def test_numbers_of_notebooks_follow_the_floors():
+    "A room stands above all that it imports, so that the library can be read in the order of its numbers"
+    order = {}
+    for p in (ROOT/'nbs'/'library').glob('*.ipynb'):
+        name = re.search(r'#\| default_exp (\w+)', p.read_text(encoding='utf-8'))
+        if name: order[name[1]] = p.stem
+    wrong = [(k,o) for k in order for o in at_import(TREES[k]) if o in order and order[o]>=order[k]]
+    assert not wrong, wrong
+
+def test_layouts_are_values_not_names():
+    name = re.compile(r"""['"](adni|figshare|brats|ibsr|lgg)['"]""")
+    assert not {k: name.findall(s) for k,s in TEXT.items() if k not in KNOW_THEIR_NAME and name.search(s)}
+
+def test_functions_fit_on_a_screen():
+    long = {f'{k}.{f.name}': f.end_lineno-f.lineno+1 for k,f in FUNCTIONS if f.end_lineno-f.lineno>=30}
+    assert not long, long
+
+def test_few_functions_are_private():
+    private = [f.name for _,f in FUNCTIONS if f.name.startswith('_') and not f.name.startswith('__')]
+    assert len(private) <= .3*len(FUNCTIONS), private
+
+@pytest.mark.parametrize('module', TEXT)
+def test_lines_have_air(module):
+    ls = LINES[module]
+    assert sum(map(len, ls))/len(ls) <= 54, f'{sum(map(len, ls))/len(ls):.1f} characters a line'
+    assert sum(len(l)>120 for l in ls) <= .01*len(ls), [l for l in ls if len(l)>120]
+
+def test_the_library_is_small(): assert sum(map(len, TEXT.values())) <= 330_000
+
+@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.stem)
+def test_exported_code_is_explained(notebook):
+    "No more than 60 exported lines without prose or an example between, no cell of more than 40"
+    run = most = 0
+    for c in json.loads(notebook.read_text(encoding='utf-8'))['cells']:
+        s = ''.join(c['source'])
+        exported = c['cell_type']=='code' and s.startswith('#| export')
+        if exported: run += len(s.splitlines())
+        elif not s.lstrip().startswith('#| hide'): run = 0
+        most = max(most, run)
+        assert not exported or len(s.splitlines())<=40, s[:200]
+    assert most<=60
