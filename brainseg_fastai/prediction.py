@@ -156,6 +156,7 @@ class Prediction:
         a = self.scan.pictures([k])[0]
         return (a[...,a.shape[-1]//2] if a.ndim==3 else a), m
 
+# %% ../nbs/library/22b_prediction.ipynb #91f3ab6d
 def assess(model, scan, masks, part, seconds)->Prediction:
     "A `Prediction` from the `Masks` of a part of a scan"
     config,notes = model.config, [*scan.notes, *part.notes]
@@ -205,6 +206,7 @@ def read_for(model, path, spacing=None, name=None)->Scan:
          'a volume, as the model was trained on', 'Give the whole scan.')
     return scan
 
+# %% ../nbs/library/22b_prediction.ipynb #a5d0c9e2
 def predict_volume(model, scan, slab=None, flips=True)->Prediction:
     "Predict a volume: the slices of its slab, or all of it"
     start = time.time()
@@ -313,6 +315,7 @@ def write_prediction(
         flags=p.flags, notes=p.notes, rows=p.rows))
     return path
 
+# %% ../nbs/library/22b_prediction.ipynb #c9b14e60
 def read_sidecar(f):
     "What a sidecar tells, or None if it is not whole or its mask is not there"
     try: d = read_json(f)

@@ -4,7 +4,7 @@ import json
 import nibabel as nib, numpy as np, pandas as pd, pytest, torch
 import torch.nn.functional as F
 from hypothesis import given, settings
-from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
+from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 from PIL import Image
 from scipy import ndimage as ndi
 
@@ -32,11 +32,11 @@ class Bright(torch.nn.Module):
         s = x.mean(1, keepdim=True)-.2
         return torch.cat([-s, s], 1)
 
-def rule(slab=(10,30), size=64, inputs='brain', net=None, spacing=(1.,1.), frame={}, **more):
+def rule(slab=(10,30), size=64, inputs='brain', net=None, spacing=(1.,1.), frame=None, **more):
     "What `load_bundle` gives, with a rule in the place of a network"
     config = dict(channels=[inputs], inputs_all=[], packed=False, whole=False, labels=[dict(code=255, name='ventricles', colour='#e0402a')],
                   slab=slab and dict(below_top_mm=list(slab)), reference=None, calibration=None, sha256='x') | more
-    return Model(net or DarkInside(), Frame(**dict(size=size, spacing=spacing) | frame), config)
+    return Model(net or DarkInside(), Frame(**dict(size=size, spacing=spacing) | (frame or {})), config)
 
 @settings(max_examples=12, deadline=None)
 @given(axes=AXES)
