@@ -84,7 +84,8 @@ class Masks(NamedTuple):
 
     def each(self):
         "The `Masks` of each picture of a stack"
-        return [Masks(*(None if o is None else o[i] for o in self)) for i in range(len(self.mask))]
+        def one(o, i): return None if o is None else o[i]
+        return [Masks(*(one(o, i) for o in self)) for i in range(len(self.mask))]
 
 # %% ../nbs/library/14_inference.ipynb #bd6711ef
 @dataclass(frozen=True)

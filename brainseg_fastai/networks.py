@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RESNETS', 'plain', 'ARCHS', 'onehot', 'dice', 'dice_ce', 'focal', 'LOSSES', 'make_loss', 'Arch', 'arch_named',
            'check_whole', 'depth_width', 'check_size', 'imagenet_weights', 'efficientnet', 'build_network', 'fast_bf16',
-           'autocast_of', 'InBf16', 'plain_batch', 'LightUnet', 'light_splitter', 'build_model', 'first_names',
-           'save_weights', 'load_weights', 'LiveBytes', 'nbytes', 'memory_estimate', 'describe_network', 'weighted_ce',
-           'parse_loss', 'SumLoss', 'class_counts', 'class_shares', 'class_weights']
+           'autocast_of', 'InBf16', 'channels_last', 'plain_batch', 'LightUnet', 'light_splitter', 'build_model',
+           'first_names', 'save_weights', 'load_weights', 'LiveBytes', 'nbytes', 'memory_estimate', 'describe_network',
+           'weighted_ce', 'parse_loss', 'SumLoss', 'class_counts', 'class_shares', 'class_weights']
 
 # %% ../nbs/library/11_networks.ipynb #42734aaf
 import contextlib, copy, math, numbers, re, urllib.request, warnings, weakref
@@ -187,10 +187,11 @@ class InBf16(nn.Module):
     def forward(self, x):
         with autocast_of(x.device, x.ndim-2): return self.net(x)
 
+def channels_last(ndim): return torch.channels_last if ndim==4 else torch.channels_last_3d
+
 def plain_batch(x):
     "Batch of images or volumes as a plain channels-last tensor, without the cost of fastai's subclasses"
-    last = torch.channels_last if x.ndim==4 else torch.channels_last_3d
-    return x.as_subclass(torch.Tensor).contiguous(memory_format=last)
+    return x.as_subclass(torch.Tensor).contiguous(memory_format=channels_last(x.ndim))
 
 # %% ../nbs/library/11_networks.ipynb #7144465e
 class LightUnet(nn.Module):

@@ -23,11 +23,11 @@ from safetensors import SafetensorError
 
 from .adni import ADNI
 from .checks import mask_codes
-from .core import (DataError, digest, few, need, need_package, plain, read_json, times, write_csv,
+from .core import (DataError, digest, few, need, need_package, num, plain, read_json, times, write_csv,
                                   write_json, write_text, written, written_folder)
 from .images import data_fingerprint, read_image, read_mask
 from .inference import Frame, Model, training_field, training_spacing
-from .networks import build_model, class_weights, load_weights, save_weights
+from .networks import build_model, channels_last, class_weights, load_weights, save_weights
 from .scores import summarise_scores
 from .segmentation import brainseg_block, brainseg_learner, score_cases, scored_cases
 from .settings import RECIPES, Settings
@@ -154,8 +154,8 @@ def input_words(c):
 def metric_rows(c):
     "Rows of the card's table of scores"
     names = dict(dice=f"Dice, per {c['scores']['case']}", hd95=f"HD95, {c['scores']['unit']}", nsd='Surface Dice (NSD)')
-    row = '| {} | {:.3f} (95 % interval {:.3f} to {:.3f}) |'.format
-    return '\n'.join(row(names[k], m['mean'], *m['ci95']) for k,m in c['scores']['metrics'].items())
+    row = '| {} | {} (95 % interval {} to {}) |'.format
+    return '\n'.join(row(names[k], *map(num, (m['mean'], *m['ci95']))) for k,m in c['scores']['metrics'].items())
 
 def model_card(
     config:dict
@@ -246,6 +246,7 @@ def load_bundle(
     try: load_weights(net, path/'model.safetensors')
     except (SafetensorError, RuntimeError, KeyError) as e:
         raise DataError.of(path/'model.safetensors', str(e).split('\n')[0], f'the weights of {s.arch} as config.json describes it', again) from e
+    if s.recipe=='light': net.to(memory_format=channels_last(s.dims+2)) # as in training: the order of weights decides about last bits
     return Model(net.to(device or default_device()).eval(), frame, c)
 
 # %% ../nbs/library/19_runs.ipynb #c7970f0a
@@ -320,7 +321,7 @@ def train(cases, s, codes, folder):
 def finish(folder, learn, cases, curve, scores, layout, about):
     "Write the folder of a trained network; the config, which says that it is complete, comes last"
     own = scores[scores['tested_on']==cases['inputs'].iloc[0]]
-    for o in found_nothing(own.assign(seed=learn.settings.seed)): warnings.warn(o)
+    for o in found_nothing(own.assign(variant=cases['inputs'].iloc[0], seed=learn.settings.seed)): warnings.warn(o)
     save_weights(learn.model, folder/'model.safetensors')
     write_csv(folder/'curve.csv', curve)
     names = [Path(o).relative_to(folder).as_posix() for o in scores['prediction']]

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .core import stamp, written
 from .images import pixels_of, read_image, read_mask
-from .networks import fast_bf16, plain_batch, save_weights
+from .networks import channels_last, fast_bf16, plain_batch, save_weights
 
 # %% ../nbs/library/12_training.ipynb #b9af7b68
 class TensorScan(TensorImageBW):
@@ -192,8 +192,8 @@ class FastBatches(Callback):
     ): self.window,self.until = window,until
 
     def before_fit(self):
-        solid = any(p.ndim==5 for p in self.model.parameters()) # weights of three-dimensional networks
-        self.learn.model.to(memory_format=torch.channels_last_3d if solid else torch.channels_last)
+        dims = max(p.ndim for p in self.model.parameters()) # 5: weights of three-dimensional networks
+        self.learn.model.to(memory_format=channels_last(dims))
 
     def before_batch(self):
         x,y = self.x,[o.as_subclass(torch.Tensor) for o in self.yb]

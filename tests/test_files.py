@@ -99,8 +99,9 @@ class Compared(str):
 def test_many_copies_of_one_picture_are_compared_with_the_first_only():
     def steps(n):
         Compared.n = 0
-        t = pd.DataFrame(dict(file=[f'{i}.png' for i in range(n)], subject=[Compared('AB'[i==n//2]) for i in range(n)], inputs='brain',
-                              sha='1', error=None, constant=False, is_mask=False))
+        subjects = pd.Series([Compared('AB'[i==n//2]) for i in range(n)], dtype=object)
+        t = pd.DataFrame(dict(file=[f'{i}.png' for i in range(n)], subject=subjects, inputs='brain', sha='1', error=None,
+                              constant=False, is_mask=False))
         ps = list(duplicates(t))
         assert len(ps)==n-1 and {p['level'] for p in ps}=={'error'}
         return Compared.n
