@@ -22,8 +22,8 @@ def test_a_reoriented_copy_is_the_same_scan(tmp_path_factory, axes):
     a,b = (read_scan(save(d/f'{n}.nii.gz', draw_volume(), aff, o)) for n,o in (('a',None),('b',axes)))
     assert (a.image==b.image).all() and a.spacing==b.spacing==(1,1.2,1.5)
     there = ornt_transform(io_orientation(a.like.affine), io_orientation(b.like.affine))
-    assert (apply_orientation(a.native(a.image), there)==b.native(b.image)).all()
-    assert b.native(b.image).shape==nib.load(d/'b.nii.gz').shape
+    assert (apply_orientation(a.to_native(a.image), there)==b.to_native(b.image)).all()
+    assert b.to_native(b.image).shape==nib.load(d/'b.nii.gz').shape
 
 def test_slices_go_back_to_where_they_were(tmp_path):
     s = read_scan(save(tmp_path/'a.nii', draw_volume()))
@@ -43,7 +43,7 @@ def test_a_strongly_tilted_scan_is_turned_upright_and_back(tmp_path, axes):
     aff = nib.affines.from_matvec(turn, mid-turn@mid) # places every voxel of `turned` where it was taken from
     up,tilt = read_scan(save(tmp_path/'up.nii', a)), read_scan(save(tmp_path/'tilt.nii', turned, aff, axes))
     assert any('tilted' in o for o in tilt.notes) and not up.notes
-    got = tilt.native((tilt.image>100).astype(np.uint8))>0
+    got = tilt.to_native((tilt.image>100).astype(np.uint8))>0
     assert got.shape==nib.load(tmp_path/'tilt.nii').shape
     want = ndi.affine_transform((up.image>100).astype(float), turn, mid-turn@mid, order=1)>.5
     if axes: want = apply_orientation(want, ornt_transform(io_orientation(aff), io_orientation(tilt.like.affine)))
@@ -53,7 +53,7 @@ def test_mgz_and_a_trailing_axis(tmp_path):
     a = draw_volume(dtype=np.float32)
     nib.save(nib.MGHImage(a, np.eye(4)), tmp_path/'a.mgz')
     p,q = read_scan(tmp_path/'a.mgz'), read_scan(save(tmp_path/'b.nii.gz', a[...,None]))
-    assert (p.image==q.image).all() and q.native(q.image).shape==(*a.shape, 1) and p.oriented
+    assert (p.image==q.image).all() and q.to_native(q.image).shape==(*a.shape, 1) and p.oriented
 
 def test_a_file_that_does_not_say_which_way_is_up(tmp_path):
     im = nib.Nifti1Image(draw_volume(), None)
@@ -103,7 +103,7 @@ def test_a_dicom_series_is_the_volume_that_it_was(tmp_path):
     aff[:3,3] = 20,-10,5
     p,q = read_scan(d), read_scan(save(tmp_path/'same.nii.gz', (2*a.astype(np.int16)-10), aff))
     assert np.allclose(p.like.affine, aff) and p.like.shape==a.shape and (p.image==q.image).all()
-    assert (p.native(p.image)==q.native(q.image)).all() and len(p.files)==40
+    assert (p.to_native(p.image)==q.to_native(q.image)).all() and len(p.files)==40
     assert find_scans_to_predict(tmp_path)==[tmp_path/'same.nii.gz', d] and scan_names([d])==['series']
 
 def test_a_dicom_series_with_a_gap_or_a_stranger(tmp_path):
