@@ -8,7 +8,7 @@ __all__ = ['ADNI', 'subject_id', 'adni_parts', 'swap_kind', 'stem_in', 'csv_rule
            'bad_names', 'no_partner', 'bare_masks', 'few_subjects', 'other_files', 'check_cases', 'adni_standin',
            'adni_demo']
 
-# %% ../nbs/library/06_adni.ipynb #6306a63b
+# %% ../nbs/library/06_adni.ipynb #88312d19
 import re
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .checks import (damaged, duplicates, file_table, odd_masks, problem, proble
 from .core import DataError, few, need, plural
 from .images import IMAGE_SUFFIXES, is_picture, list_files
 
-# %% ../nbs/library/06_adni.ipynb #b80144a4
+# %% ../nbs/library/06_adni.ipynb #9d2283a2
 def subject_id(
     path # File name or path, such as `brain/027_S_0307-I34159-brain-ax3.png`
 )->str: # Subject, such as `027_S_0307`
@@ -47,26 +47,22 @@ def stem_in(path, folder=''):
     rel = Path(path).as_posix()[len(Path(folder).as_posix()) if folder else 0:]
     return rel.lstrip('/').removesuffix(Path(path).suffix)
 
-# %% ../nbs/library/06_adni.ipynb #7f6c5164
+# %% ../nbs/library/06_adni.ipynb #93b4952b
 def csv_rule(file, kinds):
     "Subjects from a CSV file with the columns `image` and `subject`; one row serves every kind of the same image"
-    remedy = 'Correct the path given with --subject.'
     try: t = pd.read_csv(file, dtype=str, encoding='utf-8-sig', keep_default_na=False)
     except (OSError, ValueError) as e:
-        raise DataError.of(file, str(e), 'a CSV file with the columns image, subject', remedy) from e
+        raise DataError.of(file, str(e), 'a CSV file with the columns image, subject', 'Correct --subject.') from e
     need({'image','subject'}<=set(t.columns), file, f'the columns {", ".join(t.columns)}',
          'the columns image, subject', 'Rename the columns.')
-
-    def key(image, ks):
+    def key(image, kinds):
         "What an image of any kind is called without its kind"
-        top,_,rest = image.partition('/')
-        if top in kinds: image,ks = rest, [top]
         stem = stem_in(image)
-        return next((o for o in (swap_kind(stem, k) for k in ks) if o!=stem.strip('-_/ ')), stem)
-
+        return next((o for o in (swap_kind(stem, k) for k in kinds) if o!=stem.strip('-_/ ')), stem)
     subjects = {}
     for image,s in zip(t['image'], t['subject'].str.strip()):
-        k = key(image.replace('\\', '/').removeprefix('./'), kinds)
+        top,_,rest = image.replace('\\', '/').removeprefix('./').partition('/')
+        k = key(rest, [top]) if top in kinds else key(f'{top}/{rest}'.rstrip('/'), kinds)
         need(subjects.setdefault(k, s)==s, file, f'{image} under two subjects, {subjects[k]} and {s}',
              'one subject per image', 'Correct the CSV file.')
     return lambda rel,kind: subjects.get(key(rel, [kind])) or None
@@ -98,7 +94,7 @@ def subject_rule(
         return csv_rule(subject, kinds), f'a row for this image in {Path(subject).name}'
     return regex_rule(subject), f'a name that fits the expression {subject}'
 
-# %% ../nbs/library/06_adni.ipynb #cedc5f59
+# %% ../nbs/library/06_adni.ipynb #3c47f0c1
 def scan_and_slice(stem, kind, subject):
     "Scan and slice from a name, the last part being the slice"
     if parts := adni_parts(stem, kind): return parts[1:]
@@ -107,7 +103,7 @@ def scan_and_slice(stem, kind, subject):
     m = re.fullmatch('(.*?)[-_/ ]*([^-_/ ]*)', rest)
     return m[1] or '-', m[2] or '-'
 
-# %% ../nbs/library/06_adni.ipynb #ce0eca1d
+# %% ../nbs/library/06_adni.ipynb #4083e494
 def subfolders(root): return sorted(d for d in Path(root).iterdir() if d.is_dir() and not d.name.startswith('.'))
 
 def list_kinds(root)->dict:
@@ -143,7 +139,7 @@ def list_slices(
     ok(not lost, f'no images of the kind {", ".join(lost)}', f'This folder has: {", ".join(images)}.')
     return images
 
-# %% ../nbs/library/06_adni.ipynb #9f40e875
+# %% ../nbs/library/06_adni.ipynb #c2764963
 def match_masks(root, images, kinds, rule):
     "One row per image, with its mask where there is one; `subject` is None for a name that tells nothing"
     masks = {stem_in(p, root/'mask'): p for p in reversed(list_files(root/'mask', IMAGE_SUFFIXES))}
@@ -187,7 +183,7 @@ def adni_cases(
     df = case_table(rows, root, '', more=more)
     return df.sort_values(['subject','scan','slice'], kind='stable', ignore_index=True)
 
-# %% ../nbs/library/06_adni.ipynb #6befe1d8
+# %% ../nbs/library/06_adni.ipynb #fb38e50c
 def bad_names(rows, file, expected):
     "Names that do not tell the subject, and two files for one case"
     seen = {}
@@ -237,7 +233,7 @@ def other_files(root, kinds):
         if names: yield problem('note', d, f'{plural(len(names), "file")} of another type: {few(names, 3)}',
                                 'images in PNG, TIFF, BMP or JPEG format', 'Nothing need be done: they are passed over.')
 
-# %% ../nbs/library/06_adni.ipynb #4dc73a07
+# %% ../nbs/library/06_adni.ipynb #9e4d229c
 def check_cases(
     root,          # Data folder
     inputs=None,   # Kinds of image to check; None: all in the folder
@@ -263,7 +259,7 @@ def check_cases(
                           *damaged(t), *unequal_sizes(t), *odd_masks(t), *duplicates(t),
                           *few_subjects(rows, kinds), *other_files(root, kinds), *odd])
 
-# %% ../nbs/library/06_adni.ipynb #afdb78e9
+# %% ../nbs/library/06_adni.ipynb #68bf5295
 def adni_standin(folder, n, rng):
     "A small demo cohort"
     from brainseg_fastai.demo import wanted, write_cohort

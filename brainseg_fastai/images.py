@@ -4,25 +4,26 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'VOLUME_SUFFIXES', 'MOST_VOXELS', 'has_suffix', 'is_picture', 'is_volume', 'stem_of', 'list_files',
-           'decode', 'read_grey', 'read_channels', 'window_of', 'picture_window', 'to_bytes', 'histogram', 'otsu',
-           'largest_part', 'foreground', 'broken_volume', 'volume_header', 'read_voxels', 'load_volume', 'count_values',
-           'all_alike', 'code_counts', 'sha_of', 'measure_volume', 'beside_cache', 'volume_facts', 'unpack_volume',
-           'open_volume', 'Pixels', 'pixels_of', 'read_image', 'image_size', 'raw_mask', 'read_mask', 'to_native',
-           'nifti_like', 'write_mask', 'sha_of_picture', 'file_facts', 'facts_of', 'data_fingerprint']
+           'decode', 'read_grey', 'read_picture', 'window_of', 'picture_window', 'to_bytes', 'otsu', 'largest_part',
+           'foreground', 'broken_volume', 'volume_header', 'read_voxels', 'load_volume', 'by_stamp', 'in_cache',
+           'count_values', 'all_alike', 'code_counts', 'sha_of', 'measure_volume', 'volume_facts', 'unpack_volume',
+           'open_volume', 'open_voxels', 'Pixels', 'grey_levels', 'stack_channels', 'shape_of', 'pixels_of',
+           'read_image', 'image_size', 'raw_mask', 'read_mask', 'to_native', 'nifti_like', 'write_mask',
+           'sha_of_picture', 'look', 'file_facts', 'facts_of', 'data_fingerprint']
 
-# %% ../nbs/library/01_images.ipynb #f72282cf
+# %% ../nbs/library/01_images.ipynb #912bae9f
 import gzip, hashlib, json, os
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 
 import numpy as np, pandas as pd
 from PIL import Image
 
-from .core import (DataError, cache_dir, digest, few, in_threads, missing,
-                                  need, plain, plural, stamp, times, write_json, written)
+from .core import (
+    DataError, cache_dir, digest, few, in_threads, missing, need, plain, plural, stamp, times, write_json, written)
 
-# %% ../nbs/library/01_images.ipynb #0522a1b8
+# %% ../nbs/library/01_images.ipynb #4567ac5d
 IMAGE_SUFFIXES = '.png','.tif','.tiff','.bmp','.jpg','.jpeg'
 VOLUME_SUFFIXES = '.nii.gz','.nii','.mgz','.mgh'
 
@@ -33,8 +34,8 @@ def is_volume(path): return has_suffix(path, VOLUME_SUFFIXES)
 def stem_of(path):
     "File name without its ending; `.nii.gz` is one ending"
     name = Path(path).name
-    end = next((e for e in VOLUME_SUFFIXES if has_suffix(name, e)), '')
-    return name[:-len(end)] if end else Path(name).stem
+    end = next((e for e in VOLUME_SUFFIXES if has_suffix(name, e)), Path(name).suffix)
+    return name[:len(name)-len(end)]
 
 def list_files(
     folder,
@@ -46,10 +47,10 @@ def list_files(
         except OSError: return # a folder that may not be looked into
         for e in entries: # the listing itself tells what is a file
             if e.is_dir(follow_symlinks=False): yield from walk(e.path)
-            elif has_suffix(e.name, suffixes) and e.is_file(): yield e.path
-    return sorted((Path(p) for p in walk(folder)), key=lambda p: p.as_posix())
+            elif has_suffix(e.name, suffixes) and e.is_file(): yield Path(e.path)
+    return sorted(walk(folder), key=lambda p: p.as_posix())
 
-# %% ../nbs/library/01_images.ipynb #6b8f57bc
+# %% ../nbs/library/01_images.ipynb #129a3472
 def decode(
     path,
     what='an image', # What is expected, for messages; the palette of 'a mask' is not applied
@@ -75,9 +76,8 @@ def read_grey(path, mask=False):
     "Grey levels of a picture, or codes of a mask, in the file's own range"
     what = 'a mask' if mask else 'an image'
     a = decode(path, what)
-    if a.ndim==3:
-        spread = np.ptp(a, axis=2).max()
-        need(spread<=2*(not mask), path, 'a colour picture', # JPEG rounds equal channels to within two levels
+    if a.ndim==3: # JPEG rounds equal channels to within two levels
+        need(np.ptp(a, axis=2).max()<=2*(not mask), path, 'a colour picture',
              f'{what} in grey levels', 'Convert it to one grey channel.')
         a = a[...,0]
     if a.dtype.kind=='f':
@@ -86,17 +86,21 @@ def read_grey(path, mask=False):
         need(not mask or (a==np.round(a)).all(), path, 'values that are not whole numbers', 'whole codes', again)
     return a
 
-# %% ../nbs/library/01_images.ipynb #46905d57
-def read_channels(path, channels):
-    "Some channels of a picture"
+# %% ../nbs/library/01_images.ipynb #0c5f770a
+def read_picture(
+    path,
+    channels=None, # Which channels, () for all; None: it is grey
+    mask=False     # Codes instead of grey levels?
+)->np.ndarray:
+    "Values of a picture in the file's own range"
+    if channels is None: return read_grey(path, mask)
     a = decode(path, keep=True)
-    n = a.shape[2] if a.ndim==3 else 1
+    n,last = a.shape[2] if a.ndim==3 else 1, max(channels, default=0)
+    need(last<n, path, plural(n, 'channel'), f'at least {last+1} channels', 'Export the picture again.')
     if not channels: return a
-    need(max(channels)<n, path, plural(n, 'channel'),
-         f'at least {max(channels)+1} channels', 'Export the picture again.')
     return a[...,channels[0]] if len(channels)==1 else a[...,list(channels)]
 
-# %% ../nbs/library/01_images.ipynb #da3ae376
+# %% ../nbs/library/01_images.ipynb #3058d650
 def window_of(a):
     "Grey levels of a scan that become 0 and 255"
     some = a[a!=0]
@@ -119,16 +123,12 @@ def to_bytes(
     if a.dtype!=np.float64: a = a.astype(np.float32)
     return ((a-lo)*(255/(hi-lo))).clip(0, 255).round().astype(np.uint8)
 
-# %% ../nbs/library/01_images.ipynb #aab84b3e
-def histogram(a):
-    "Pixels of each of the 256 values of bytes" # Pillow counts them as they are; NumPy would make eight bytes of each first
-    return np.array(Image.fromarray(a.reshape(len(a), -1)).histogram())
-
+# %% ../nbs/library/01_images.ipynb #2dda8c80
 def otsu(
     a # uint8
 )->int: # Grey levels above it are foreground
     "Otsu's threshold"
-    n = histogram(a).astype(float)
+    n = np.bincount(a.ravel('K'), minlength=256).astype(float)
     w,s = n.cumsum(), (n*np.arange(256)).cumsum()
     between = (s[-1]*w/w[-1]-s)**2/(w*(w[-1]-w)).clip(1)
     return int(between.argmax())
@@ -147,24 +147,23 @@ def foreground(
     from scipy import ndimage as ndi
     within = np.zeros((3,3,3), bool) # neighbours within an axial slice
     within[1,:,1] = within[:,1,1] = True
-    m = ndi.binary_fill_holes(a>otsu(a)*factor, within if a.ndim==3 else None)
-    return largest_part(m)
+    return largest_part(ndi.binary_fill_holes(a>otsu(a)*factor, within if a.ndim==3 else None))
 
-# %% ../nbs/library/01_images.ipynb #47f24ccf
+# %% ../nbs/library/01_images.ipynb #38ee001e
 MOST_VOXELS = 1024**3
 
-def broken_volume(path, e):
-    return DataError.of(path, f'a file that cannot be read to its end ({type(e).__name__}: {e})',
-                        'a whole NIfTI or MGH volume', 'It is damaged or was cut short: copy or download it again.')
+def broken_volume(path, why):
+    return DataError.of(path, f'a file that cannot be read to its end ({why})', 'a whole NIfTI or MGH volume',
+                        'It is damaged or was cut short: copy or export it again.')
 
 def volume_header(path):
     "nibabel image of a file that holds one volume of real numbers; its voxels are not read yet"
     import nibabel as nib
     path = os.fspath(path)
     try: im = nib.load(path)
-    except Exception as e: raise broken_volume(path, e) from e
+    except Exception as e: raise broken_volume(path, repr(e)) from e
     shape,dtype = im.shape, im.get_data_dtype()
-    single = len(shape)>2 and all(n==1 for n in shape[3:]) and 0 not in shape
+    single = len(shape)>2 and set(shape[3:])<={1} and 0 not in shape
     need(single, path, f'an image of the shape {times(shape)}', 'one volume with three dimensions',
          'Split it into one file for each volume.')
     need(dtype.kind in 'iuf', path, f'values of the type {dtype}', 'one real number per voxel', 'Export it again.')
@@ -172,15 +171,14 @@ def volume_header(path):
     need(placed, path, 'an affine that places no voxels in space', 'voxel sizes and directions', 'Export it again.')
     return im
 
-# %% ../nbs/library/01_images.ipynb #e4ef5e56
+# %% ../nbs/library/01_images.ipynb #ed7f53e0
 def read_voxels(path, im):
     "All voxels of a volume; no more is unpacked than its header says"
     packed,size = has_suffix(path, ('.gz','.mgz')), os.path.getsize(path)
     n = int(np.prod(im.shape, dtype=object))
     claim = n*im.get_data_dtype().itemsize
-    need(n<=MOST_VOXELS and claim<=size*(1032 if packed else 1), path,
-         f'a header that claims {times(im.shape)} voxels in a file of {size:,} bytes',
-         'as many voxels as the file holds', 'It is damaged or was cut short: copy or export it again.')
+    if n>MOST_VOXELS or claim>size*(1032 if packed else 1):
+        raise broken_volume(path, f'its header claims {times(im.shape)} voxels in {size:,} bytes')
     try:
         if packed: # all of it, as only the end of a compressed file tells whether it is sound
             most = claim + int(getattr(im.dataobj, 'offset', 0)) + 2**24 # MGH files have more after the voxels
@@ -188,7 +186,7 @@ def read_voxels(path, im):
             if len(data)>most: raise ValueError('much more data than the header says')
             im = type(im).from_bytes(data)
         return np.asanyarray(im.dataobj)
-    except Exception as e: raise broken_volume(path, e) from e
+    except Exception as e: raise broken_volume(path, repr(e)) from e
 
 def load_volume(path):
     "nibabel image of a volume in the file's own frame, with its voxels in memory"
@@ -204,19 +202,25 @@ def load_volume(path):
     res.set_data_dtype(a.dtype)
     return res
 
-# %% ../nbs/library/01_images.ipynb #58ac8a2d
+# %% ../nbs/library/01_images.ipynb #91b8dd69
+def by_stamp(maxsize):
+    "Remember what a function found out about files, until they change"
+    def deco(f):
+        memory = lru_cache(maxsize)(lambda key, *args: f(*args))
+        g = wraps(f)(lambda path, *args: memory(stamp(path), os.fspath(path), *args))
+        g.cache_clear = memory.cache_clear
+        return g
+    return deco
+
+def in_cache(path, suffix): return cache_dir()/'volumes'/(digest(2, stamp(path), n=24)+suffix)
+
+# %% ../nbs/library/01_images.ipynb #7e8f6a7f
 def count_values(a):
     "Pixels of each value, as a dict"
-    if not a.size: return {}
-    if a.dtype==np.uint8: lo,n = 0, histogram(a)
-    else:
-        lo,hi = int(a.min()), int(a.max())
-        if hi-lo>2**16:
-            values,n = np.unique(a, return_counts=True)
-            return dict(zip(values.tolist(), n.tolist()))
-        n = np.bincount(a.ravel('K').astype(np.int64)-lo)
-    values = n.nonzero()[0]
-    return dict(zip((values+lo).tolist(), n[values].tolist()))
+    if a.dtype.kind in 'iu' and a.size and a.min()>=0 and a.max()<256:
+        return {i: n for i,n in enumerate(np.bincount(a.ravel('K')).tolist()) if n}
+    values,n = np.unique(a, return_counts=True)
+    return dict(zip(values.tolist(), n.tolist()))
 
 def all_alike(a):
     "True where the eight neighbours in the slice have the same value; never on its border"
@@ -226,16 +230,16 @@ def all_alike(a):
     return res
 
 def code_counts(a):
-    "Pixels of each code, and those inside a region of it; None and None if the values cannot be codes"
-    if a.dtype.kind=='f':
+    "Voxels of each code, and those inside a region of it; None and None if the values cannot be codes"
+    if a.dtype.kind=='f': # no codes if there are halves
         if (a!=np.round(a)).any(): return None,None
         a = a.astype(np.int64)
-    for part in (a[...,a.shape[2]//2], a) if a.ndim==3 else (a,): # of an image, one slice tells
+    for part in a[...,a.shape[2]//2], a: # of an image, one slice tells
         codes = count_values(part)
         if len(codes)>256: return None,None
     return codes, count_values(a[all_alike(a)])
 
-# %% ../nbs/library/01_images.ipynb #0c2916da
+# %% ../nbs/library/01_images.ipynb #31fb6c54
 def sha_of(*parts): return hashlib.sha256(b''.join(parts)).hexdigest()
 
 def measure_volume(path):
@@ -244,7 +248,8 @@ def measure_volume(path):
     im = nib.as_closest_canonical(load_volume(path))
     a = np.asanyarray(im.dataobj)
     codes,inside = code_counts(a)
-    small = a.min()>=-2**15 and a.max()<2**15 and (a.dtype.kind!='f' or (a==np.round(a)).all())
+    whole = a.dtype.kind!='f' or (a==np.round(a)).all()
+    small = whole and a.min()>=-2**15 and a.max()<2**15
     flat = np.asfortranarray(a, '<i2' if small else '<f4').ravel('K') # alike for the same values of any type
     mm = [round(float(o), 4) for o in im.header.get_zooms()[:3]]
     return dict(shape=a.shape, spacing=mm, affine=im.affine, window=window_of(a),
@@ -252,52 +257,49 @@ def measure_volume(path):
                 codes=codes and list(codes.items()), inside=codes and list(inside.items()),
                 sha=sha_of(f'{a.shape} {mm}'.encode(), flat.view(np.uint8)))
 
-def beside_cache(key, suffix): return cache_dir()/'volumes'/(digest(2, key, n=24)+suffix)
-
-@lru_cache(maxsize=8192)
-def _volume_facts(*key):
-    f = beside_cache(key, '.json')
+@by_stamp(maxsize=8192)
+def volume_facts(path):
+    "Shape, spacing, affine, window, slices with something in them, codes and hash of a volume, in RAS+ orientation"
+    f = in_cache(path, '.json')
     try: return json.loads(f.read_text(encoding='utf-8'))
-    except (OSError, ValueError): d = plain(measure_volume(key[0]))
+    except (OSError, ValueError): d = plain(measure_volume(path))
     try: write_json(f, d)
     except OSError: pass # no room for notes: they are found out again next time
     return d
 
-def volume_facts(path):
-    "Shape, spacing, affine, window, slices with something in them, codes and hash of a volume, in RAS+ orientation"
-    return _volume_facts(*stamp(path))
-
-# %% ../nbs/library/01_images.ipynb #60810bcd
-@lru_cache(maxsize=16)
-def _open_volume(*key):
-    import nibabel as nib
-    path = key[0]
-    im = volume_header(path)
-    if not has_suffix(path, '.nii') or (im.dataobj.slope, im.dataobj.inter)!=(1,0): # compressed or scaled
-        path = beside_cache(key, '.nii')
-        if not path.is_file(): unpack_volume(key[0], path)
-    return nib.as_closest_canonical(nib.squeeze_image(nib.load(path, mmap='r')))
-
+# %% ../nbs/library/01_images.ipynb #684ce25b
 def unpack_volume(path, to):
-    "A volume as a plain NIfTI file"
+    "Write a volume as a plain NIfTI file"
     import nibabel as nib
     im = load_volume(path)
     a = np.asanyarray(im.dataobj)
     try:
         with written(to) as tmp: nib.save(nib.Nifti1Image(a, im.affine, dtype=a.dtype), tmp)
     except OSError as e:
-        if not to.is_file():
-            raise DataError.of(to, str(e), 'a cache folder with room to write in',
-                'Make room, or name another folder in the variable BRAINSEG_CACHE.') from e
+        raise DataError.of(to, str(e), 'a cache folder with room to write in',
+                           'Make room, or name another folder in the variable BRAINSEG_CACHE.') from e
 
+@by_stamp(maxsize=16)
 def open_volume(
     path # `.nii`, `.nii.gz`, `.mgz` or `.mgh` file
 ):       # nibabel image in RAS+ orientation
     "A volume whose voxels are memory-mapped, not to be written to; a damaged one raises"
+    import nibabel as nib
     volume_facts(path)
-    return _open_volume(*stamp(path))
+    data,flat = volume_header(path).dataobj, Path(path)
+    if not has_suffix(path, '.nii') or (data.slope, data.inter)!=(1,0): # compressed or scaled
+        flat = in_cache(path, '.nii')
+        if not flat.is_file(): unpack_volume(path, flat)
+    return nib.as_closest_canonical(nib.squeeze_image(nib.load(flat, mmap='r')))
 
-# %% ../nbs/library/01_images.ipynb #7e992f39
+def open_voxels(path, index=None):
+    "Voxels of a volume, or of one axial slice as a picture, the front of the head at the top; memory-mapped"
+    a = np.asanyarray(open_volume(path).dataobj)
+    if index is None: return a
+    need(0<=index<a.shape[2], os.fspath(path), plural(a.shape[2], 'slice'), f'a slice {index}', 'List the cases again.')
+    return np.rot90(a[:,:,index])
+
+# %% ../nbs/library/01_images.ipynb #1be31983
 @dataclass(frozen=True)
 class Pixels:
     "Where the pixels of a case are"
@@ -309,40 +311,24 @@ class Pixels:
         one = isinstance(self.files, (str, os.PathLike)) # spares the caller a comma
         files = [self.files] if one else self.files
         object.__setattr__(self, 'files', tuple(map(os.fspath, files)))
-        if self.index is not None: object.__setattr__(self, 'index', int(self.index))
-        if self.channels is not None: object.__setattr__(self, 'channels', tuple(map(int, self.channels)))
+        if self.channels is not None: object.__setattr__(self, 'channels', tuple(self.channels))
 
     def __fspath__(self): return self.files[0]
     def __str__(self): return self.files[0] + ('' if self.index is None else f'#z{self.index:03d}')
     def whole(self): return replace(self, index=None)
 
     def values(self, mask=False):
-        "Grey levels or codes of the first file in its own range; those of a volume are memory-mapped"
+        "Grey levels, or codes of a mask, of the first file in its own range"
         path = self.files[0]
-        if not is_volume(path):
-            return read_grey(path, mask) if self.channels is None else read_channels(path, self.channels)
-        a = np.asanyarray(open_volume(path).dataobj)
-        if self.index is None: return a
-        need(0<=self.index<a.shape[2], path, plural(a.shape[2], 'slice'), f'a slice {self.index}', 'List the cases again.')
-        return np.rot90(a[:,:,self.index])
+        return open_voxels(path, self.index) if is_volume(path) else read_picture(path, self.channels, mask)
 
     def window(self, a):
         "Which of the values `a` become 0 and 255; the same for all slices of a volume"
         return volume_facts(self)['window'] if is_volume(self) else picture_window(a)
 
-    def channel(self):
-        "Grey levels of the first file, uint8"
-        a = self.values()
-        exact = a.dtype==np.uint8 or is_volume(self)
-        return to_bytes(a if exact else a.astype(float), self.window(a))
-
     def image(self):
         "Grey levels of all files, uint8"
-        cs = [replace(self, files=f).channel() for f in self.files]
-        for f,c in zip(self.files, cs):
-            need(c.shape==cs[0].shape, f, f'the shape {times(c.shape)}', f'{times(cs[0].shape)} as in {self.files[0]}',
-                 'All channels of a case must lie on the same grid.')
-        return cs[0] if len(cs)==1 else np.stack(cs, -1)
+        return stack_channels([grey_levels(replace(self, files=f)) for f in self.files], self.files)
 
     def mask(self):
         "Raw codes"
@@ -350,32 +336,36 @@ class Pixels:
         return np.round(a).astype(np.int32) if a.dtype.kind=='f' else a
 
     def shape(self):
-        "Height and width; x, y and z of a whole volume"
-        if is_volume(self):
-            x,y,z = volume_facts(self)['shape']
-            return (x,y,z) if self.index is None else (y,x)
-        try:
-            with Image.open(self.files[0]) as im: return im.size[::-1]
-        except Exception: return decode(self.files[0]).shape[:2] # raises with a reason
+        "Height and width, or x, y and z of a whole volume"
+        return shape_of(self)
 
-    def looks(self):
-        "Its files, each whole: what facts can be told of"
-        every = None if self.channels is None else ()
-        return [replace(self, files=f, index=None, channels=every) for f in self.files]
+# %% ../nbs/library/01_images.ipynb #f7e93a9f
+def grey_levels(
+    x:Pixels # One file
+)->np.ndarray:
+    "Grey levels as bytes"
+    a = x.values()
+    exact = a.dtype==np.uint8 or is_volume(x)
+    return to_bytes(a if exact else a.astype(float), x.window(a))
 
-    def facts(self, mask=False):
-        "What one look at the whole first file tells"
-        if is_volume(self):
-            d = dict(volume_facts(self), error=None)
-            need(not mask or d['codes'], self, 'values that are no labels', 'a few whole numbers',
-                 'Give the segmentation, not an image; export it without smoothing.')
-            return {**d, 'codes': dict(d['codes'] or ()), 'inside': dict(d['inside'] or ()), 'shape': tuple(d['shape'])}
-        a = self.values(mask)
-        d = dict(error=None, shape=a.shape, sha=sha_of_picture(a), constant=bool((a==a.flat[0]).all()))
-        if mask: d['codes'],d['inside'] = count_values(a), count_values(a[all_alike(a)])
-        return d
+def stack_channels(channels, files):
+    "Channels on one grid as a last axis"
+    first = channels[0].shape
+    for f,c in zip(files, channels):
+        need(c.shape==first, f, f'the shape {times(c.shape)}', f'{times(first)} as in {files[0]}',
+             'All channels of a case must lie on the same grid.')
+    return channels[0] if len(channels)==1 else np.stack(channels, -1)
 
-# %% ../nbs/library/01_images.ipynb #e669e91b
+def shape_of(x:Pixels):
+    "Size of an image, found without reading its pixels where that can be had"
+    if is_volume(x):
+        shape = tuple(volume_facts(x)['shape'])
+        return shape if x.index is None else shape[1::-1]
+    try:
+        with Image.open(x) as im: return im.size[::-1]
+    except Exception: return x.values().shape[:2] # raises with a reason
+
+# %% ../nbs/library/01_images.ipynb #22b465d7
 def pixels_of(x): return x if isinstance(x, Pixels) else Pixels(x)
 
 def read_image(
@@ -385,7 +375,7 @@ def read_image(
     return pixels_of(x).image()
 
 def image_size(x)->tuple:
-    "Height and width of an image, or x, y and z; found without reading its pixels where that can be had"
+    "Height and width of an image, or x, y and z"
     return pixels_of(x).shape()
 
 def raw_mask(x)->np.ndarray:
@@ -402,9 +392,10 @@ def read_mask(
     need(not bad, os.fspath(x), f'the values {few(bad)}', f'only the codes {few(codes.tolist(), 20)}',
          'See `brainseg check`; a model can only be used on masks with the codes that it was trained on.')
     if a.dtype!=np.uint8: return np.searchsorted(codes, a).astype(np.uint8, order='C')
-    return np.ascontiguousarray(np.searchsorted(codes, np.arange(256)).astype(np.uint8)[a])
+    table = np.searchsorted(codes, np.arange(256)).astype(np.uint8)
+    return np.ascontiguousarray(table[a])
 
-# %% ../nbs/library/01_images.ipynb #fc8711f4
+# %% ../nbs/library/01_images.ipynb #ea9a34e8
 def to_native(
     mask,   # In RAS+ orientation
     affine, # Of the file
@@ -415,8 +406,8 @@ def to_native(
     back = o.ornt_transform(o.axcodes2ornt('RAS'), o.io_orientation(affine))
     res = o.apply_orientation(mask, back)
     fits = res.shape==tuple(shape[:3]) and res.size==np.prod(shape) # there may be a trailing axis of length 1
-    need(fits, f'a mask of {times(mask.shape)} voxels in RAS+ orientation does not fit the file, which has '
-         f'{times(shape)}; give the file that the prediction was made from')
+    need(fits, f'a mask of {times(mask.shape)} voxels in RAS+ orientation does not fit the file, '
+               f'which has {times(shape)}; give the file that the prediction was made from')
     return np.ascontiguousarray(res.reshape(shape))
 
 def nifti_like(a, like):
@@ -430,6 +421,7 @@ def nifti_like(a, like):
     res.header['descrip'] = b'brainseg_fastai'
     return res
 
+# %% ../nbs/library/01_images.ipynb #b88ba726
 def write_mask(
     classes,  # (H,W), or (X,Y,Z) in RAS+ orientation
     path,     # .png, or .nii or .nii.gz for a volume
@@ -438,18 +430,19 @@ def write_mask(
 )->Path:
     "Write classes as raw codes, all or nothing"
     codes,volume = np.sort(np.asarray(codes)), classes.ndim==3
-    ends = ('.nii','.nii.gz') if volume else ('.png',)
+    ends,types = (('.nii','.nii.gz'), 'Bhi') if volume else (('.png',), 'BH')
     need(has_suffix(path, ends), path, 'this ending', ' or '.join(ends), 'Choose another name.')
     need(classes.max()<len(codes), path, f'class {classes.max()} in the prediction',
          f'at most {len(codes)-1}, for the codes {few(codes.tolist(), 20)}', 'Give the codes of the training.')
-    types = (np.uint8,np.int16,np.int32) if volume else (np.uint8,np.uint16)
-    dtype = next((o for o in types if np.array_equal(codes.astype(o), codes)), None)
+    dtype = next((o for o in types if (codes.astype(o)==codes).all()), None)
     need(dtype, path, f'the codes {few(codes.tolist())}', 'codes that the format can hold', 'Write other codes.')
     a = codes.astype(dtype)[classes]
-    with written(path) as tmp: (nifti_like(a, like).to_filename if volume else Image.fromarray(a).save)(tmp)
+    with written(path) as tmp:
+        if volume: nifti_like(a, like).to_filename(tmp)
+        else: Image.fromarray(a).save(tmp)
     return Path(path)
 
-# %% ../nbs/library/01_images.ipynb #c5bb0f95
+# %% ../nbs/library/01_images.ipynb #de31da2b
 def sha_of_picture(a):
     "Hash of decoded pixels, the same for the same values whatever the file format"
     if a.dtype!=np.uint8:
@@ -457,36 +450,45 @@ def sha_of_picture(a):
         if a.min()>=0 and a.max()<=255 and (a==a.round()).all(): a = a.astype(np.uint8)
     return sha_of(str(a.shape).encode(), np.ascontiguousarray(a))
 
-@lru_cache(maxsize=100_000)
-def _file_facts(x, mask, *key): return x.facts(mask)
+@by_stamp(maxsize=100_000)
+def look(path, x, mask):
+    if is_volume(path):
+        d = volume_facts(path)
+        need(not mask or d['codes'], path, 'values that are no labels', 'a few whole numbers',
+             'Give the segmentation, not an image; export it without smoothing.')
+        return dict(d, error=None, shape=tuple(d['shape']), codes=dict(d['codes'] or ()), inside=dict(d['inside'] or ()))
+    a = x.values(mask)
+    d = dict(error=None, shape=a.shape, sha=sha_of_picture(a), constant=bool((a==a.flat[0]).all()))
+    return dict(d, codes=count_values(a), inside=count_values(a[all_alike(a)])) if mask else d
 
 def file_facts(
-    x,         # File or `Pixels`
+    x,         # File or `Pixels`, of which the whole first file is looked at
     mask=False # Is it a mask?
 )->dict:
-    "What one look at the first file tells: error, shape, sha, constant; of masks codes and inside; of volumes `volume_facts`"
-    x = pixels_of(x).looks()[0]
-    try: return _file_facts(x, mask, *stamp(x))
+    "error, shape, sha, constant; of masks codes and inside; of volumes `volume_facts` as well"
+    x = pixels_of(x)
+    x = replace(x, files=x.files[:1], index=None, channels=None if x.channels is None else ())
+    try: return look(x, x, mask)
     except DataError as e: return dict(error=e)
 
 def facts_of(
-    images,    # Images, files or `Pixels`; None is passed over
-    masks=(),  # Masks
-    show=False,  # Progress, as in `core.progress`
-    strict=False # Raise the first error
-)->dict:       # By (file, is it a mask?)
+    images,     # Images, files or `Pixels`; None is passed over
+    masks=(),   # Masks
+    show=False, # Progress, as in `core.progress`
+    strict=False# Raise the first error?
+)->dict:        # By (file, is it a mask?)
     "`file_facts` of many, in threads, each file once however many slices refer to it"
     jobs = {}
     for xs,mask in ((images, False), (masks, True)):
         xs = [pixels_of(x) for x in xs if not missing(x)]
         for x in {(x.files, x.channels): x for x in xs}.values():
-            jobs.update({(o.files[0], mask): o for o in x.looks()})
+            jobs.update({(f, mask): replace(x, files=f) for f in x.files})
     res = in_threads(lambda o: file_facts(jobs[o], o[1]), jobs, show)
     bad = [d['error'] for d in res if d['error']]
     if strict and bad: raise bad[0]
     return dict(zip(jobs, res))
 
-# %% ../nbs/library/01_images.ipynb #bfd3a1a8
+# %% ../nbs/library/01_images.ipynb #59773f06
 def data_fingerprint(
     cases:pd.DataFrame # Case table
 )->str: # 64 hexadecimal digits

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CONVERT', 'PLACE', 'MOST_TILT', 'NO_SCAN', 'NO_SCANS', 'DARK_RIM', 'SCALP_AND_SKULL', 'Scan', 'is_dicom',
-           'read_dicom', 'files_in', 'grid_of', 'dicom_series', 'dicom_affine', 'load_dicom', 'sequence_files',
-           'volume_files', 'turned_upright', 'read_volume_scan', 'known_spacings', 'read_picture_scan', 'read_scan',
-           'scans_among', 'scans_below', 'find_scans_to_predict', 'scan_names', 'dark_rim', 'top_slice', 'top_of_head',
-           'has_skull', 'top_of_brain', 'slab_slices']
+           'read_dicom', 'files_in', 'dicom_series', 'dicom_affine', 'load_dicom', 'sequence_files', 'volume_files',
+           'turned_upright', 'read_volume_scan', 'known_spacings', 'read_picture_scan', 'read_scan', 'scans_among',
+           'scans_below', 'find_scans_to_predict', 'scan_names', 'dark_rim', 'top_slice', 'top_of_head', 'has_skull',
+           'top_of_brain', 'slab_slices']
 
 # %% ../nbs/library/16_scans.ipynb #11c27fe4
 import os, re
@@ -17,13 +17,15 @@ from functools import lru_cache
 from pathlib import Path
 
 import nibabel as nib, numpy as np
+from fastcore.basics import patch
 from nibabel.affines import from_matvec, obliquity, voxel_sizes
 from nibabel.processing import resample_from_to, resample_to_output
 from scipy import ndimage as ndi
 
 from .core import DataError, digest, in_threads, need, need_package, plural, times
-from .images import (MOST_VOXELS, VOLUME_SUFFIXES, Pixels, decode, foreground, is_picture, is_volume, list_files,
-                                    load_volume, otsu, read_image, stem_of, to_bytes, to_native, volume_header)
+from .images import (
+    MOST_VOXELS, Pixels, decode, foreground, is_picture, is_volume, list_files,
+    load_volume, otsu, read_image, stem_of, to_bytes, to_native, volume_header)
 from .cases import cohort
 
 # %% ../nbs/library/16_scans.ipynb #bbd86281
@@ -47,33 +49,40 @@ class Scan:
     @property
     def channels(self): return self.image.reshape(*self.extent, -1)
     @property
+    def grey(self): return self.channels[...,0]
+    @property
     def pixel(self):
         "Height and width in mm of a pixel of `pictures`, or None"
         return self.spacing[1::-1] if self.is_volume else self.spacing
 
-    def pictures(self, ks=slice(None)):
-        "Axial slices (N,H,W), front of the head at the top; a slice as the only one"
-        if not self.is_volume: return self.image[None]
-        return np.moveaxis(np.rot90(self.image[:,:,ks]), 2, 0)
+# %% ../nbs/library/16_scans.ipynb #5c7e10b2
+@patch
+def pictures(self:Scan, ks=slice(None)):
+    "Axial slices (N,H,W), front of the head at the top; a slice as the only one"
+    if not self.is_volume: return self.image[None]
+    return np.ascontiguousarray(np.moveaxis(np.rot90(self.image[:,:,ks]), 2, 0))
 
-    def volume(self, pictures, ks):
-        "Pictures of the slices `ks` back in their places; 0 elsewhere"
-        res = np.zeros(self.extent, pictures.dtype)
-        res[:,:,ks] = np.rot90(np.moveaxis(pictures, 0, 2), -1)
-        return res
+@patch
+def volume(self:Scan, pictures, ks):
+    "Pictures of the slices `ks` back in their places; 0 elsewhere"
+    res = np.zeros(self.extent, pictures.dtype)
+    res[:,:,ks] = np.rot90(np.moveaxis(pictures, 0, 2), -1)
+    return res
 
-    def canonical(self, mask):
-        "Classes of the image on the grid of the file, in RAS+"
-        if self.upright is None: return mask
-        to = nib.as_closest_canonical(self.like)
-        im = nib.Nifti1Image(mask, self.upright)
-        im = resample_from_to(im, (to.shape[:3], to.affine), order=0)
-        return np.asarray(im.dataobj)
+@patch
+def canonical(self:Scan, mask):
+    "Classes of the image on the grid of the file, in RAS+"
+    if self.upright is None: return mask
+    to = nib.as_closest_canonical(self.like)
+    im = nib.Nifti1Image(mask, self.upright)
+    im = resample_from_to(im, (to.shape[:3], to.affine), order=0)
+    return np.asarray(im.dataobj)
 
-    def to_native(self, mask):
-        "Classes of the image as an array like that of the file"
-        if not self.is_volume: return mask
-        return to_native(self.canonical(mask), self.like.affine, self.like.shape)
+@patch
+def to_native(self:Scan, mask):
+    "Classes of the image as an array like that of the file"
+    if not self.is_volume: return mask
+    return to_native(self.canonical(mask), self.like.affine, self.like.shape)
 
 # %% ../nbs/library/16_scans.ipynb #f2997b95
 def is_dicom(path):
@@ -98,22 +107,24 @@ PLACE = 'ImagePositionPatient','ImageOrientationPatient','PixelSpacing'
 
 def files_in(folder): return [p for p in list_files(folder) if p.parent==Path(folder)]
 
-def grid_of(h): return [float(v) for v in (h.Rows, h.Columns, *h.ImageOrientationPatient, *h.PixelSpacing)]
-
+# %% ../nbs/library/16_scans.ipynb #a90d7c31
 def dicom_series(folder)->dict:
     "Headers of the one DICOM series in a folder, by file"
     heads = {p: read_dicom(p, False) for p in files_in(folder) if is_dicom(p)}
     heads = {p: h for p,h in heads.items() if 'Rows' in h}
     n = len({h.get('SeriesInstanceUID') for h in heads.values()})
-    need(n==1, folder, f'{n or "no"} DICOM series', 'the files of one', 'Give a folder that holds one series.')
-    first = next(iter(heads.values()))
+    need(n==1, folder, f'{n or "no"} DICOM series', 'the files of one',
+         'Give a folder that holds one series.')
+    grid = None
     for p,h in heads.items():
         wrong = [f'no {o}' for o in PLACE if o not in h]
         if h.get('NumberOfFrames', 1)!=1: wrong.append('several frames')
         if h.get('SamplesPerPixel', 1)!=1: wrong.append('colours')
         need(not wrong, p, ', '.join(wrong), 'one grey slice with its place in space',
              f'Export the original series, or {CONVERT}')
-        need(np.allclose(grid_of(h), grid_of(first), rtol=0, atol=1e-3), p, 'another size or direction than in the other files',
+        own = np.array([h.Rows, h.Columns, *h.ImageOrientationPatient, *h.PixelSpacing], float)
+        grid = own if grid is None else grid
+        need(abs(own-grid).max()<=1e-3, p, 'another size or direction than in the other files',
              'slices of one stack', 'Clear up its folder.')
     return heads
 
@@ -200,11 +211,13 @@ def read_volume_scan(path, name, channels)->Scan:
     first = ims[0]
     for f,im in zip(files, ims):
         same = im.shape==first.shape and np.allclose(im.affine, first.affine, atol=1e-3)
-        need(same, f, f'{times(im.shape)} voxels on another grid', f'{times(first.shape)} as in {files[0].name}',
+        need(same, f, f'{times(im.shape)} voxels on another grid',
+             f'{times(first.shape)} as in {files[0].name}',
              'Register and resample all sequences to one grid.')
     h = like.header
     oriented = 'sform_code' not in h or bool(h['sform_code'] or h['qform_code'])
-    if not oriented: notes.append('the file does not say which way is up; its axes were taken as they are')
+    if not oriented:
+        notes.append('the file does not say which way is up; its axes were taken as they are')
     ims = [nib.as_closest_canonical(o) for o in ims]
     a,affine = [to_bytes(np.asanyarray(o.dataobj)) for o in ims], ims[0].affine
     tilt = np.degrees(obliquity(affine)).max()
@@ -284,6 +297,7 @@ def scans_below(root, channels, all_inputs)->list:
         if not NO_SCANS & set(above): folders.setdefault(p.parent, []).append(p)
     return sum([scans_among(o, channels, all_inputs) for o in folders.values()], [])
 
+# %% ../nbs/library/16_scans.ipynb #8b5c2d19
 def find_scans_to_predict(
     paths,        # Files and folders, or one
     channels=(),  # The model's inputs

@@ -205,7 +205,8 @@ def brainseg_learner(
     resnet = s.dims==2 and s.arch in RESNETS
     light = resnet and s.recipe=='light'
     first = dls.train_ds[0][0][None] if s.dims==2 and not resnet else dls.one_batch()[0] # a ResNet's weights are drawn after a batch
-    net = build_model(s, first.shape[1], n_out, tuple(first.shape[2:]), class_shares(dls.train_ds, range(n_out)) if light else None)
+    shape = tuple(first.shape[2:]) if s.mode=='volume' else None
+    net = build_model(s, first.shape[1], n_out, shape, class_shares(dls.train_ds, range(n_out)) if light else None)
     splitter = light_splitter if light else model_meta[getattr(models, s.arch)]['split'] if resnet else trainable_params
     usual = dict(loss_func=make_loss(s.loss or s.how['loss'], weights), metrics=dice_per_image, wd=s.how['wd'], splitter=splitter)
     if s.recipe=='light': usual['opt_func'] = adamw

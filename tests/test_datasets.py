@@ -25,7 +25,7 @@ four = ['figshare','brats','ibsr','lgg']
 def cache(tmp_path_factory):
     mp = pytest.MonkeyPatch(); mp.setenv('BRAINSEG_CACHE', str(tmp_path_factory.mktemp('cache')))
     yield
-    I._open_volume.cache_clear(); mp.undo()
+    I.open_volume.cache_clear(); mp.undo()
 
 @pytest.fixture
 def brats(tmp_path): return tiny('brats', tmp_path/'data')
@@ -103,7 +103,7 @@ def test_listing_decodes_each_volume_once(brats, monkeypatch):
     t = brats_cases(brats); assert len(calls)==6 and len(t)==156 # the first sequence of each patient
     check(brats, 'brats'); data_fingerprint(t); mask_codes(t['mask'])
     assert len(calls)==7*5-1 and len(set(calls))==len(calls)
-    I._volume_facts.cache_clear(); brats_cases(brats); assert len(calls)==34 # a later process reads its notes
+    I.volume_facts.cache_clear(); brats_cases(brats); assert len(calls)==34 # a later process reads its notes
     assert sum(p.suffix=='.json' for p in (brats.parent/'cache/volumes').iterdir())==34
 
 # ---- volumes
@@ -119,33 +119,6 @@ def test_agrees_with_nibabel(brats):
     assert (np.rot90(read_image(w.image)[:,:,k])==read_image(Pixels(w.image.files, k))).all()
     assert w.spacing==(1,1,1) and (open_volume(f).affine==v.affine).all()
     assert t.slice.tolist()[:2]==['z003','z004'] and t[t.subject==t.subject[0]].image.map(lambda p: a[:,:,p.index].any()).all()
-
-@pytest.mark.parametrize('axes', ['LPS','RAS','PIR','SAL','ARI'])
-def test_any_orientation_reads_the_same(axes, tmp_path):
-    a = np.random.default_rng(0).integers(1, 900, (12,10,8)).astype(np.int16); ras = nib.Nifti1Image(a, np.diag([1,2,3,1.]))
-    to = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt('RAS'), nib.orientations.axcodes2ornt(axes))
-    for p in ('a.nii','a.nii.gz','a.mgz'): # MGH has the same affine, its axes as they come
-        im = ras.as_reoriented(to); im = nib.MGHImage(np.asarray(im.dataobj), im.affine) if p.endswith('mgz') else im
-        nib.save(im, tmp_path/p); v = open_volume(tmp_path/p)
-        assert (np.asarray(v.dataobj)==a).all() and np.allclose(v.affine, ras.affine)
-        assert image_size(Pixels(tmp_path/p, 0))==(10,12) and read_image(Pixels(tmp_path/p, 2)).shape==(10,12)
-    fs = [read_image(tmp_path/p) for p in ('a.nii','a.nii.gz','a.mgz')]
-    assert (fs[0]==fs[1]).all() and (fs[1]==fs[2]).all()
-
-def test_scaled_and_memory_mapped(tmp_path):
-    a = np.random.default_rng(0).normal(50, 9, (9,8,7)); im = nib.Nifti1Image(a, np.eye(4))
-    im.set_data_dtype(np.int16); nib.save(im, tmp_path/'a.nii')
-    assert nib.load(tmp_path/'a.nii').dataobj.slope!=1
-    v = np.asanyarray(open_volume(tmp_path/'a.nii').dataobj); assert isinstance(v, np.memmap) and np.abs(v-a).max()<.01
-    with pytest.raises((ValueError, OSError)): v[0] = 0
-    nib.save(nib.Nifti1Image((a*3).astype(np.uint8), np.eye(4)), tmp_path/'b.nii.gz')
-    assert (read_image(tmp_path/'b.nii.gz')==(a*3).astype(np.uint8)).all() # 8 bits stay as they are
-
-def test_changed_file_is_read_again(tmp_path):
-    f = tmp_path/'a.nii.gz'
-    for v in (1,2):
-        nib.save(nib.Nifti1Image(np.full((6,6,6), v, np.int16), np.eye(4)), f); os.utime(f, ns=(v*10**9, v*10**9))
-        assert np.asarray(open_volume(f).dataobj).max()==v and mask_codes([f])==(v,)
 
 def test_unpacking_leaves_no_scraps(brats):
     t = brats_cases(brats); [read_image(p) for p in t.image[:3]]
@@ -233,12 +206,6 @@ def test_storage_may_be_upright(figshare):
     got = read_image(t.image[3]), read_mask(t['mask'][3], (0,1))
     assert (got[0]==want[0]).all() and (got[1]==want[1]).all() and (want[1]!=want[1].T).any()
 
-def test_values_not_types_make_the_hash(tmp_path):
-    a = np.random.default_rng(0).integers(0, 900, (9,8,7))
-    for k,t in enumerate((np.int16, np.int32, np.uint16, np.float32, np.float64)):
-        nib.save(nib.Nifti1Image(a.astype(t), np.eye(4)), tmp_path/f'{k}.nii.gz')
-    assert len({file_facts(tmp_path/f'{k}.nii.gz')['sha'] for k in range(5)})==1
-
 def test_figshare_folds(figshare):
     t = figshare_cases(figshare); s = figshare_folds(figshare, t)
     assert list(s.columns)==['image','subject','split','fold'] and s.fold.nunique()==5 and len(s)==5*18
@@ -292,7 +259,7 @@ bad = {
     'two patients':     ('figshare', twice, 'error', '18.mat', 'the same pixels as 1.mat'),
     'truncated gz':     ('brats', lambda r: cut(r/b(1,'t1')), 'error', b(1,'t1'), 'cannot be read to its end'),
     'cut in the CRC':   ('brats', lambda r: cut(r/b(1,'t1'), 4), 'error', b(1,'t1'), 'cannot be read to its end'),
-    'truncated nii':    ('brats', lambda r: cut(unzip(r/b(1,'t1'))), 'error', b(1,'t1')[:-3], 'a header that claims 48×48×32 voxels'),
+    'truncated nii':    ('brats', lambda r: cut(unzip(r/b(1,'t1'))), 'error', b(1,'t1')[:-3], 'cannot be read to its end'),
     'not NIfTI':        ('brats', lambda r: (r/b(1,'t1')).write_bytes(b'x'*999), 'error', b(1,'t1'), 'cannot be read'),
     'truncated seg':    ('brats', lambda r: cut(r/b(1,'seg')), 'error', b(1,'seg'), 'cannot be read to its end'),
     'NaN':              ('brats', lambda r: change(r/b(1,'t1'), nan), 'error', b(1,'t1'), '1 voxels that are NaN or infinite'),

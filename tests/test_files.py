@@ -28,7 +28,7 @@ def counted(monkeypatch, module, name):
 def fresh(tmp_path, monkeypatch):
     "Nothing is known of any file"
     monkeypatch.setenv('BRAINSEG_CACHE', str(tmp_path/'cache'))
-    for f in (images._file_facts, images._volume_facts, images._open_volume): f.cache_clear()
+    for f in (images.look, images.volume_facts, images.open_volume): f.cache_clear()
 
 def test_check_decodes_every_picture_once_although_two_inputs_share_the_masks(fresh, tmp_path, monkeypatch):
     root,n = make_folder(tmp_path/'d', 4, 3), counted(monkeypatch, images, 'decode')

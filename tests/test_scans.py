@@ -3,7 +3,7 @@ import gzip, sys, tracemalloc
 
 import nibabel as nib, numpy as np, pytest
 from hypothesis import given, settings, strategies as st
-from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
+from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 from PIL import Image
 from scipy import ndimage as ndi
 
