@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'ACCEPTED', 'MAX_MB', 'measures_html', 'trust_html', 'store', 'gradio_folder', 'visitor_folder', 'forget',
            'take_upload', 'look_at', 'draw', 'problem_html', 'say', 'try_look', 'private_gradio', 'about',
-           'parts_of_page', 'outputs', 'nothing', 'results', 'connect', 'need_one_file', 'make_app', 'launch_app']
+           'parts_of_page', 'nothing', 'results', 'connect', 'need_one_file', 'make_app', 'launch_app']
 
-# %% ../nbs/library/24_app.ipynb #1e7af248
+# %% ../nbs/library/24_app.ipynb #3747cea3
 import hashlib, os, shutil, signal, tempfile, threading, traceback, uuid
 from dataclasses import replace
 from functools import lru_cache
@@ -24,7 +24,7 @@ from .qc import measure_text
 from .report import SHOWN, TEXTS, asset, bullets, table_html
 from .runs import load_bundle
 
-# %% ../nbs/library/24_app.ipynb #5b493084
+# %% ../nbs/library/24_app.ipynb #531befa0
 COLUMNS = dict(volume_ml='Volume (mL)', area_mm2='Area in one slice (mm²)', area_px='Area in one slice (pixels)',
                ventricle_brain_ratio='Ventricle to brain', evans_index='Evans index')
 
@@ -57,7 +57,7 @@ def trust_html(
     if notes: parts.append(bullets(notes))
     return Div(*parts or [P(TEXTS['app']['unknown'])])
 
-# %% ../nbs/library/24_app.ipynb #0cdf8749
+# %% ../nbs/library/24_app.ipynb #421fde6b
 @lru_cache(maxsize=None)
 def store():
     "A folder that only this user of the machine can read and that goes when Python ends"
@@ -75,7 +75,7 @@ def forget(session):
     "Delete all files of a visitor"
     shutil.rmtree(visitor_folder(session), ignore_errors=True)
 
-# %% ../nbs/library/24_app.ipynb #6df58785
+# %% ../nbs/library/24_app.ipynb #1a96e293
 ACCEPTED = '.nii','.nii.gz','.mgz','.mgh','.png','.tif','.tiff'
 MAX_MB = 300
 
@@ -97,7 +97,7 @@ def take_upload(
         raise DataError.of(file.name, 'no upload any more', 'a file', 'Drop it once more.') from e
     finally: file.unlink(missing_ok=True)
 
-# %% ../nbs/library/24_app.ipynb #2f7879be
+# %% ../nbs/library/24_app.ipynb #f86594ce
 def look_at(
     model,       # From `load_bundle`
     path,        # Scan in a folder of its own
@@ -120,6 +120,7 @@ def look_at(
         n=len(images), start=int(seen.argmax() if seen.any() else len(seen)//2), volume=p.scan.is_volume,
         aspect=float(h/w), spacing=p.scan.spacing, colours=colours, text=str(text))
 
+# %% ../nbs/library/24_app.ipynb #f4aa2405
 def draw(
     view,      # dict of `look_at`
     k,         # Number of the slice, from 1
@@ -139,7 +140,7 @@ def draw(
     pic = Img(cls='slice', alt=text, style=style, src=data_uri(im, 'PNG'))
     return str(Div(pic, P(side, text, cls='caption')))
 
-# %% ../nbs/library/24_app.ipynb #24821b94
+# %% ../nbs/library/24_app.ipynb #04a5b4f4
 def problem_html(text): return str(Div(str(text), cls='problem', role='alert'))
 
 def say(
@@ -159,7 +160,7 @@ def try_look(model, path, spacing=None):
     except Exception as e:
         return None, problem_html(say(e, path) if Path(path).exists() else TEXTS['app']['gone'])
 
-# %% ../nbs/library/24_app.ipynb #f3d539bc
+# %% ../nbs/library/24_app.ipynb #c846b4f5
 def private_gradio():
     "Gradio with its statistics off and its files in our folder"
     os.environ.update(GRADIO_ANALYTICS_ENABLED='False', HF_HUB_DISABLE_TELEMETRY='1',
@@ -180,10 +181,10 @@ def about(
 
 def parts_of_page(gr, text):
     "The parts of the page by name, which is also that of their element"
-    c = SimpleNamespace(view=gr.State(), scan=gr.State())
+    c = SimpleNamespace(view=gr.State(), path=gr.State())
     def part(kind, name, *args, **kw): setattr(c, name, kind(*args, elem_id=name, **kw))
     gr.Markdown(text)
-    part(gr.File, 'file', label='Scan', height=120)
+    part(gr.File, 'scan', label='Scan', height=120)
     part(gr.HTML, 'message')
     with gr.Row(visible=False) as c.ask:
         part(gr.Number, 'spacing', label='Pixel spacing in mm', info='The file does not say it. Areas in mm² need it.')
@@ -198,10 +199,7 @@ def parts_of_page(gr, text):
             part(gr.DownloadButton, 'download', 'Download the mask', variant='primary')
     return c
 
-# %% ../nbs/library/24_app.ipynb #1387c2a7
-def outputs(c):
-    return [c.view, c.message, c.results, c.ask, c.picture, c.slice, c.text, c.download]
-
+# %% ../nbs/library/24_app.ipynb #86033677
 def nothing(gr, message, ask=False):
     "The page without results"
     return [None, message, gr.Row(visible=False), gr.Row(visible=ask), '', gr.skip(), '',
@@ -222,17 +220,18 @@ def connect(gr, c, model):
         busy = P(f'Segmenting {path.name} …', role='status')
         return [None, str(path), None, *nothing(gr, str(busy))]
     def show(path, spacing, opacity):
-        if path is None: return [gr.skip()]*len(outputs(c))
+        if path is None: return [gr.skip()]*len(outputs)
         v,message = try_look(model, path, spacing or None)
         if v is None: return nothing(gr, message, ask='spacing' in message)
         return results(gr, v, v['spacing'] is None or bool(spacing), opacity)
     def move(v, k, opacity): return draw(v, k, opacity) if v else gr.skip()
     def leave(request: gr.Request): forget(request.session_hash)
+    outputs = [c.view, c.message, c.results, c.ask, c.picture, c.slice, c.text, c.download]
     own = dict(api_visibility='private')
-    one = dict(inputs=[c.scan, c.spacing, c.opacity], outputs=outputs(c), concurrency_limit=1,
+    one = dict(inputs=[c.path, c.spacing, c.opacity], outputs=outputs, concurrency_limit=1,
                concurrency_id='network', **own)
     quick = dict(show_progress='hidden', **own)
-    taken = c.file.upload(take, c.file, [c.file, c.scan, c.spacing, *outputs(c)], queue=False, **quick)
+    taken = c.scan.upload(take, c.scan, [c.scan, c.path, c.spacing, *outputs], queue=False, **quick)
     taken.then(show, **one)
     c.again.click(show, **one)
     for o in (c.slice, c.opacity):
@@ -240,7 +239,7 @@ def connect(gr, c, model):
                 concurrency_limit=4, **quick)
     return leave
 
-# %% ../nbs/library/24_app.ipynb #6f34bb47
+# %% ../nbs/library/24_app.ipynb #f61c44f2
 def need_one_file(path, config):
     "Refuse a model that one file is not enough for"
     names = config['channels']
@@ -259,7 +258,7 @@ def make_app(
         app.unload(connect(gr, parts_of_page(gr, about(model.config, max_mb)), model))
     return app.queue(max_size=32, api_open=False)
 
-# %% ../nbs/library/24_app.ipynb #284d85fd
+# %% ../nbs/library/24_app.ipynb #a00a3860
 def launch_app(
     bundle_path,       # Folder of a model
     port=None,         # Port; None: the first free one from 7860
