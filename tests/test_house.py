@@ -88,3 +88,14 @@ def test_exported_code_is_explained(notebook):
         most = max(most, run)
         assert not exported or len(s.splitlines())<=40, s[:200]
     assert most<=60
+
+@pytest.mark.parametrize('page', ['README.md','CONTRIBUTING.md','data_README.md','benchmarks/README.md'])
+def test_links_lead_somewhere(page):
+    links = re.findall(r'\]\((?!http|#)([^)#\s]+)', (ROOT/page).read_text(encoding='utf-8'))
+    assert not [l for l in links if not ((ROOT/page).parent/l).exists()]
+
+def test_the_plan_names_every_room():
+    plan = (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8')
+    assert set(re.findall(r'nbs/library/\w+\.ipynb', plan))=={p.relative_to(ROOT).as_posix() for p in NOTEBOOKS
+                                                              if p.parent.name=='library'}
+    assert not [k for k in TEXT if f'`{k}`' not in plan]
