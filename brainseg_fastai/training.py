@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FEW_IMAGES', 'STRONGER', 'adamw', 'TensorScan', 'score_limit', 'ReadImage', 'ReadMask', 'InMemory', 'SquarePad',
            'ImageZScore', 'ScoreRange', 'normaliser', 'AffineAugment', 'augmentation', 'dice_per_image', 'FastBatches',
-           'AverageWeights', 'plain_state', 'random_state', 'set_random_state', 'Checkpoint', 'fit_recipe',
-           'plot_curves', 'processor', 'installed', 'environment']
+           'AverageWeights', 'plain_state', 'random_state', 'set_random_state', 'Checkpoint', 'fit_cosine',
+           'fit_recipe', 'plot_curves', 'processor', 'installed', 'environment']
 
 # %% ../nbs/library/12_training.ipynb #a532ba15
 import math, platform, random, sys, time, warnings
@@ -314,6 +314,14 @@ class Checkpoint(Callback):
     def after_fit(self): self.state = None
 
 # %% ../nbs/library/12_training.ipynb #ef67c0bc
+def fit_cosine(learn, n, lr, cbs, start_epoch):
+    "Anneal from the start. fastai's `fit_flat_cos` would forget `start_epoch`"
+    if learn.opt is None: learn.create_opt()
+    learn.opt.set_hyper('lr', lr)
+    lrs = np.array([o['lr'] for o in learn.opt.hypers])
+    sched = ParamScheduler(dict(lr=combined_cos(0., lrs, lrs, lrs/1e3)))
+    learn.fit(n, cbs=[sched, cbs], start_epoch=start_epoch)
+
 def fit_recipe(
     learn:Learner,
     settings,       # `Settings`
@@ -331,7 +339,7 @@ def fit_recipe(
         if frozen: learn.freeze()
         else: learn.unfreeze()
         kw = dict(cbs=ck, start_epoch=ck.start_epoch)
-        if s.schedule=='cosine': learn.fit_flat_cos(n, lr, div_final=1e3, pct_start=0., **kw)
+        if s.schedule=='cosine': fit_cosine(learn, n, lr, **kw)
         else: learn.fit_one_cycle(n, lr, **s.how['cycle'], **kw)
 
 # %% ../nbs/library/12_training.ipynb #a9f6fb8f
