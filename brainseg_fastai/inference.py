@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Frame', 'training_spacing', 'training_field', 'Model', 'model_of', 'Masks', 'Fit', 'fit_of', 'needed_side', 'resized',
-           'network_input', 'own_pixels', 'predict_slices', 'scaled', 'volume_input', 'window_scores', 'predict_volume',
-           'predict']
+           'network_input', 'own_pixels', 'both_ways', 'predict_slices', 'scaled', 'volume_input', 'window_scores',
+           'predict_volume', 'predict']
 
 # %% ../nbs/library/14_inference.ipynb #1c0231a6
 import math
@@ -21,7 +21,7 @@ from .images import image_size, otsu
 from .networks import plain_batch
 from .steps import Steps
 from .training import ReadImage, SquarePad, TensorScan, normaliser
-from .volumes import both_ways, zscore_volume
+from .volumes import middle, network_volume, widened
 
 # %% ../nbs/library/14_inference.ipynb #e83193e4
 @dataclass(frozen=True)
@@ -145,7 +145,8 @@ def network_input(
     "What a network sees of pictures, as in training"
     if fit.at!=fit.own:
         x = torch.from_numpy(pics.reshape(*pics.shape[:3], -1)).movedim(-1, 1)
-        pics = resized(x, fit.at, antialias=True).round().clamp(0, 255).byte().movedim(1, -1).numpy().reshape(len(x), *fit.at, *pics.shape[3:])
+        x = resized(x, fit.at, antialias=True).round().clamp(0, 255).byte().movedim(1, -1)
+        pics = x.numpy().reshape(len(x), *fit.at, *pics.shape[3:])
     read = ReadImage(frame.rgb, frame.steps)
     x = torch.from_numpy(np.stack([read.channels(a) for a in pics]))
     n,c = x.shape[:2]
@@ -168,6 +169,16 @@ def own_pixels(
     return resized(res, fit.own)
 
 # %% ../nbs/library/14_inference.ipynb #e774c4b9
+def both_ways(
+    scores,       # Class scores (K,...) of an image
+    mirrored=None # Those of its mirror image, mirrored back
+)->tuple: # Fields of `Masks`
+    "What an image and its mirror image are predicted to be, together and alone"
+    def classes(o): return o.argmax(0).to(torch.uint8).cpu().numpy()
+    plain = classes(scores)
+    if mirrored is None: return plain, plain, None
+    return classes(scores+mirrored), plain, classes(mirrored)
+
 def predict_slices(
     model:Model,
     pics,       # Pictures (N,H,W) or (N,H,W,C), uint8
@@ -196,15 +207,13 @@ def volume_input(
     spacing    # mm along the axes; None: as in training
 )->torch.Tensor: # (C,X,Y,Z), z-scored
     "What a network sees of a volume, as in training"
-    x = torch.from_numpy(np.ascontiguousarray(a[None] if a.ndim==3 else np.moveaxis(a, -1, 0)))
     known = spacing is not None and frame.spacing is not None and np.isfinite(spacing).all()
     ratio = np.broadcast_to(spacing, 3)/np.broadcast_to(frame.spacing, 3) if known else np.ones(3)
     if (abs(ratio-1)>.05).any():
+        x = torch.from_numpy(a.reshape(*a.shape[:3], -1)).movedim(-1, 0)
         x = scaled(x, [max(1, round(o*r)) for o,r in zip(a.shape, ratio)]).round().clamp(0, 255)
-    if frame.steps is None: return zscore_volume(x)
-    v = frame.steps(np.moveaxis(x.numpy(), 0, -1), channels=True)
-    x = torch.from_numpy(np.ascontiguousarray(np.moveaxis(v, -1, 0), dtype=np.float32))
-    return x if frame.steps.scaled else zscore_volume(x)
+        a = x.movedim(0, -1).numpy() if a.ndim==4 else x[0].numpy()
+    return network_volume(a, frame.steps)
 
 def window_scores(
     model:Model,
@@ -215,11 +224,10 @@ def window_scores(
     "What a network says of a volume"
     inner,patch = x.shape[1:], model.frame.patch
     shape = [max(o) for o in zip(inner, patch)] if patch else [-(-n//multiple)*multiple for n in inner]
-    air,before = x.amin((1,2,3), keepdim=True), [(n-i)//2 for n,i in zip(shape, inner)]
-    pads = [p for n,i,b in zip(shape, inner, before) for p in (n-i-b, b)][::-1]
-    x = F.pad(x-air, pads)+air
-    res = sliding_window_inference(x[None], patch or shape, 2, model.scores, overlap, 'gaussian', device='cpu')[0]
-    return res[(slice(None), *(slice(b, b+i) for b,i in zip(before, inner)))]
+    x = widened(x, shape, x.amin((1,2,3), keepdim=True))[None]
+    if patch: res = sliding_window_inference(x, patch, 2, model.scores, overlap, 'gaussian', device='cpu')
+    else: res = model.scores(x).cpu()
+    return res[0][(..., *middle(shape, inner))]
 
 def predict_volume(model, a, spacing=None, flips=True)->Masks: # (X,Y,Z) each
     "Predicted classes of a volume (X,Y,Z) or (X,Y,Z,C)"

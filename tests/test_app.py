@@ -16,7 +16,8 @@ from brainseg_fastai.prediction import Prediction, predict_scan
 from brainseg_fastai.runs import load_bundle, save_bundle, train_run
 from brainseg_fastai.scans import Scan
 from brainseg_fastai.settings import Settings
-from brainseg_fastai.splits import split_cases, with_split
+from brainseg_fastai.segmentation import split_cases
+from brainseg_fastai.splits import with_split
 from helpers import make_folder
 
 ROOT = Path(__file__).resolve().parent.parent
