@@ -135,7 +135,7 @@ def bundle(tmp_path_factory):
     t = adni_cases(make_folder(d/'d', 6, 2), 'brain')
     run = train_run(with_split(t, split_cases(t, 3)), d/'r', Settings(epochs=8, size=64, pretrained=False, arch='unet', depth=3, width=4))
     model = run.model('cpu')
-    return save_bundle(model.net, d/'bundle', {**model.config, 'spacing': [1.,1.], 'slab': {'below_top_mm': [5,30]}})
+    return save_bundle(run.folder/'model.safetensors', d/'bundle', {**model.config, 'spacing': [1.,1.], 'slab': {'below_top_mm': [5,30]}})
 
 @pytest.fixture(scope='module')
 def scans(tmp_path_factory):
