@@ -4,10 +4,8 @@
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'layout', 'count', 'above', 'port', 'mm', 'slab', 'EXAMPLES', 'find_layout', 'reader', 'numbers', 'flag',
-           'switch', 'without', 'out_flag', 'data_flags', 'design_flags', 'result_flags', 'variant_flags',
-           'compare_flags', 'demo_flags', 'plan_flags', 'slices_flags', 'bundle_flag', 'predict_flags', 'app_flags',
-           'export_flags', 'training', 'results', 'asked', 'finish', 'check', 'compare', 'demo', 'train', 'plan',
-           'slices', 'predict', 'app', 'export', 'parser', 'say_warning', 'stopped', 'main']
+           'switch', 'without', 'out_flag', 'data_flags', 'training', 'results', 'asked', 'finish', 'check', 'compare',
+           'demo', 'train', 'plan', 'slices', 'predict', 'app', 'export', 'parser', 'say_warning', 'stopped', 'main']
 
 # %% ../nbs/library/25_commands.ipynb #62a66004
 import argparse, shlex, sys, warnings
@@ -22,9 +20,7 @@ from .settings import add_flags, from_flags
 # %% ../nbs/library/25_commands.ipynb #8dadbbcb
 LAYOUTS = dict(adni='ADNI', figshare='LAYOUT', brats='LAYOUT', ibsr='LAYOUT', lgg='LAYOUT')
 
-def find_layout(
-    name:str # Such as 'brats'
-): # `Layout`
+def find_layout(name:str):
     "The layout of this name, from the module of this name"
     need(name in LAYOUTS, 'layout', repr(name), f'one of {few(LAYOUTS)}', 'Correct the name.')
     return getattr(import_module(f'brainseg_fastai.{name}'), LAYOUTS[name])

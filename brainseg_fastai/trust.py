@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'LEAST_MM', 'MARGINS', 'MAX_OWN_RATE', 'sequence', 'WORDS', 'later', 'EXPLAINS', 'EMPTY', 'NO_REFERENCE',
-           'SKULL', 'LEVELS', 'agreement', 'channels', 'grey_levels', 'content_of', 'rim_of', 'likeness', 'place',
-           'scan_features', 'limits', 'own_rate', 'fit_reference', 'flag', 'find_flags', 'n_line', 'subjects_for',
-           'checked_scores', 'rising_line', 'on_line', 'calibrate', 'predicted_dice', 'spearman', 'rank_agreement',
+           'SKULL', 'agreement', 'channels', 'grey_levels', 'place', 'scan_features', 'limits', 'own_rate',
+           'fit_reference', 'flag', 'find_flags', 'calibrate', 'predicted_dice', 'spearman', 'rank_agreement',
            'n_flags', 'review_list']
 
 # %% ../nbs/library/15_trust.ipynb #ca07a387
@@ -92,11 +91,7 @@ def place(g, content)->dict:
     return dict(share=float(content.sum()/max(g.shape)**g.ndim), edge=float((g>.1)[frame].mean()),
                 inverted=float(max(0, np.median(g[frame])-np.median(middle))))
 
-def scan_features(
-    image,        # Slice or volume, channels (if any) last
-    spacing=None, # mm per pixel, one number or one per axis; None or NaN if unknown
-    dims=None     # Axes without channels; None: a third axis of at most 4 counts as channels
-)->dict: # Numbers by name; those in mm only where the spacing is known
+def scan_features(image, spacing=None, dims=None)->dict:
     "What a scan looks like in a few numbers that people understand"
     gs = [grey_levels(c) for c in channels(image, dims)]
     g = np.maximum.reduce(gs)
@@ -136,10 +131,7 @@ def own_rate(t, groups, margin):
         rates.append(((own<lim.least)|(own>lim.most)).any(axis=1).mean())
     return float(np.mean(rates))
 
-def fit_reference(
-    features,     # One dict of `scan_features` per TRAINING image, perhaps with the `subject`
-    subjects=None # Of each image; None: as in `features`, or else each image its own
-)->dict: # margin, own_rate, n_images, n_subjects, and `limits` of each number in features
+def fit_reference(features, subjects=None)->dict:
     "Where the training images lie, and how far from there a scan may be"
     t = pd.DataFrame(list(features))
     groups = np.array([*map(str, t.get('subject', t.index) if subjects is None else subjects)])
@@ -200,10 +192,7 @@ def flag(name, v, lim):
     where = f'Channel {rest}: ' if rest.isdigit() else ''
     return f'{where}{what} ({base} {write(v)}, in the training images {own}): {advice}.'
 
-def find_flags(
-    features, # Of `scan_features`
-    reference # Of `fit_reference`
-)->list:      # Sentences; none if nothing stands out
+def find_flags(features, reference)->list:
     "In which way a scan differs from the training images"
     if not (reference or {}).get('features'): return [NO_REFERENCE]
     if features.get('empty'): return [EMPTY]
@@ -271,10 +260,7 @@ def calibrate(
     reached = e.weight.cumsum()/(res['n_errors']+1)>=level-1e-9
     return res | dict(half_width=float(e.error[reached.idxmax()]), quality=[t.quality.min(),t.quality.max()])
 
-def predicted_dice(
-    calibration, # Of `calibrate`; None if there is none
-    quality      # Agreement of the two predictions
-)->dict:         # dice, low, high, level, calibrated, text
+def predicted_dice(calibration, quality)->dict:
     "The Dice to be expected and its interval, or 'uncalibrated' and no number"
     c = calibration or {}
     if not c.get('calibrated') or missing(quality):
