@@ -16,11 +16,11 @@ from types import SimpleNamespace
 import numpy as np
 from fastcore.xml import B, Div, I, Img, P, Span
 
-from .core import DataError, missing, need, need_package, num
+from .core import DataError, asset, missing, need, need_package, num
 from .drawing import data_uri, draw_case, safe_colour
 from .prediction import predict_scan, write_prediction
 from .qc import measure_text
-from .report import SHOWN, TEXTS, asset, bullets, table_html
+from .report import SHOWN, TEXTS, bullets, table_html
 from .runs import load_bundle
 
 # %% ../nbs/library/24_app.ipynb #531befa0

@@ -10,6 +10,7 @@ __all__ = ['DataError', 'need', 'few', 'plural', 'times', 'missing', 'num', 'pla
 import hashlib, importlib, json, math, numbers, os, shutil, sys, uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 
 # %% ../nbs/library/00_core.ipynb #862dbaa7
@@ -36,6 +37,10 @@ def need(ok, # Is all well?
     if not ok: raise DataError.of(*parts) if len(parts)>1 else DataError(*parts)
 
 # %% ../nbs/library/00_core.ipynb #91034673
+def asset(name)->str:
+    "Text of a file in `brainseg_fastai/assets`"
+    return (files('brainseg_fastai')/'assets'/name).read_text(encoding='utf-8')
+
 def need_package(module, extra):
     "An optional package, or a `DataError` that says how to install it"
     try: return importlib.import_module(module)

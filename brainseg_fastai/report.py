@@ -10,7 +10,7 @@ __all__ = ['OWN', 'SIMULATED', 'interval', 'cell', 'table_html', 'per_subject', 
 # %% ../nbs/library/21_report.ipynb #730cb826
 import base64, hashlib, io, numbers, re, tomllib
 from html import escape
-from importlib.resources import files
+
 from pathlib import Path
 from string import Template
 from urllib.parse import quote
@@ -21,14 +21,12 @@ from fastcore.xml import (A, Aside, B, Br, Caption, Code, Dd, Details, Div, Dl, 
     Header, I, Iframe, Img, Li, Main, Nav, P, Pre, Safe, Section, Small, Span, Strong, Summary, Table, Tbody, Td,
     Th, Thead, Tr, Ul, to_xml)
 
-from brainseg_fastai.core import DataError, few, missing, need, num, plural, write_text
+from brainseg_fastai.core import DataError, asset, few, missing, need, num, plural, write_text
 from brainseg_fastai.drawing import PRED, TRUTH, case_tile, data_uri, safe_colour
 from brainseg_fastai.scores import PARTS, summarise_scores
 from brainseg_fastai.stats import found_nothing
 
-def asset(name)->str:
-    "Text of a file of the package"
-    return (files('brainseg_fastai')/'assets'/name).read_text(encoding='utf-8')
+
 
 TEXTS = tomllib.loads(asset('report.toml'))
 
