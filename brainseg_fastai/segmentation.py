@@ -22,8 +22,8 @@ from .networks import RESNETS, build_model, class_shares, light_splitter, make_l
 from .scores import score_mask
 from .settings import Settings
 from .splits import by_group, closest_but, closest_subset, fill_folds, read_split, split_table
-from .training import (AffineAugment, AverageWeights, FastBatches, InMemory, ReadImage, ReadMask,
-                                      SquarePad, TensorScan, adamw, dice_per_image, normaliser)
+from .training import (
+    FastBatches, InMemory, ReadImage, ReadMask, SquarePad, TensorScan, adamw, augment_tfms, dice_per_image, normaliser)
 from .trust import agreement
 from .volumes import slices_to_volume
 
@@ -167,7 +167,7 @@ class FramedBlock(DataBlock):
     def weighted_dataloaders(self, source, wgts, **kwargs): return self.framed(super().weighted_dataloaders(source, wgts, **kwargs))
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #988e6d81
-@delegates(AffineAugment)
+@delegates(augment_tfms)
 def brainseg_block(
     inputs='brain',   # 'brain' (skull-stripped), 'orig' (full skull), or what the case table calls them
     codes=(0,255),    # Raw mask values, background first; `mask_codes` finds them
@@ -185,7 +185,7 @@ def brainseg_block(
     block = FramedBlock((ImageBlock(TensorScan), MaskBlock(codes=np.array(codes))), get_items=ReadCases(inputs, subject),
                         get_x=InMemory(ReadImage(rgb, steps), 'image', memory), get_y=InMemory(ReadMask(codes), 'mask', memory),
                         splitter=splitter, item_tfms=SquarePad(size),
-                        batch_tfms=[*([AffineAugment(**kwargs)] if augment else []), normaliser(rgb, steps)])
+                        batch_tfms=[*(augment_tfms(**kwargs) if augment else []), normaliser(rgb, steps)])
     block.frame = frame
     return block
 
@@ -210,7 +210,7 @@ def brainseg_learner(
     if s.recipe=='light': usual['opt_func'] = adamw
     learn = Learner(dls, net.to(dls.device), **usual | kwargs)
     learn.pretrained,learn.settings,learn.frame = net.pretrained, s, frame
-    if s.recipe=='light': learn.add_cbs([FastBatches(window=.75 if light else 1.), AverageWeights()])
+    if s.recipe=='light': learn.add_cb(FastBatches(window=.75 if light else 1.))
     return learn
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #353196ff

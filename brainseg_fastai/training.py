@@ -6,7 +6,7 @@
 __all__ = ['FEW_IMAGES', 'STRONGER', 'augmentation', 'fit_cosine', 'fit_recipe', 'plot_curves', 'processor', 'installed',
            'environment']
 
-# %% ../nbs/library/12_training.ipynb #a532ba15
+# %% ../nbs/library/12_training.ipynb #c003x
 import math, platform, random, sys, time, warnings
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +16,6 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from fastai.vision.all import *
 from PIL import Image
-from torch.optim.swa_utils import AveragedModel
 
 from .core import stamp, written
 from .images import pixels_of, read_image, read_mask
@@ -111,50 +110,29 @@ def normaliser(rgb=False, steps=None):
     limit = score_limit(steps)
     return Normalize.from_stats(*imagenet_stats) if rgb else ScoreRange(limit) if limit else ImageZScore()
 
-# %% ../nbs/library/12_training.ipynb #57acba2a
-class AffineAugment(RandTransform):
-    "Mirror, tilt, scale, shift, bend and light each image of a batch at random, image and mask by one grid"
-    split_idx,order = 0,30
-    def __init__(self, do_flip=True, max_rotate=8., min_zoom=.9, max_zoom=1.1, max_lighting=.15,
-                 bend=0., p_affine=.75, p_lighting=.75):
-        super().__init__(p=1)
-        store_attr()
+# %% ../nbs/library/12_training.ipynb #c014x
+class Bend:
+    "Smooth random shifts of coordinates, of standard deviation `size` at 5 × 5 points (an image spans 2), for `AffineCoordTfm`"
+    def __init__(self, size=.1, p=.75): self.size,self.p = size,p
+    def before_call(self, x):
+        n = len(x)
+        some = self.size*torch.randn(n,2,5,5)*(torch.rand(n,1,1,1)<self.p)
+        self.shifts = F.interpolate(some, size=x.shape[-2:], mode='bicubic', align_corners=True).movedim(1, -1).to(x.device)
+    def __call__(self, coords): return coords + self.shifts
 
-    def before_call(self, b, split_idx):
-        "Draw what is done to each image"
-        x = b[0] if isinstance(b, tuple) else b
-        n,lo,hi = len(x), 1-self.max_lighting, 1/(1-self.max_lighting)
-        def some(lo, hi, p, usual): return torch.where(torch.rand(n)<p, torch.empty(n).uniform_(lo, hi), torch.tensor(usual))
-        def each(a): return a.view(n,1,1).to(x.device)
-        flip = torch.where(torch.rand(n)<.5*self.do_flip, -1., 1.)
-        angle = some(-self.max_rotate, self.max_rotate, self.p_affine, 0.).deg2rad()
-        s = 1/some(self.min_zoom, self.max_zoom, self.p_affine, 1.)
-        dx,dy = (1-s)*(2*torch.rand(2, n)-1)
-        ys,xs = (torch.linspace(-1, 1, o, device=x.device) for o in x.shape[-2:])
-        rows = (s*flip*angle.cos(), -s*flip*angle.sin(), dx), (s*angle.sin(), s*angle.cos(), dy)
-        self.grid = torch.stack([each(a)*xs + each(b)*ys[:,None] + each(c) for a,b,c in rows], dim=-1)
-        if self.bend: self.grid = self.grid + self.shifts(n, x.shape[-2:]).to(x.device)
-        self.scale = each(some(math.log(lo), math.log(hi), self.p_lighting, 0.).exp())[...,None]
-        self.bright = each(torch.logit(some(.5*lo, 1-.5*lo, self.p_lighting, .5)))[...,None]
+@delegates(aug_transforms)
+def augment_tfms(max_rotate=8., min_zoom=.9, max_lighting=.15, max_warp=0., bend=0., **kwargs):
+    "fastai's `aug_transforms` with what heads do, and `Bend` of this size"
+    more = [AffineCoordTfm(coord_fs=Bend(bend))] if bend else None
+    return aug_transforms(max_rotate=max_rotate, min_zoom=min_zoom, max_lighting=max_lighting, max_warp=max_warp,
+                          xtra_tfms=more, **kwargs)
 
-    def shifts(self, n, size):
-        some = self.bend*torch.randn(n,2,5,5)*(torch.rand(n,1,1,1)<self.p_affine)
-        return F.interpolate(some, size=size, mode='bicubic', align_corners=True).movedim(1, -1)
-
-    def move(self, x, mode):
-        x = x.as_subclass(torch.Tensor).float()
-        return F.grid_sample(x, self.grid, mode=mode, padding_mode='reflection', align_corners=True)
-
-    def encodes(self, x:TensorImageBW):
-        return TensorScan(torch.sigmoid(torch.logit(self.move(x, 'bilinear'), 1e-4)*self.scale + self.bright))
-    def encodes(self, x:TensorMask): return TensorMask(self.move(x[:,None], 'nearest')[:,0].long())
-
-# %% ../nbs/library/12_training.ipynb #6654a5a5
+# %% ../nbs/library/12_training.ipynb #c018x
 FEW_IMAGES = 16 # training images; below, heads are bent, scaled and lit more than they are likely to differ
 STRONGER = dict(max_rotate=15., min_zoom=.8, max_zoom=1.25, max_lighting=.3, bend=.1)
 
 def augmentation(recipe, n_train):
-    "Arguments of `AffineAugment` for `n_train` training images"
+    "Arguments of `augment_tfms` for `n_train` training images"
     return STRONGER if recipe=='light' and n_train<FEW_IMAGES else {}
 
 # %% ../nbs/library/12_training.ipynb #7cbb7d38
@@ -188,43 +166,6 @@ class FastBatches(Callback):
             x,y = x[at], [o[at] for o in y]
         self.learn.xb,self.learn.yb = (plain_batch(x),), tuple(y)
 
-# %% ../nbs/library/12_training.ipynb #923abdd8
-class AverageWeights(Callback):
-    "Validate and keep a running average of the weights, which is good long before the weights themselves come to rest"
-    order = 60
-    def __init__(self, decay=.97): # share of the average that stays at each step, lower in the first steps
-        self.decay,self.mean = decay,None # does the model hold the average? None: no training is going on
-
-    def before_fit(self):
-        def mean(avg, new, n):
-            share = 1-min(self.decay, (1+float(n))/(10+float(n)))
-            return torch.lerp(avg, new, share) if avg.is_floating_point() else new
-        self.average,self.mean = AveragedModel(self.model, avg_fn=mean, use_buffers=True), False
-
-    def after_batch(self):
-        if self.training: self.average.update_parameters(self.model)
-
-    def before_validate(self): self.show(mean=True)
-    def before_train(self): self.show(mean=False)
-    def after_fit(self):
-        self.show(mean=True)
-        self.mean = None
-
-    def show(self, mean):
-        "Let the model hold the average, or the weights that are trained"
-        if self.mean in (None, mean): return
-        self.mean = mean
-        with torch.no_grad():
-            for a,b in zip(self.average.module.state_dict().values(), self.model.state_dict().values()):
-                kept = a.clone()
-                a.copy_(b)
-                b.copy_(kept)
-
-    def state(self): return dict(self.average.state_dict(), mean=self.mean)
-    def load(self, state):
-        self.mean = state.pop('mean')
-        self.average.load_state_dict(state)
-
 # %% ../nbs/library/12_training.ipynb #fbe53979
 def plain_state(o):
     "Nested dicts and lists with tensors and Python's own numbers"
@@ -246,7 +187,7 @@ def set_random_state(dls, s):
     random.setstate(s['python'])
     dls.train.rng.setstate(s['loader'])
 
-# %% ../nbs/library/12_training.ipynb #9212ed6e
+# %% ../nbs/library/12_training.ipynb #c026x
 class Checkpoint(Callback):
     "Keep the validation curve, and save all that is needed to go on exactly where an interrupted training stopped"
     order = 65
@@ -270,7 +211,6 @@ class Checkpoint(Callback):
         s = self.state
         self.learn.model.load_state_dict(s['model'])
         self.learn.opt.load_state_dict(s['opt'])
-        if s['average']: self.learn.average_weights.load(s['average'])
         smooth = self.recorder.smooth_loss
         smooth.count,smooth.val = s['smooth'][0], tensor(s['smooth'][1])
         set_random_state(self.dls, s['random'])
@@ -284,8 +224,8 @@ class Checkpoint(Callback):
         if self.path and (time.time()-self.saved>self.every or self.best): self.save() # the best weights never run ahead of it
 
     def save(self):
-        mean,smooth = getattr(self.learn, 'average_weights', None), self.recorder.smooth_loss
-        d = dict(model=self.learn.model.state_dict(), opt=plain_state(self.learn.opt.state_dict()), average=mean and mean.state(),
+        smooth = self.recorder.smooth_loss
+        d = dict(model=self.learn.model.state_dict(), opt=plain_state(self.learn.opt.state_dict()),
                  epoch=self.epoch, phase=self.phase, curve=self.curve, random=random_state(self.dls),
                  smooth=(smooth.count, float(smooth.val)))
         with written(self.path) as tmp: torch.save(d, tmp)
