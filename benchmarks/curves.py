@@ -117,19 +117,21 @@ ABLATIONS = { # ours with one thing changed, see `CHANGES` in systems.py
     'ours-whole':      'whole images from the start, no windows',
     'ours-resize':     'progressive resizing (images of 3/4 of the side) in place of windows',
     'ours-alike':      'first guesses alike for all classes, not at their share of the pixels',
-    'ours-last':       'no average of the weights',
     'ours-ce':         'cross-entropy alone, without Dice',
     'ours-rate':       "largest learning rate 1e-3, fastai's default",
     'ours-batch':      'batches of 8',
     'ours-reading':    'images read from the file each time',
-    'ours-fastai_aug': "fastai's `aug_transforms` of the same strength",
     'ours-single':     'augmentation of one image at a time, not of the batch',
     'ours-workers':    'two processes that load, instead of none',
     'ours-compile':    '`torch.compile`'}
 
+DROPPED = { # pieces that brought nothing and are gone; their results are kept
+    'ours-last':       'no average of the weights',
+    'ours-fastai_aug': "fastai's `aug_transforms` of the same strength"}
+
 NAMES = dict(ours='ours', published='published recipe', stock='fastai `unet_learner` resnet34, defaults',
              smp='SMP U-Net resnet34',
-             monai_unet='MONAI UNet', monai_basic='MONAI BasicUNet', nnunet='network that nnU-Net plans') | ABLATIONS
+             monai_unet='MONAI UNet', monai_basic='MONAI BasicUNet', nnunet='network that nnU-Net plans') | ABLATIONS | DROPPED
 
 def _number(x, digits=2, sign=''): return '–' if x is None else f'{x:{sign}.{digits}f}'
 
@@ -188,10 +190,10 @@ def ablations(runs)->list: # One dict for each change, in the order of `ABLATION
     "Ours with one thing changed beside ours with the same seed: time for an image, differences in Dice, over seeds"
     ours,summary = {r['seed']: r for r in runs if r['system']=='ours'}, {d['system']: d for d in summarise(runs)}
     res = []
-    for name in ABLATIONS:
+    for name in ABLATIONS | DROPPED:
         pairs = [(r, ours[r['seed']]) for r in runs if r['system']==name and r['seed'] in ours]
         if not pairs: continue
-        res.append(dict(system=name, name=ABLATIONS[name], runs=len(pairs), ratio090=summary[name]['ratio090'],
+        res.append(dict(system=name, name=NAMES[name], runs=len(pairs), ratio090=summary[name]['ratio090'],
                         ratio090_at_least=summary[name]['ratio090_at_least'],
                         **_spread('time_per_image', [o['train_images_per_s']/r['train_images_per_s']
                                                      for r,o in pairs]),

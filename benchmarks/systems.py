@@ -29,7 +29,7 @@ from brainseg_fastai.networks import InBf16, LightUnet, class_shares, imagenet_w
 from brainseg_fastai.runs import prepare_learner
 from brainseg_fastai.segmentation import predict_cases, split_column
 from brainseg_fastai.settings import RECIPES, Settings
-from brainseg_fastai.training import AffineAugment, InMemory, ReadMask, SquarePad, TensorScan, fit_recipe
+from brainseg_fastai.training import InMemory, ReadMask, SquarePad, TensorScan, fit_recipe
 
 PUBLISHED_ARCH = 'resnet34'  # encoder of the published recipe
 BS = 8                       # of the systems that prescribe none
@@ -94,13 +94,6 @@ class Ours(Fastai):
         self.about = {k: getattr(self.settings, k) for k in ('recipe','arch','epochs','bs','schedule')}
         return prepare_learner(self.cases, self.settings, self.codes)
     def fit(self): fit_recipe(self.learn, self.settings)
-    def predict(self, cases):
-        "By the weights that would be kept, which are the averaged ones where the recipe averages them"
-        mean = getattr(self.learn, 'average_weights', None)
-        if mean: mean.show(mean=True)
-        try: return super().predict(cases)
-        finally:
-            if mean: mean.show(mean=False)
 
 # ---- ours with one thing changed: what does each bring?
 
@@ -149,20 +142,11 @@ def resized_images(learn):
 
 def guesses_alike(learn): torch.nn.init.zeros_(learn.model.head[-1][0].bias)
 
-def last_weights(learn): learn.remove_cb(learn.average_weights)
-
 def cross_entropy(learn): learn.loss_func = make_loss('ce')
 
 def usual_rate(learn): RECIPES['light'] = RECIPES['light'] | dict(lr=1e-3)
 
 def read_each_time(learn): InMemory.__call__ = lambda self, case: self.read(case)
-
-def fastai_augmentation(learn):
-    dl = learn.dls.train
-    m = next(o for o in dl.after_batch.fs if isinstance(o, AffineAugment))
-    same = {k: getattr(m, k) for k in ('max_rotate','min_zoom','max_zoom','max_lighting','p_affine','p_lighting')}
-    new = aug_transforms(max_warp=0., **same)
-    dl.after_batch = Pipeline([*new, *(o for o in dl.after_batch.fs if o is not m)], split_idx=0)
 
 class OneByOne(RandTransform):
     "Apply a random transform of batches to each image of a batch alone"
@@ -174,7 +158,7 @@ class OneByOne(RandTransform):
 
 def one_by_one(learn):
     dl = learn.dls.train
-    dl.after_batch = Pipeline([OneByOne(o) if isinstance(o, AffineAugment) else o for o in dl.after_batch.fs],
+    dl.after_batch = Pipeline([OneByOne(o) if isinstance(o, RandTransform) else o for o in dl.after_batch.fs],
                               split_idx=0)
 
 def with_workers(learn): learn.dls.loaders[0] = learn.dls.train.new(num_workers=2)
@@ -183,9 +167,9 @@ def compiled(learn): learn.model.scores = torch.compile(learn.model.scores)
 
 CHANGES = dict(float32=in_float32, contiguous=contiguous, decoder=full_decoder, three=three_channels,
                whole=whole_images,
-               resize=resized_images, alike=guesses_alike, last=last_weights, ce=cross_entropy, rate=usual_rate,
+               resize=resized_images, alike=guesses_alike, ce=cross_entropy, rate=usual_rate,
                batch=None,
-               reading=read_each_time, fastai_aug=fastai_augmentation, single=one_by_one, workers=with_workers,
+               reading=read_each_time, single=one_by_one, workers=with_workers,
                compile=compiled)
 
 def changed(name):

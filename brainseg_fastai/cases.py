@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'case_table', 'case_name', 'pair_cases', 'Layout', 'cohort', 'is_simulated', 'standin', 'data_folder',
-           'ellipsoid', 'write_nifti', 'Patient', 'data_root', 'list_niftis', 'choose_inputs', 'one_unit',
-           'patient_rows', 'volume_cases']
+           'Patient', 'data_root', 'list_niftis', 'choose_inputs', 'one_unit', 'patient_rows', 'volume_cases']
 
 # %% ../nbs/library/02_cases.ipynb #4ed0bd35
 import os, re
@@ -20,21 +19,13 @@ from .images import Pixels, list_files, stem_of, volume_facts
 # %% ../nbs/library/02_cases.ipynb #b4c65e65
 COLUMNS = ['subject','scan','slice','inputs','image','mask','spacing']
 
-def case_table(
-    rows:list,     # One dict per case
-    root,          # Data folder, for messages
-    what:str,      # What was expected there
-    labelled=True, # Were cases with a mask asked for?
-    more=()        # Columns beside `COLUMNS`
-)->pd.DataFrame:
+def case_table(rows:list, root, what:str, labelled=True, more=())->pd.DataFrame:
     "The rows as a case table; a `DataError` if there are none"
     remedy = 'See `brainseg check`.' if labelled else 'Every case here has a mask: leave out labelled=False.'
     need(rows, root, f'no case {"with" if labelled else "without"} a mask', what, remedy)
     return pd.DataFrame(rows, columns=[*COLUMNS, *more])
 
-def case_name(
-    case # Row of a case table
-)->str: # Such as `brain/027_S_0307-I34159-brain-ax3.png`
+def case_name(case)->str:
     "Path of a case's image from the folder of its inputs on"
     parts = str(case.image).replace(os.sep, '/').split('/')
     start = max((i for i,o in enumerate(parts[:-1]) if o==case.inputs), default=len(parts)-1)
@@ -111,11 +102,7 @@ def data_folder(
     return root/default if (root/default).is_dir() else root
 
 # %% ../nbs/library/02_cases.ipynb #3f1b7a11
-def ellipsoid(
-    shape,  # Pixels or voxels along each axis
-    centre, # On each axis, from -1 to 1
-    radii   # Half the length along each axis
-)->np.ndarray: # 0 in the centre, 1 on the surface, more outside
+def ellipsoid(shape, centre, radii)->np.ndarray:
     "A body to draw simulated data with"
     axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing='ij', sparse=True)
     return sum(((x-c)/r)**2 for x,c,r in zip(axes, centre, radii))
@@ -160,12 +147,7 @@ def one_unit(unit, choices=('slice','volume')):
     need(unit in choices, 'unit', repr(unit), ' or '.join(map(repr, choices)), 'Ask for one of them.')
 
 # %% ../nbs/library/02_cases.ipynb #e5b978e6
-def patient_rows(
-    p:Patient,
-    names,     # Inputs that are asked for
-    unit,      # 'slice' or 'volume'
-    skip_empty # Leave out slices without anything in them?
-)->list:
+def patient_rows(p:Patient, names, unit, skip_empty)->list:
     "Rows of one patient: one, or one for each slice"
     lost = [k for k in names if k not in p.images]
     need(not lost, p.folder, f'no {", ".join(lost)} (there is {few(p.images) or "no image"})',

@@ -38,12 +38,7 @@ def outline(
     return binary_dilation(mask==outside, iterations=width) & (mask!=outside)
 
 # %% ../nbs/library/03_drawing.ipynb #6441a867
-def marks(
-    layers,  # List of (mask, colours, outside)
-    size,    # (width, height) of the picture
-    box=None,# Left, top, right, bottom of the part that is shown
-    fill=0.  # Not 0: the whole structure
-):           # Pairs of a boolean array and a colour
+def marks(layers, size, box=None, fill=0.):
     "What to paint, and how"
     for mask,colours,outside in layers:
         for c in np.unique(mask[mask>0]).tolist():
@@ -53,13 +48,7 @@ def marks(
             colour = colours if isinstance(colours, str) else colours.get(c)
             yield m if fill else outline(m, outside), rgb_of(colour)
 
-def draw_case(
-    image,    # Grey values (h, w), or colours (h, w, 3)
-    layers=(),# As in `marks`
-    box=None, # The part to show; None: all
-    px=None,  # Longest side of the result; None: as it is
-    fill=0.   # Opacity of painted structures; 0: outlines
-)->Image.Image:
+def draw_case(image, layers=(), box=None, px=None, fill=0.)->Image.Image:
     "A picture with masks on top"
     im = Image.fromarray(np.ascontiguousarray(to_bytes(np.asarray(image))))
     box = box or (0, 0, *im.size)
@@ -74,11 +63,7 @@ def draw_case(
     return im.resize(size, Image.Resampling.LANCZOS)
 
 # %% ../nbs/library/03_drawing.ipynb #59684c88
-def crop_box(
-    mask,      # Boolean array: what has to be inside
-    margin=.25,# Free space on each side, as a share of the structure's longer side
-    least=.4   # Smallest window, as a share of the image's longer side
-)->tuple:      # left, top, right, bottom
+def crop_box(mask, margin=.25, least=.4)->tuple:
     "A square around `mask`, within the image where it fits; the whole image if the mask is empty"
     ys,xs = np.nonzero(mask if mask.any() else ~mask)
     longest = max(mask.shape)
@@ -91,11 +76,7 @@ def crop_box(
     return left, top, left+side, top+side
 
 # %% ../nbs/library/03_drawing.ipynb #1c5e4b02
-def middle_slice(
-    image,       # (h, w) or (x, y, z), perhaps with channels
-    *masks,      # At least one, without channels
-    channel=None # None: the middle one
-)->tuple:        # Image and masks, (h, w)
+def middle_slice(image, *masks, channel=None)->tuple:
     "One channel, and of a volume the axial slice with most to see"
     nd = masks[0].ndim
     need(all(o.shape==image.shape[:nd] for o in masks),
@@ -120,10 +101,7 @@ def case_tile(
     return draw_case(image, layers, crop_box((truth>0)|(pred>0)), px)
 
 # %% ../nbs/library/03_drawing.ipynb #6f10d29a
-def data_uri(
-    im,           # PIL image
-    format='JPEG' # Or 'PNG'
-)->str:
+def data_uri(im, format='JPEG')->str:
     "A picture as an address, for pages that stand alone"
     f,how = io.BytesIO(), dict(quality=78, subsampling=0) if format=='JPEG' else {}
     im.save(f, format, optimize=True, **how)

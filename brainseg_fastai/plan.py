@@ -82,10 +82,7 @@ def windows(shape, patch, overlap=.5):
     steps = [max(1, int(p*(1-overlap))) for p in patch]
     return math.prod(1+math.ceil(max(0, n-p)/k) for n,p,k in zip(shape, patch, steps))
 
-def prediction_seconds(
-    learn,
-    cases # Test cases
-)->float: # Seconds per case
+def prediction_seconds(learn, cases)->float:
     "How long a case and its mirror image take; of patches, two are timed and the others counted"
     if learn.frame.mode!='patch':
         return timed(lambda: list(predict_cases(learn, cases)))/len(cases)

@@ -197,7 +197,7 @@ def test_wrong_arguments(args, capsys):
 
 def test_train_asks_for_the_kind(tmp_path, capsys):
     assert main(['train', str(make_folder(tmp_path/'d', 3, 1)), '--out', str(tmp_path/'o')])==2
-    assert '--kind is missing' in (said := capsys.readouterr().err) and 'brain, orig' in said and not (tmp_path/'o').exists()
+    assert '--inputs is missing' in (said := capsys.readouterr().err) and 'brain, orig' in said and not (tmp_path/'o').exists()
 
 def test_missing_folder(tmp_path, capsys):
     assert main(['compare', str(tmp_path/'nowhere'), '--out', str(tmp_path/'o')])==2

@@ -55,7 +55,7 @@ def test_features_are_plain_numbers_whatever_the_unit(demo):
     assert T.scan_features(a.T, 1.)['rim']==pytest.approx(f['rim'], abs=.02)
 
 @pytest.mark.parametrize('a', [np.zeros((9,9)), np.full((64,64), 7), np.full((8,8), np.nan)])
-def test_empty_pictures(a, references): assert T.find_flags(T.scan_features(a), references['brain'])==[T.EMPTY]
+def test_empty_pictures(a, references): assert T.find_flags(T.scan_features(a), references['brain'])==[T.TEXTS['empty']]
 
 def test_numbers_that_are_none_count_as_dark(demo):
     a = read_image(demo['brain'].image[0]).astype(float); f = T.scan_features(a)
@@ -114,7 +114,7 @@ def test_channels_are_named(demo):
     assert any(o.startswith('Channel 2: ') for o in T.find_flags(T.scan_features(dim), ref))
 
 def test_a_model_without_reference_says_so():
-    for r in (None, {}): assert T.find_flags(dict(empty=0.), r)==[T.NO_REFERENCE]
+    for r in (None, {}): assert T.find_flags(dict(empty=0.), r)==[T.TEXTS['no_reference']]
 
 def test_reference_goes_through_json_and_minds_no_order(seen):
     fs = seen['brain']; ref = T.fit_reference(fs)
@@ -220,21 +220,6 @@ def test_bad_level():
     with pytest.raises(DataError, match='level=90'): T.calibrate(invented(9), 90)
 
 # --- rank correlation
-
-def test_rank_agreement():
-    from scipy.stats import spearmanr
-    s = invented(30); r = T.rank_agreement(s.quality, s.dice, s.subject)
-    assert r['rho']==pytest.approx(spearmanr(s.quality, s.dice)[0]) and r['low']<r['rho']<r['high'] and r['n_subjects']==30
-    many = pd.concat([s]*4) # copies of images are no new evidence
-    m = T.rank_agreement(many.quality, many.dice, many.subject)
-    assert m['high']-m['low']==pytest.approx(r['high']-r['low'], rel=.2)
-    assert T.rank_agreement(-s.quality, s.dice, s.subject)['rho']==pytest.approx(-r['rho'])
-
-@pytest.mark.parametrize('q,d', [([], []), ([.5], [.5]), ([.9]*5, [.1,.2,.3,.4,.5])])
-def test_rank_agreement_that_cannot_be_told(q, d): assert [T.rank_agreement(q, d)[k] for k in ('rho','low','high')]==[None]*3
-
-def test_rank_agreement_refuses_holes():
-    with pytest.raises(DataError, match='finite'): T.rank_agreement([.1,np.nan], [.1,.2])
 
 # --- review list
 

@@ -7,7 +7,8 @@ pytest.importorskip('torchio', reason="volumes need the extra 'volumes'")
 from brainseg_fastai import volumes
 from brainseg_fastai.core import DataError
 from brainseg_fastai.images import Pixels, read_image, read_mask
-from brainseg_fastai.volumes import *
+from brainseg_fastai.volumes import (
+    KINDS, SAMPLERS, VolumeItems, augment_subject, patch_sampler, slices_to_volume, to_subject, volume_dls)
 from helpers import dataset
 
 CODES = (0,1,4)
