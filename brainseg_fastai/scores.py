@@ -11,7 +11,7 @@ import warnings
 import numpy as np, pandas as pd
 from scipy import ndimage as ndi
 from scipy.spatial import KDTree
-from .core import few, need
+from .core import DataError, few, need
 from .intervals import bootstrap_t
 
 # %% ../nbs/library/07_scores.ipynb #ae0330f7
@@ -127,8 +127,7 @@ def summarise_scores(
     by='subject' # What is independent: the unit of the mean and of its interval
 )->pd.DataFrame: # A row per metric: mean, low, high (95 % interval), n (subjects)
     "Mean over subjects of subject means; `pooled_dice` has no interval, for it is no such mean"
-    need(by in scores and len(scores), 'The score table', f'{len(scores)} rows, columns {list(scores)}',
-         f'rows and a column {by!r}', 'Score some cases first.')
+    if not len(scores): raise DataError('The score table has no rows: score some cases first')
     rows = {}
     for m in [m for m in scores if m in METRICS or m.startswith(PARTS)]:
         x = scores.groupby(by)[m].mean().dropna()

@@ -12,7 +12,7 @@ import hashlib, math, tomllib
 from itertools import count
 import numpy as np, pandas as pd
 from scipy import ndimage as ndi
-from .core import asset, few, missing, need, num
+from .core import DataError, asset, few, missing, need, num
 
 # %% ../nbs/library/15_trust.ipynb #b6e2db40
 def agreement(
@@ -191,7 +191,7 @@ def checked_scores(scores):
     "Subject, Dice and quality of a score table, in an order of their own"
     ks = ['subject','quality','dice']
     lack = [k for k in ks if k not in scores]
-    need(not lack, 'The table of scores', f'no column {few(lack)}', few(ks), 'Add it.')
+    if lack: raise DataError(f'The table of scores has no column {few(lack)}')
     t = scores[ks].astype(dict(subject=str, quality=float, dice=float)).sort_values(ks, ignore_index=True)
     bad = t[~(t.dice.between(0, 1)&t.quality.between(0, 1))].itertuples(index=False, name='Row')
     bad = few(bad, 1)
