@@ -22,12 +22,16 @@ LEVELS = 'error','warning','note'
 
 def problem(level:str, file, found:str, expected:str, remedy:str)->dict:
     "One problem"
-    return dict(level=level, file=str(file), found=found, expected=expected, remedy=remedy)
+    return dict(level=level, file=str(file), found=found, expected=expected,
+                remedy=remedy)
 
 def problem_table(rows)->pd.DataFrame:
     "Problems, errors first"
-    df = pd.DataFrame(list(rows), columns=['level','file','found','expected','remedy'], dtype=object)
-    return df.sort_values('level', key=lambda s: s.map(LEVELS.index), kind='stable', ignore_index=True)
+    df = pd.DataFrame(list(rows),
+                      columns=['level','file','found','expected','remedy'],
+                      dtype=object)
+    return df.sort_values('level', key=lambda s: s.map(LEVELS.index),
+                          kind='stable', ignore_index=True)
 
 def as_problem(check):
     "A check whose own `DataError`, such as that of a folder that is none, becomes the only problem in its table"
@@ -60,9 +64,11 @@ def format_problems(
     levels = problems.level.tolist()
     res = [', '.join(plural(levels.count(l), l) for l in LEVELS)]
     for (level,remedy),g in problems.groupby(['level','remedy'], sort=False):
-        res += ['', level.upper() + (f' ({len(g)} times)' if len(g)>1 else '')]
+        res += ['', level.upper() + (f' ({len(g)} times)' if len(g)>1
+                                     else '')]
         for o in g.head(n).itertuples():
-            res += [f'  {o.file}', f'    found {o.found}', f'    expected {o.expected}']
+            res += [f'  {o.file}', f'    found {o.found}',
+                    f'    expected {o.expected}']
         if len(g)>n: res.append(f'  … and {len(g)-n} more')
         res.append(f'  -> {remedy}')
     return '\n'.join(res)
@@ -74,16 +80,19 @@ FILE_COLUMNS = ['file','path','is_mask','used','subject','scan','slice','inputs'
 def file_table(rows, root, masks=(), progress=False)->pd.DataFrame:
     "What is known of every file"
     if isinstance(rows, pd.DataFrame): rows = rows.to_dict('records')
-    facts = facts_of([o['image'] for o in rows], [*(o['mask'] for o in rows), *masks], progress)
+    facts = facts_of([o['image'] for o in rows],
+                     [*(o['mask'] for o in rows), *masks], progress)
     cases = {}
     for o in rows:
         used = not missing(o['mask'])
         cases[os.fspath(o['image']), False] = dict(o, used=used)
-        if used: cases.setdefault((os.fspath(o['mask']), True), dict(o, used=True))
+        if used: cases.setdefault((os.fspath(o['mask']), True),
+                                  dict(o, used=True))
     def row(path, is_mask):
         file = Path(path).relative_to(root).as_posix()
         case = cases.get((path, is_mask), dict(used=False))
-        return {**case, **facts[path, is_mask], 'file': file, 'path': path, 'is_mask': is_mask}
+        return {**case, **facts[path, is_mask], 'file': file, 'path': path,
+                'is_mask': is_mask}
     return pd.DataFrame([row(*o) for o in facts], columns=FILE_COLUMNS)
 
 # %% ../nbs/library/04_checks.ipynb #7dc11b51
@@ -93,7 +102,8 @@ def damaged(
     "Files that cannot be read"
     for o in t[t.error.notna()].itertuples():
         if o.error.parts is None: raise o.error # a missing package, which is nothing about the file
-        yield problem('error' if o.used else 'warning', **{**o.error.parts, 'file': o.file})
+        yield problem('error' if o.used else 'warning',
+                      **{**o.error.parts, 'file': o.file})
 
 def unequal_sizes(t):
     "Images with a mask of another size"
@@ -102,7 +112,8 @@ def unequal_sizes(t):
     for o in ok[~ok.is_mask].itertuples():
         m = size.get(os.fspath(o.mask))
         if not m or o.shape[:len(m)]==m: continue
-        yield problem('error', o.file, f'an image of {times(o.shape[1::-1])} pixels with a mask of {times(m[::-1])}',
+        yield problem('error', o.file,
+                      f'an image of {times(o.shape[1::-1])} pixels with a mask of {times(m[::-1])}',
                       'image and mask of the same size', 'Export both from the same scan at the same resolution.')
 
 # %% ../nbs/library/04_checks.ipynb #c86a3263
@@ -115,9 +126,11 @@ def duplicates(t):
         for o in more:
             other = first if o.subject!=first.subject else stranger
             found = f'the same pixels as {(other or first).file}'
-            if other: yield problem('error', o.file, found, 'different images of different subjects',
+            if other: yield problem('error', o.file, found,
+                                    'different images of different subjects',
                 'Find out whose image it is and delete the other: no split by subject can keep the two apart.')
-            else: yield problem('warning', o.file, found, 'every image once', 'Delete one of them: it counts twice.')
+            else: yield problem('warning', o.file, found, 'every image once',
+                                'Delete one of them: it counts twice.')
 
 def too_few_subjects(where, subjects, what='with image and mask'):
     "Fewer subjects than a split into three parts takes"
@@ -157,7 +170,9 @@ def mixed_codes(t, background):
     if max(map(len, fore))>1: return
     usual = Counter(c for o in fore for c in o).most_common(1)[0][0]
     for file,o in zip(t.file, fore):
-        if o and o!={usual}: yield problem('error', file, f'a foreground of {few(o)}', f'{usual} as in most masks',
+        if o and o!={usual}: yield problem('error', file,
+                                           f'a foreground of {few(o)}',
+                                           f'{usual} as in most masks',
                                            f'Write all masks with the same codes. {WAY_OUT}')
 
 # %% ../nbs/library/04_checks.ipynb #385cc7dd
@@ -166,9 +181,11 @@ def mask_codes(
 )->tuple: # Raw codes, sorted; their positions are the classes
     "The raw codes that occur in any of the masks; a `DataError` if they are those of smoothed or mixed masks"
     facts = facts_of((), masks, strict=True)
-    need(facts, 'mask', 'no mask', 'at least one mask', 'Give the masks of a case table.')
+    need(facts, 'mask', 'no mask', 'at least one mask',
+         'Give the masks of a case table.')
     t = pd.DataFrame([dict(d, file=f) for (f,_),d in facts.items()])
-    for p in odd_codes(t): raise DataError.of(p['file'], p['found'], p['expected'], p['remedy'])
+    for p in odd_codes(t): raise DataError.of(p['file'], p['found'],
+                                              p['expected'], p['remedy'])
     return tuple(sorted(set().union(*t.codes)))
 
 # %% ../nbs/library/04_checks.ipynb #3d145e18
@@ -180,10 +197,13 @@ def odd_masks(t):
     background = min(map(min, masks.codes))
     empty = masks.file[[set(o)=={background} for o in masks.codes]].tolist()
     if len(empty)==len(masks):
-        yield problem('error', 'mask', f'{len(empty)} masks, all of them empty', 'something to find in some of them',
+        yield problem('error', 'mask',
+                      f'{len(empty)} masks, all of them empty',
+                      'something to find in some of them',
                       'Export the masks again.')
     elif empty:
-        yield problem('note', empty[0], f'{len(empty)} of {len(masks)} masks empty: {few(empty, 3)}',
+        yield problem('note', empty[0],
+                      f'{len(empty)} of {len(masks)} masks empty: {few(empty, 3)}',
                       'empty masks only where there is nothing to find', 'Nothing need be done if that is so.')
 
 def unknown_labels(t, labels:dict):
@@ -191,38 +211,47 @@ def unknown_labels(t, labels:dict):
     known = ', '.join(f'{c} ({name})' for c,name in labels.items())
     for o in t[t.is_mask & t.error.isna()].itertuples():
         odd = sorted(set(o.codes)-set(labels))
-        if odd: yield problem('error', o.file, f'the label{"s"*(len(odd)>1)} {few(odd)}', f'only {known}',
+        if odd: yield problem('error', o.file,
+                              f'the label{"s"*(len(odd)>1)} {few(odd)}',
+                              f'only {known}',
                               'Correct the segmentation; was it resampled with smoothing?')
 
 # %% ../nbs/library/04_checks.ipynb #a2df604a
 def off_grid(t):
     "Volumes that do not lie on the grid of the first image beside them"
     ok = t[t.error.isna()]
-    for _,g in ok.groupby([ok.subject, ok.path.map(os.path.dirname)], sort=False):
+    for _,g in ok.groupby([ok.subject, ok.path.map(os.path.dirname)],
+                          sort=False):
         first,*more = g.itertuples()
         name = Path(first.path).name
         corners = np.stack(np.meshgrid(*((0,n-1) for n in first.shape))).reshape(3, -1)
         for o in more:
             remedy = 'Resample it to the grid of the other (labels with nearest neighbour).'
             if o.shape!=first.shape:
-                yield problem('error', o.file, f'{times(o.shape)} voxels', f'{times(first.shape)} as in {name}', remedy)
+                yield problem('error', o.file, f'{times(o.shape)} voxels',
+                              f'{times(first.shape)} as in {name}', remedy)
                 continue
             mm = (np.array(first.affine)-o.affine)[:3] @ np.vstack([corners, np.ones(8)])
             if abs(mm).max()>.1:
-                yield problem('error', o.file, f'an affine that places voxels up to {abs(mm).max():.1f} mm elsewhere',
+                yield problem('error', o.file,
+                              f'an affine that places voxels up to {abs(mm).max():.1f} mm elsewhere',
                               f'the affine of {name}', remedy+' If only the header is wrong, copy the affine.')
 
 def no_mask(where, path, root, what='segmentation'):
     "A missing mask is an error unless the name says that this is the part of a challenge to be predicted"
     name = Path(Path(root).name, Path(path).relative_to(root)).as_posix()
     if re.search('(?<![a-z])(valid|test)', name, re.I) and not re.search('train', name, re.I):
-        return problem('note', where, f'no {what}', f'a {what} for training', 'Nothing need be done: it can only be predicted.')
-    return problem('error', where, f'no {what}', f'a {what} for everything outside the validation and test parts',
+        return problem('note', where, f'no {what}', f'a {what} for training',
+                       'Nothing need be done: it can only be predicted.')
+    return problem('error', where, f'no {what}',
+                   f'a {what} for everything outside the validation and test parts',
                    f'Add the {what}, or move the folder to one named validation or test.')
 
 def nothing_here(root, what):
     "The table of problems of a folder without a patient"
-    return problem_table([problem('error', root, 'no patient' if any(Path(root).iterdir()) else 'an empty folder', what,
+    return problem_table([problem('error', root,
+                                  'no patient' if any(Path(root).iterdir())
+                                  else 'an empty folder', what,
                                   'Give the path of the data folder.')])
 
 # %% ../nbs/library/04_checks.ipynb #ffce0b9e
@@ -233,11 +262,14 @@ def patient_problems(patients, names, choices, root):
         where = p.folder.relative_to(root).as_posix() if p.folder!=root else p.subject
         lost = [k for k in names if k not in p.images]
         file = f'{p.subject}{"_"+lost[0] if lost and len(choices)>1 else ""}.nii.gz'
-        if lost: yield problem('error', where, f'no {", ".join(lost)} (there is {few(p.images) or "no image"})', file,
+        if lost: yield problem('error', where,
+                               f'no {", ".join(lost)} (there is {few(p.images) or "no image"})', file,
                                'Add it, or use other inputs.')
         if not p.mask: yield no_mask(where, p.folder/p.subject, root)
         one = first.setdefault(p.subject, where)
-        if one!=where: yield problem('error', where, f'a second folder of {p.subject}', f'one, {one}', 'Delete one of them.')
+        if one!=where: yield problem('error', where,
+                                     f'a second folder of {p.subject}',
+                                     f'one, {one}', 'Delete one of them.')
 
 @as_problem
 def check_volumes(root, find, choices, what, labels:dict, inputs=None,
@@ -246,9 +278,11 @@ def check_volumes(root, find, choices, what, labels:dict, inputs=None,
     root,names = data_root(root, what), choose_inputs(inputs, choices)
     patients = find(root)
     if not patients: return nothing_here(root, what)
-    rows = [dict(subject=p.subject, scan='-', slice='', inputs=k, image=f, mask=p.mask)
+    rows = [dict(subject=p.subject, scan='-', slice='', inputs=k, image=f,
+                 mask=p.mask)
             for p in patients for k,f in p.images.items()]
     t = file_table(rows, root, [p.mask for p in patients], progress)
-    return problem_table([*patient_problems(patients, names, choices, root), *off_grid(t), *damaged(t.assign(used=True)),
+    return problem_table([*patient_problems(patients, names, choices, root),
+                          *off_grid(t), *damaged(t.assign(used=True)),
                           *unknown_labels(t, labels), *odd_masks(t), *duplicates(t),
                           *too_few_subjects('images', [o['subject'] for o in rows if o['mask']])])

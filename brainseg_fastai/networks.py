@@ -27,18 +27,21 @@ from .images import read_mask
 # %% ../nbs/library/11_networks.ipynb #c008x
 def plain_unet(dims, n_in, n_out, size, maps):
     half = [2]*(len(maps)-1)
-    return DynUNet(dims, n_in, n_out, [3]*len(maps), [1]+half, half, filters=maps)
+    return DynUNet(dims, n_in, n_out, [3]*len(maps), [1]+half, half,
+                   filters=maps)
 
 def attention_unet(dims, n_in, n_out, size, maps):
     return AttentionUnet(dims, n_in, n_out, maps, [2]*(len(maps)-1))
 
 def unetr(dims, n_in, n_out, size, maps):
     w, = maps
-    return UNETR(n_in, n_out, size, feature_size=w, hidden_size=48*w, mlp_dim=192*w)
+    return UNETR(n_in, n_out, size, feature_size=w, hidden_size=48*w,
+                 mlp_dim=192*w)
 
 def segresnet(dims, n_in, n_out, size, maps):
     n = len(maps)-1
-    return SegResNet(dims, maps[0], n_in, n_out, blocks_down=(1, *[2]*(n-1), 4), blocks_up=(1,)*n)
+    return SegResNet(dims, maps[0], n_in, n_out,
+                     blocks_down=(1, *[2]*(n-1), 4), blocks_up=(1,)*n)
 
 class Arch(NamedTuple):
     "What a network's name stands for; None: fixed by its authors"
@@ -51,7 +54,8 @@ class Arch(NamedTuple):
 
 RESNETS = 'resnet18','resnet34','resnet50'
 ARCHS = {o: Arch(divisor=1, minimum=32) for o in RESNETS}
-ARCHS |= {f'efficientnet_b{n}': Arch(divisor=2, minimum=64) for n in range(8)}
+ARCHS |= {f'efficientnet_b{n}': Arch(divisor=2, minimum=64)
+          for n in range(8)}
 ARCHS |= dict(unet=Arch(plain_unet, depth=4, width=32),
               attention_unet=Arch(attention_unet, depth=4, width=32),
               unet3d=Arch(plain_unet, (3,), depth=4, width=16),
@@ -69,16 +73,20 @@ def check_size(arch, size, dims=2, depth=None, width=None)->tuple:
     for k,v in dict(depth=depth, width=width).items():
         usual = getattr(a, k)
         what = 'expected 2 or more' if usual else f'its {k} is fixed'
-        need(v is None or usual and v>1, f'network {arch}: came {k}={v}; {what}')
+        need(v is None or usual and v>1,
+             f'network {arch}: came {k}={v}; {what}')
     need(arch!='segresnet' or (width or 8)%8==0,
          f'network {arch}: came width={width}; expected a multiple of 8')
     depth = depth or a.depth
     div = a.divisor or 2**depth
     low = a.minimum or 2*div
-    near = [times(max(low, f(o/div)*div) for o in size) for f in (math.floor, math.ceil)]
-    keep = [d for d in range(2, depth or 0) if all(o%2**d==0 and o>2**d for o in size)]
+    near = [times(max(low, f(o/div)*div) for o in size)
+            for f in (math.floor, math.ceil)]
+    keep = [d for d in range(2, depth or 0)
+            if all(o%2**d==0 and o>2**d for o in size)]
     also = f'; or keep the size with depth {keep[-1]}' if keep else ''
-    need(near[0]==times(size), f'{shape}; expected multiples of {div}, at least {low}. '
+    need(near[0]==times(size),
+         f'{shape}; expected multiples of {div}, at least {low}. '
          f'Nearest sizes that work: {" or ".join(dict.fromkeys(near))}{also}')
     return size
 
@@ -110,14 +118,16 @@ def fast_bf16(device)->bool:
     "Is bfloat16 native here? Asked of the hardware, never timed, so that runs repeat"
     if device.type=='cuda': return torch.cuda.is_bf16_supported()
     names = '_is_amx_tile_supported','_is_avx512_bf16_supported'
-    return device.type=='cpu' and any(getattr(torch.cpu, o, bool)() for o in names)
+    return device.type=='cpu' and any(getattr(torch.cpu, o, bool)()
+                                      for o in names)
 
 def autocast_of(device, dims=2):
     "bfloat16 where the processor has it"
     # on processors, its gradients of 3-D convolutions over 2×2×2 voxels hold memory that nothing was written to
     good = dims==2 or device.type!='cpu' or not torch.is_grad_enabled()
     kind = device.type.replace('meta', 'cpu') # memory is estimated on meta, which knows no autocast
-    return torch.autocast(kind, torch.bfloat16, enabled=good and fast_bf16(device))
+    return torch.autocast(kind, torch.bfloat16,
+                          enabled=good and fast_bf16(device))
 
 class InBf16(Module):
     "A network, computed in bfloat16 where the processor has it"
@@ -146,7 +156,8 @@ class LightUnet(Module):
         ups,full = (64,32,16,16), 8
         self.ups = nn.ModuleList(nn.Sequential(ConvLayer(i+s, w), ConvLayer(w, w))
                                  for i,s,w in zip([sizes[-1][1], *ups], skips, ups))
-        self.shuffle = PixelShuffle_ICNR(16, full, act_cls=nn.ReLU, norm_type=None)
+        self.shuffle = PixelShuffle_ICNR(16, full, act_cls=nn.ReLU,
+                                         norm_type=None)
         self.head = nn.Sequential(ConvLayer(full+n_in, full),
                                   ConvLayer(full, n_out, ks=1, act_cls=None, norm_type=None))
         if shares is None: return
@@ -180,7 +191,8 @@ def build_model(
     shares=None # Share of the pixels that each class has, see `LightUnet`
 )->nn.Module: # `pretrained` tells whether it starts from ImageNet weights
     "The network that the settings ask for"
-    size = check_size(s.arch, shape or s.shape or 128, s.dims, s.depth, s.width)
+    size = check_size(s.arch, shape or s.shape or 128, s.dims, s.depth,
+                      s.width)
     a,light = ARCHS[s.arch], s.recipe=='light'
     have = not a.make and bool(s.pretrained) and imagenet_weights(s.arch)
     if a.make:
@@ -188,8 +200,10 @@ def build_model(
         maps = [min((s.width or a.width)*2**i, most) for i in range(n)]
         net = a.make(s.dims, n_in, n_out, size, maps)
     elif s.resnet:
-        how = dict(cut=-3) if light else dict(self_attention=True, act_cls=Mish)
-        net = create_unet_model(getattr(models, s.arch), n_out, size, pretrained=have, n_in=n_in, **how)
+        how = dict(cut=-3) if light else dict(self_attention=True,
+                                              act_cls=Mish)
+        net = create_unet_model(getattr(models, s.arch), n_out, size,
+                                pretrained=have, n_in=n_in, **how)
         if light: net = LightUnet(net[0], n_out, shares)
     else: net = efficientnet(s.arch, n_in, n_out, have)
     if not s.resnet: net = InBf16(net)
@@ -199,7 +213,8 @@ def build_model(
 def first_names(model):
     "Each name in a model's state, with the first name that its tensor has"
     first = {}
-    return {k: first.setdefault((v.data_ptr(), v.shape), k) for k,v in model.state_dict().items()}
+    return {k: first.setdefault((v.data_ptr(), v.shape), k)
+            for k,v in model.state_dict().items()}
 
 def save_weights(model, path):
     "Weights of a network as safetensors, all or nothing"
@@ -238,15 +253,18 @@ def memory_estimate(
     "Memory for one batch in 32-bit numbers, measured on shapes alone"
     def ghost(t): return torch.empty_like(t, device='meta')
     def mb(ts): return sum(t.nbytes for t in ts)/1e6
-    ps = {id(p): nn.Parameter(ghost(p), train and p.requires_grad) for p in net.parameters()}
+    ps = {id(p): nn.Parameter(ghost(p), train and p.requires_grad)
+          for p in net.parameters()}
     buffers = {id(b): ghost(b) for b in net.buffers()}
     net = deepcopy(net, ps | buffers).train(train) # a copy with ghosts in place of its tensors
-    ps,learned = list(ps.values()), [p for p in ps.values() if p.requires_grad]
+    ps,learned = list(ps.values()), [p for p in ps.values()
+                                     if p.requires_grad]
     for p in learned: p.grad = ghost(p) # as after the first step
     fixed = [*ps, *buffers.values(), *(p.grad for p in learned)]
     with torch.set_grad_enabled(train), LiveBytes(fixed) as live:
         y = net(torch.empty(shape, device='meta'))
-        targ = torch.empty((y.shape[0], *y.shape[2:]), dtype=torch.long, device='meta')
+        targ = torch.empty((y.shape[0], *y.shape[2:]), dtype=torch.long,
+                           device='meta')
         if train: F.cross_entropy(y, targ).backward()
     total = mb(fixed) + 2*mb(learned) + live.peak/1e6 # Adam keeps two averages of the gradients
     return dict(parameters=sum(p.numel() for p in ps), parameters_mb=mb(ps),
@@ -254,7 +272,8 @@ def memory_estimate(
 
 # %% ../nbs/library/11_networks.ipynb #c032x
 onehot = dict(to_onehot_y=True, softmax=True)
-LOSSES = dict(ce=F.cross_entropy, weighted_ce=F.cross_entropy, dice=DiceLoss(**onehot),
+LOSSES = dict(ce=F.cross_entropy, weighted_ce=F.cross_entropy,
+              dice=DiceLoss(**onehot),
               focal=FocalLoss(gamma=2.), dice_ce=DiceCELoss(**onehot))
 
 def parse_loss(spec)->list:
@@ -275,10 +294,12 @@ class SumLoss(Module):
         weights=None    # One number per class for `weighted_ce`, from `class_weights`
     ):
         self.terms,w = parse_loss(spec), weights
-        if w is not None: w = torch.as_tensor(np.asarray(w), dtype=torch.float)
+        if w is not None: w = torch.as_tensor(np.asarray(w),
+                                              dtype=torch.float)
         self.weights = w
         ok = w is not None and w.ndim==1 and w.isfinite().all() and w.min()>=0 and w.sum()>0
-        need(ok or all(k!='weighted_ce' for _,k in self.terms), 'loss weighted_ce: came the class '
+        need(ok or all(k!='weighted_ce' for _,k in self.terms),
+             'loss weighted_ce: came the class '
              f'weights {weights}; expected one number per class, as from class_weights')
 
     def forward(self, pred, targ):
@@ -286,7 +307,8 @@ class SumLoss(Module):
         targ = targ.as_subclass(torch.Tensor).long()
         def term(k):
             more = [self.weights.to(pred.device)] if k=='weighted_ce' else []
-            return LOSSES[k](pred, targ[:,None] if 'dice' in k else targ, *more)
+            return LOSSES[k](pred, targ[:,None] if 'dice' in k else targ,
+                             *more)
         return sum(f*term(k) for f,k in self.terms)
 
     def activation(self, x): return F.softmax(x, dim=1)
@@ -298,7 +320,8 @@ make_loss = SumLoss
 def class_counts(masks, codes):
     "Pixels of each class in some masks of classes"
     n = len(codes)
-    return sum((np.bincount(np.asarray(m).ravel(), minlength=n) for m in masks), np.zeros(n, int))
+    return sum((np.bincount(np.asarray(m).ravel(), minlength=n)
+                for m in masks), np.zeros(n, int))
 
 def class_shares(items, codes)->np.ndarray:
     "Share of the pixels that each class has, in 64 pairs of image and classes at even steps"

@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 
 from .adni import ADNI
 from .checks import mask_codes
-from .core import (DataError, digest, few, need, need_package, num, plain, read_json,
+from .core import (DataError, digest, few, need, need_package,
+                                  num, plain, read_json,
                                   times, write_csv, write_json, write_text, written, written_folder)
 from .drawing import PALETTE
 from .images import data_fingerprint, read_image, read_mask
@@ -47,17 +48,21 @@ def foreground_weights(cases, codes):
 def slice_dls(cases, s, codes, steps):
     "DataLoaders of slices"
     n = int((cases['split']=='train').sum())
-    block = brainseg_block(cases['inputs'].iloc[0], codes, s.size, rgb=s.how['rgb'], steps=steps,
+    block = brainseg_block(cases['inputs'].iloc[0], codes, s.size,
+                           rgb=s.how['rgb'], steps=steps,
                            **augmentation(s.recipe, n))
     pin = default_device().type=='cuda' # copies to a GPU need not wait then
     how = dict(bs=s.bs, val_bs=8, num_workers=0, pin_memory=pin)
     if s.sampling=='uniform': return block.dataloaders(cases, **how)
-    return block.weighted_dataloaders(cases, foreground_weights(cases, codes), **how)
+    return block.weighted_dataloaders(cases,
+                                      foreground_weights(cases, codes),
+                                      **how)
 
 def framed_volume_dls(cases, s, codes, steps):
     "DataLoaders of whole volumes or of patches"
     patch = s.patch if s.mode=='patch' else None
-    dls = volume_dls(cases, codes, patch, sampler=s.sampling, bs=s.bs, steps=steps, seed=s.seed)
+    dls = volume_dls(cases, codes, patch, sampler=s.sampling, bs=s.bs,
+                     steps=steps, seed=s.seed)
     mm = training_spacing(cases[cases['split']=='train'])
     dls.frame = Frame(tuple(codes), s.size, False, steps, s.mode, patch, mm)
     return dls
@@ -79,7 +84,8 @@ def label_table(codes, layout=ADNI):
     "Code, name and colour of each foreground label"
     names,fore = layout.labels or {}, list(codes)[1:]
     if not names and len(fore)==1: names = {fore[0]: layout.structure}
-    return [dict(code=int(c), name=names.get(c, f'label {c}'), colour=PALETTE[i%len(PALETTE)])
+    return [dict(code=int(c), name=names.get(c, f'label {c}'),
+                 colour=PALETTE[i%len(PALETTE)])
             for i,c in enumerate(fore)]
 
 def training_slab(cases):
@@ -91,7 +97,9 @@ def image_reference(train):
     "What the training images look like, for `find_flags`, from 200 evenly spread over the table"
     t = train.iloc[np.unique(np.linspace(0, len(train)-1, 200).round().astype(int))]
     dims = 2 if t['slice'].iloc[0]!='' else 3
-    looks = [scan_features(read_image(o.image), np.ravel(o.spacing)[:dims] if dims==2 else o.spacing, dims)
+    looks = [scan_features(read_image(o.image),
+                           np.ravel(o.spacing)[:dims] if dims==2
+                           else o.spacing, dims)
              for o in t.itertuples()]
     return fit_reference(looks, list(t['subject']))
 
@@ -101,10 +109,13 @@ def scored(scores):
     metrics = {k: dict(mean=m, ci95=[lo,hi]) for k,m,lo,hi in t.itertuples()
                if k in ('dice','hd95','nsd') and np.isfinite(m)}
     case = 'volume' if (scores['slice']=='').all() else 'image'
-    said = dict(n_subjects=int(scores['subject'].nunique()), n_cases=len(scores),
+    said = dict(n_subjects=int(scores['subject'].nunique()),
+                n_cases=len(scores),
                 unit=str(scores['unit'].iloc[0]), metrics=metrics, case=case)
     lost = dict(calibrated=False, why='the scores have no quality')
-    return dict(scores=said, calibration=calibrate(scores) if 'quality' in scores else lost)
+    return dict(scores=said,
+                calibration=calibrate(scores) if 'quality' in scores
+                else lost)
 
 # %% ../nbs/library/19_runs.ipynb #c010x
 FORMAT = dict(format='brainseg-bundle', version=2)
@@ -113,8 +124,10 @@ def bundle_config(learn, cases, scores, layout, about):
     "All that has to be known to use a trained network; `about` is what else is known of the data"
     train,f = cases[cases['split']=='train'], learn.frame
     s,parts = learn.settings, cases.groupby('split')
-    sides = sorted({tuple(o) for o in cases[['subject','split']].itertuples(index=False)})
-    data = dict(fingerprint=data_fingerprint(cases), split=digest(sides), images=parts.size().to_dict(),
+    sides = sorted({tuple(o)
+                    for o in cases[['subject','split']].itertuples(index=False)})
+    data = dict(fingerprint=data_fingerprint(cases), split=digest(sides),
+                images=parts.size().to_dict(),
                 subjects=parts['subject'].nunique().to_dict(), **(about or {}))
     return dict(
         **FORMAT, **scored(scores), settings=asdict(s), layout=layout.name, codes=f.codes,
@@ -126,7 +139,7 @@ def bundle_config(learn, cases, scores, layout, about):
         versions=environment(learn.dls.device))
 
 # %% ../nbs/library/19_runs.ipynb #c012x
-SIMULATED = """> **Simulated data.** The model was trained and tested on simulated images; its scores say nothing about people.
+SIMULATED = """> **Simulated data.** The model has seen simulated images only; its scores say nothing about people.
 
 """
 
@@ -137,14 +150,18 @@ def model_card(c):
                 patch=f"patches of {times(s['patch'])} voxels")[s['mode']]
     mm = ' × '.join(f'{o:g}' for o in c['spacing'])+' mm' if c['spacing'] else 'unknown'
     slab = c['slab'] and '; {:.0f} to {:.0f} mm below the top of the brain'.format(*c['slab']['below_top_mm'])
-    names = dict(dice=f"Dice, per {found['case']}", hd95=f"HD95, {found['unit']}", nsd='Surface Dice (NSD)')
+    names = dict(dice=f"Dice, per {found['case']}",
+                 hd95=f"HD95, {found['unit']}", nsd='Surface Dice (NSD)')
     row = '| {} | {} (95 % interval {} to {}) |'.format
-    rows = [row(names[k], *map(num, (m['mean'], *m['ci95']))) for k,m in found['metrics'].items()]
+    rows = [row(names[k], *map(num, (m['mean'], *m['ci95'])))
+            for k,m in found['metrics'].items()]
     parts = {k: f"{d['subjects'].get(k, 0)} subjects, {d['images'].get(k, 0)} cases"
              for k in ('train','valid','test')}
     card = files('brainseg_fastai').joinpath('assets/card.md').read_text(encoding='utf-8')
-    return card.format(**c | parts, s=s, simulated=SIMULATED if d.get('simulated') else '',
-                       named=', '.join(f"{o['name']} ({o['code']})" for o in c['labels']),
+    return card.format(**c | parts, s=s,
+                       simulated=SIMULATED if d.get('simulated') else '',
+                       named=', '.join(f"{o['name']} ({o['code']})"
+                                       for o in c['labels']),
                        input=f"{', '.join(c['channels'])}: {what}; pixels of {mm}{slab or ''}",
                        rows='\n'.join(rows), name=d.get('name', 'not named'),
                        loss=s['loss'] or 'of the recipe', steps=s['steps'] or 'none beyond z-scores')
@@ -167,12 +184,16 @@ def read_config(path)->dict:
     "The config of a bundle, checked"
     path,remedy = Path(path), 'Give the folder that training wrote, or copy it again.'
     for o in 'config.json','model.safetensors':
-        need((path/o).is_file(), path, f'no {o}', 'a bundle: a folder with config and weights', remedy)
+        need((path/o).is_file(), path, f'no {o}',
+             'a bundle: a folder with config and weights', remedy)
     c = read_json(path/'config.json', 'the config of a bundle')
     is_now = {k: c.get(k) for k in FORMAT}
-    need(is_now==FORMAT, path/'config.json', is_now, f'{FORMAT}', 'Use the release that wrote it.')
+    need(is_now==FORMAT, path/'config.json', is_now, f'{FORMAT}',
+         'Use the release that wrote it.')
     for k,v in hashes(path, c).items():
-        need(c.get('sha256', {}).get(k)==v, path, f'that {k} was changed (SHA-256)', 'the bundle as it was written', remedy)
+        need(c.get('sha256', {}).get(k)==v, path,
+             f'that {k} was changed (SHA-256)',
+             'the bundle as it was written', remedy)
     return c
 
 def save_bundle(
@@ -183,7 +204,8 @@ def save_bundle(
     "Write a bundle, all or nothing"
     path = Path(path)
     mine = not path.exists() or (path/'config.json').exists() or path.is_dir() and not any(path.iterdir())
-    need(mine, path, 'something that is no bundle', 'a new folder', 'Choose another.')
+    need(mine, path, 'something that is no bundle', 'a new folder',
+         'Choose another.')
     with written_folder(path, replace=True) as tmp:
         shutil.copyfile(weights, tmp/'model.safetensors')
         write_config(tmp, config)
@@ -205,12 +227,15 @@ def load_bundle(
         s = Settings(**c['settings'])
         steps = Steps.from_state(c['steps_state']) if c['steps_state'] else None
         patch,mm = s.patch if s.mode=='patch' else None, c['spacing'] and tuple(c['spacing'])
-        frame = Frame(tuple(c['codes']), s.size, s.how['rgb'], steps, s.mode, patch, mm, c['field'])
-        net = build_model(replace(s, pretrained=False), network_channels(c), len(c['codes']), c['input_shape'])
+        frame = Frame(tuple(c['codes']), s.size, s.how['rgb'], steps, s.mode,
+                      patch, mm, c['field'])
+        net = build_model(replace(s, pretrained=False), network_channels(c),
+                          len(c['codes']), c['input_shape'])
         load_weights(net, path/'model.safetensors')
     except (DataError, KeyError, TypeError, SafetensorError, RuntimeError) as e:
         want = f"model.safetensors with the weights of {c['settings'].get('arch')}, as in config.json"
-        raise DataError.of(path, str(e).split('\n')[0], want, 'Copy the bundle again.') from e
+        raise DataError.of(path, str(e).split('\n')[0], want,
+                           'Copy the bundle again.') from e
     # as in training: the order of weights decides about last bits
     if s.recipe=='light': net.to(memory_format=channels_last(s.dims+2))
     return Model(net.to(device or default_device()).eval(), frame, c)
@@ -220,10 +245,12 @@ CASE = ['subject','scan','slice']
 
 def portable(scores):
     "A score table with names of images and masks relative to their folder instead of places"
-    both = [os.path.dirname(os.path.abspath(o)) for k in ('image','mask') for o in scores[k]]
+    both = [os.path.dirname(os.path.abspath(o)) for k in ('image','mask')
+            for o in scores[k]]
     root = os.path.commonpath(both)
     def name(o): return Path(os.path.relpath(str(o), root)).as_posix()
-    return scores.assign(image=scores['image'].map(name), mask=scores['mask'].map(name))
+    return scores.assign(image=scores['image'].map(name),
+                         mask=scores['mask'].map(name))
 
 class Run:
     "A complete training in a folder, which is a bundle as well"
@@ -234,7 +261,8 @@ class Run:
         self.folder,self.config = Path(folder), read_config(folder)
         self.settings = Settings(**self.config['settings'])
         self.curve = pd.read_csv(self.folder/'curve.csv')
-        t = pd.read_csv(self.folder/'scores.csv', dtype=dict.fromkeys(CASE, str))
+        t = pd.read_csv(self.folder/'scores.csv',
+                        dtype=dict.fromkeys(CASE, str))
         self.scores = t = t.fillna(dict.fromkeys(CASE, '')) # volumes have no slice
         t['prediction'] = [str(self.folder/o) for o in t['prediction']]
         if cases is None: return
@@ -250,7 +278,8 @@ def claimed(folder, key):
     mine = folder/'key.json'
     same = mine.exists() and key.encode() in mine.read_bytes()
     if folder.exists() and any(folder.iterdir()) and not same:
-        need(mine.exists(), folder, 'other files', 'an empty folder or an earlier run', 'Choose another.')
+        need(mine.exists(), folder, 'other files',
+             'an empty folder or an earlier run', 'Choose another.')
         shutil.rmtree(folder)
     if (folder/'config.json').exists(): return True
     write_json(mine, dict(key=key))
@@ -260,7 +289,9 @@ def train(cases, s, codes, folder):
     "Train as the settings say, with checkpoints in `folder`; the learner with the weights to keep, and its curve"
     set_seed(s.seed, reproducible=True)
     learn = prepare_learner(cases, s, codes)
-    ck = Checkpoint(folder/'checkpoint.pt', best=folder/'best.safetensors' if s.pick=='best' else None)
+    ck = Checkpoint(folder/'checkpoint.pt',
+                    best=folder/'best.safetensors' if s.pick=='best'
+                    else None)
     try: fit_recipe(learn, s, ck)
     except KeyboardInterrupt:
         kept = f'A recent state is in {ck.path}' if ck.path.exists() else 'There was nothing to keep yet'
@@ -273,12 +304,15 @@ def finish(folder, learn, cases, curve, scores, layout, about):
     "Write the folder of a trained network; the config, which says that it is complete, comes last"
     inputs = cases['inputs'].iloc[0]
     own = scores[scores['tested_on']==inputs]
-    for o in found_nothing(own.assign(variant=inputs, seed=learn.settings.seed)): warnings.warn(o)
+    for o in found_nothing(own.assign(variant=inputs,
+                                      seed=learn.settings.seed)): warnings.warn(o)
     save_weights(learn.model, folder/'model.safetensors')
     write_csv(folder/'curve.csv', curve)
-    names = [Path(o).relative_to(folder).as_posix() for o in scores['prediction']]
+    names = [Path(o).relative_to(folder).as_posix()
+             for o in scores['prediction']]
     write_csv(folder/'scores.csv', portable(scores.assign(prediction=names)))
-    write_config(folder, bundle_config(learn, cases, own if len(own) else scores, layout, about))
+    write_config(folder, bundle_config(learn, cases,
+                                       own if len(own) else scores, layout, about))
     for o in 'checkpoint.pt','best.safetensors': (folder/o).unlink(missing_ok=True)
 
 # %% ../nbs/library/19_runs.ipynb #c021x
@@ -299,15 +333,17 @@ def train_run(
     need(not lost, f'no {inputs} images with the split {few(lost)}; expected some for each. See split_cases.')
     s = (settings or Settings()).filled(int(has['train']))
     codes = tuple(codes or layout.labels or mask_codes(cases['mask']))
-    seen = [(k, data_fingerprint(t), list(map(str, t['spacing']))) for k,t in tests.items()]
-    key = s.key(codes, layout.regions, layout.per, torch.get_num_threads(), data_fingerprint(cases),
+    seen = [(k, data_fingerprint(t), list(map(str, t['spacing'])))
+            for k,t in tests.items()]
+    key = s.key(codes, layout.regions, layout.per, torch.get_num_threads(),
+                data_fingerprint(cases),
                 list(zip(cases['subject'], cases['split'])), seen)
     if not claimed(folder, key):
         learn,curve = train(cases, s, codes, folder)
-        def score(k, t): return score_cases(learn, t, save_to=folder/'predictions'/k, quality=k==inputs,
-                                            regions=layout.regions, per=layout.per).assign(tested_on=k)
-        scores = pd.concat([score(k, t) for k,t in tests.items()], ignore_index=True)
-        finish(folder, learn, cases, curve, scores, layout, about)
+        how = dict(regions=layout.regions, per=layout.per)
+        scores = [score_cases(learn, t, save_to=folder/'predictions'/k, quality=k==inputs, **how).assign(tested_on=k)
+                  for k,t in tests.items()]
+        finish(folder, learn, cases, curve, pd.concat(scores, ignore_index=True), layout, about)
     return Run(folder, pd.concat([scored_cases(t, layout.per).assign(tested_on=k) for k,t in tests.items()]))
 
 # %% ../nbs/library/19_runs.ipynb #c024x
@@ -334,7 +370,8 @@ def train_folds(
         table = with_split(cases, split, fold)
         folder = Path(out)/'runs'/file_name('{variant}-fold{fold}-seed{seed}'.format(**at))
         tests = tested(table, others, external)
-        runs.append(train_run(table, folder, replace(s, seed=at['seed']), layout, test_sets=tests, **kwargs))
+        runs.append(train_run(table, folder, replace(s, seed=at['seed']),
+                              layout, test_sets=tests, **kwargs))
         tables.append([o.assign(**at) for o in (runs[-1].scores, runs[-1].curve)])
     every,curves = (pd.concat(o, ignore_index=True) for o in zip(*tables))
     every['prediction'] = [Path(o).relative_to(out).as_posix() for o in every['prediction']]
@@ -351,7 +388,8 @@ def tested(table, others=None, external=None):
 
 def pool_bundle(run, path, scores)->Path:
     "The bundle of one run of `train_folds` with the scores of the test subjects of all"
-    return save_bundle(run.folder/'model.safetensors', path, run.config | scored(scores))
+    return save_bundle(run.folder/'model.safetensors', path,
+                       run.config | scored(scores))
 
 # %% ../nbs/library/19_runs.ipynb #c026x
 class InFloat32(Module):
@@ -368,17 +406,23 @@ def export_onnx(
     "Write the network as ONNX, and check it against PyTorch"
     need_package('onnx', 'onnx')
     ort,path,c = need_package('onnxruntime', 'onnx'), Path(path), model.config
-    need(path.suffix=='.onnx', path, f'the ending {path.suffix!r}', '.onnx', 'Choose another name.')
+    need(path.suffix=='.onnx', path, f'the ending {path.suffix!r}', '.onnx',
+         'Choose another name.')
     size = c['input_shape'] or [c['settings']['size']]*2
-    x = torch.randn(2, network_channels(c), *size, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, network_channels(c), *size,
+                    generator=torch.Generator().manual_seed(0))
     net = InFloat32(model.net.cpu().eval()).to(memory_format=torch.contiguous_format)
     with written(path) as tmp, torch.inference_mode():
         want = net(x).float().numpy()
-        torch.onnx.export(net, (x,), str(tmp), input_names=['image'], output_names=['scores'],
+        torch.onnx.export(net, (x,), str(tmp), input_names=['image'],
+                          output_names=['scores'],
                           dynamo=False, opset_version=17, dynamic_axes={o: {0: 'n'} for o in ('image','scores')})
-        session = ort.InferenceSession(str(tmp), providers=['CPUExecutionProvider'])
+        session = ort.InferenceSession(str(tmp),
+                                       providers=['CPUExecutionProvider'])
         diff = float(np.abs(session.run(None, {'image': x.numpy()})[0]-want).max())
-        need(diff<=1e-3, path, f'class scores that differ from PyTorch by {diff:.2g}', 'at most 0.001',
+        need(diff<=1e-3, path,
+             f'class scores that differ from PyTorch by {diff:.2g}',
+             'at most 0.001',
              'Do not use ONNX for this model.')
     return diff
 
