@@ -72,6 +72,7 @@ def csv_rule(file, kinds):
              'one subject per image', 'Correct the CSV file.')
     return lambda rel,kind: subjects.get(key(rel, [kind])) or None
 
+# %% ../nbs/library/06_adni.ipynb #93b4951s
 def regex_rule(pattern):
     "Subjects by a regular expression"
     try: r = re.compile(pattern)
@@ -176,6 +177,7 @@ def add_cohort(rows, root):
                                             for o in [known, *scans.values()])
     return [{**o, **{k: fact(o, k) for k in names}} for o in rows], names[1:]
 
+# %% ../nbs/library/06_adni.ipynb #c276491s
 def adni_cases(
     root,         # Data folder with a subfolder for `inputs` and one named `mask`
     inputs=None,  # `brain` (skull-stripped; None as well), `orig` (full skull) or another of `kinds_in(root)`
@@ -238,6 +240,7 @@ def no_partner(rows, file, kinds):
                           'an image in every kind',
                           'Nothing need be done: it is left out of the comparison of kinds.')
 
+# %% ../nbs/library/06_adni.ipynb #fb38e51s
 def bare_masks(t, kinds):
     "Masks without an image"
     for f in t.file[t.is_mask & ~t.used]:

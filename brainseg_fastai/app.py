@@ -177,6 +177,7 @@ def about(
                                         skull=skull and f'{skull} ',
                                         max_mb=max_mb)
 
+# %% ../nbs/library/24_app.ipynb #c846b41s
 def parts_of_page(gr, text):
     "The parts of the page by name, which is also that of their element"
     c = SimpleNamespace(view=gr.State(), path=gr.State())
@@ -216,6 +217,7 @@ def results(gr, v, ask, opacity):
             draw(v, first, opacity), slider,
             v['text'], gr.DownloadButton(value=v['mask'])]
 
+# %% ../nbs/library/24_app.ipynb #8603361s
 def connect(gr, c, model):
     "What happens when something is dropped or moved; returns what must happen when a visitor leaves"
     def take(file, request: gr.Request):

@@ -137,6 +137,7 @@ def mat_row(path, size, time): # `stamp` of a file
                 inputs='t1c', image=pixels, mask=pixels,
                 label=TUMOURS[label])
 
+# %% ../nbs/3_figshare_tumours.ipynb #5a1e3c1s
 def figshare_cases(
     root,                # Folder with `.mat` files, in subfolders or not
     inputs=None,         # 't1c' is all there is
@@ -165,6 +166,7 @@ def read_cvind(file):
     except Exception: # v7.3, or damaged
         with open_mat(file) as f: return f['cvind'][()].ravel()
 
+# %% ../nbs/3_figshare_tumours.ipynb #5a1e3c1s
 def figshare_folds(
     root,               # Folder with `cvind.mat`
     cases:pd.DataFrame, # From `figshare_cases`

@@ -466,6 +466,7 @@ def look(path, x, mask):
     return dict(d, codes=count_values(a),
                 inside=count_values(a[all_alike(a)])) if mask else d
 
+# %% ../nbs/library/01_images.ipynb #de31da1s
 def file_facts(x, mask=False)->dict:
     "error, shape, sha, constant; of masks codes and inside; of volumes `volume_facts` as well"
     x = pixels_of(x)

@@ -210,6 +210,7 @@ def build_model(
     net.pretrained = have
     return net
 
+# %% ../nbs/library/11_networks.ipynb #c021x1s
 def first_names(model):
     "Each name in a model's state, with the first name that its tensor has"
     first = {}
@@ -287,6 +288,7 @@ def parse_loss(spec)->list:
         res.append((float(m[1] or 1), m[2]))
     return res
 
+# %% ../nbs/library/11_networks.ipynb #c032x1s
 class SumLoss(Module):
     "Weighted sum of losses for fastai: class scores (N,C,…) against classes (N,…), in 2-D and 3-D"
     def __init__(self,

@@ -132,6 +132,7 @@ def lead(rows):
                aria_pressed='true'),
         Div(id='say', role='status'))
 
+# %% ../nbs/library/22_quality_page.ipynb #c3eddb1s
 def heads(rows, measures):
     "The heads of the columns, and how each is sorted"
     def head(text, how='num', **attrs): return Th(str(text), scope='col', data_sort=how, **attrs)

@@ -196,6 +196,7 @@ def read_config(path)->dict:
              'the bundle as it was written', remedy)
     return c
 
+# %% ../nbs/library/19_runs.ipynb #c014x1s
 def save_bundle(
     weights, # Path of weights that `save_weights` wrote
     path,    # Folder to write; a bundle that is there is replaced
@@ -300,6 +301,7 @@ def train(cases, s, codes, folder):
     if ck.best: load_weights(learn.model, ck.best)
     return learn, pd.DataFrame(ck.curve)
 
+# %% ../nbs/library/19_runs.ipynb #c020x1s
 def finish(folder, learn, cases, curve, scores, layout, about):
     "Write the folder of a trained network; the config, which says that it is complete, comes last"
     inputs = cases['inputs'].iloc[0]
@@ -379,6 +381,7 @@ def train_folds(
     own = every[every['tested_on']==inputs].drop(columns='tested_on').reset_index(drop=True)
     return dict(scores=own, all_scores=every, curves=curves, runs=runs)
 
+# %% ../nbs/library/19_runs.ipynb #c024x1s
 def tested(table, others=None, external=None):
     "Case tables that the network of one fold is scored on"
     people = table.loc[table['split']=='test', 'subject']
@@ -426,6 +429,7 @@ def export_onnx(
              'Do not use ONNX for this model.')
     return diff
 
+# %% ../nbs/library/19_runs.ipynb #c026x1s
 class OnnxNet(Module):
     "A network, computed by ONNX Runtime for images of its own size, by PyTorch for others"
     def __init__(self, model):

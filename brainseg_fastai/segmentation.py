@@ -32,6 +32,7 @@ def subjects_of(items):
     "Subjects of a case table, or of paths with ADNI names"
     return list(items['subject']) if isinstance(items, pd.DataFrame) else [subject_id(o) for o in items]
 
+# %% ../nbs/1_segmentation_on_brain.ipynb #a76a4f1s
 class SubjectSplitter:
     "Split paths or a case table by subject; test items are in neither part that a `DataBlock` gets"
     def __init__(self,

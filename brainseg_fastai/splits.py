@@ -61,6 +61,7 @@ def read_split(split)->pd.DataFrame:
     except AssertionError as e: raise DataError(f'{name}: {e}. Give every image of a subject the same split.') from e
     return split if 'fold' in split else split.assign(fold=0)
 
+# %% ../nbs/library/18_splits.ipynb #70fd841s
 def with_split(
     cases:pd.DataFrame, # Case table
     split:pd.DataFrame, # Split table

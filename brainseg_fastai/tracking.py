@@ -106,6 +106,7 @@ def score_means(scores)->dict:
                             **t['high'].add_suffix('_high'))
     return res
 
+# %% ../nbs/library/23_tracking.ipynb #82ceca1s
 def curve_points(curves, end)->list:
     "Name, value, time in ms and epoch of every point of every curve; the last one ends at `end` seconds"
     where = [k for k in ('variant','fold','seed') if k in curves]
@@ -158,6 +159,7 @@ def log_files(client, run_id, out):
         else: client.log_text(run_id, clean,
                               f'{to}/{p.name}' if to else p.name)
 
+# %% ../nbs/library/23_tracking.ipynb #d63aa41s
 def log_folder(client, run_id, out, settings):
     "Everything of a result folder into an open run"
     from mlflow.entities import Metric, Param, RunTag

@@ -45,6 +45,7 @@ class ReadImage:
         a = a[None] if a.ndim==2 else np.moveaxis(a, -1, 0)
         return np.concatenate([a]*3) if self.rgb and len(a)==1 else a
 
+# %% ../nbs/library/12_training.ipynb #b9af7b1s
 class ReadMask:
     "Classes of a case's mask"
     def __init__(self, codes): self.codes = tuple(codes)
@@ -91,6 +92,7 @@ class SquarePad(DisplayedTransform):
         square = Image.fromarray(np.pad(a, ((top,bottom), (left,right))))
         return PILMask.create(np.array(square.resize((self.size,)*2, Image.NEAREST)))
 
+# %% ../nbs/library/12_training.ipynb #b7bc3e1s
 class ImageZScore(DisplayedTransform):
     "Bring every image of a batch to mean 0 and standard deviation 1"
     order = 99

@@ -132,6 +132,7 @@ def limits(t, margin):
     return pd.DataFrame(dict(low=low, high=high, median=med, mad=mad,
                              least=low-m, most=high+m))
 
+# %% ../nbs/library/15_trust.ipynb #4067231s
 def own_rate(t, groups, margin):
     "Share of a subject's images that a reference made from all others flags, mean over subjects"
     rates = []
