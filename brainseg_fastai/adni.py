@@ -13,9 +13,9 @@ from pathlib import Path
 import pandas as pd
 
 from .cases import Layout, case_table, cohort, one_unit
-from .checks import (damaged, duplicates, file_table,
-                                    odd_masks, problem, problem_table,
-                                    too_few_subjects, unequal_sizes)
+from .checks import (
+    damaged, duplicates, failure, file_table, known_problem, odd_masks, problem_table,
+    too_few_subjects, unequal_sizes)
 from .core import DataError, few, need, plural
 from .images import IMAGE_SUFFIXES, is_picture, list_files
 
@@ -199,23 +199,14 @@ def adni_cases(
     return df.sort_values(['subject','scan','slice'], kind='stable',
                           ignore_index=True)
 
-# %% ../nbs/library/06_adni.ipynb #fb38e50c
+# %% ../nbs/library/06_adni.ipynb #c025x
 def bad_names(rows, file, expected):
     "Names that do not tell the subject, and two files for one case"
     seen = {}
     for o in rows:
-        f,key = file(o['image']), (o['inputs'], o['subject'], o['scan'],
-                                   o['slice'])
-        if not o['subject']:
-            yield problem('error', f,
-                          'a name that does not tell the subject',
-                          expected.replace('{kind}', o['inputs']),
-                          'Rename or delete the file, or say with --subject how subjects are named.')
-        elif (first := seen.setdefault(key, f))!=f:
-            yield problem('error', f,
-                          f'the same subject, scan and slice as {first}',
-                          'one image per case',
-                          'Delete or rename one of them.')
+        f,key = file(o['image']), (o['inputs'], o['subject'], o['scan'], o['slice'])
+        if not o['subject']: yield known_problem('no_subject', f, expected=expected.replace('{kind}', o['inputs']))
+        elif (first := seen.setdefault(key, f))!=f: yield known_problem('same_case', f, first=first)
 
 def no_partner(rows, file, kinds):
     "Images without a mask or without their partner in another kind"
@@ -224,47 +215,28 @@ def no_partner(rows, file, kinds):
     for o in rows: have.setdefault(key(o), set()).add(o['inputs'])
     for o in rows:
         if not o['subject']: continue
-        f,ks = file(o['image']), have[key(o)]
+        ks = have[key(o)]
         lost = ' or '.join(k for k in kinds if k not in ks)
-        if not o['mask'] and len(ks)==1<len(kinds):
-            yield problem('warning', f,
-                          f'no mask, and no image in {lost} either',
-                'a file of the same name in mask and in every kind', 'Nothing need be done: the image is not used.')
-        elif not o['mask']:
-            yield problem('error', f, 'no mask',
-                          'a file of the same name in mask',
-                          'Add the mask or delete the image.')
-        elif lost:
-            yield problem('warning', f,
-                          f'no image of the same name in {lost}',
-                          'an image in every kind',
-                          'Nothing need be done: it is left out of the comparison of kinds.')
+        alone = len(ks)==1<len(kinds)
+        name = ('no_partner' if lost else None) if o['mask'] else 'unused_image' if alone else 'no_mask'
+        if name: yield known_problem(name, file(o['image']), lost=lost)
 
-# %% ../nbs/library/06_adni.ipynb #fb38e51s
+# %% ../nbs/library/06_adni.ipynb #c027x
 def bare_masks(t, kinds):
     "Masks without an image"
-    for f in t.file[t.is_mask & ~t.used]:
-        yield problem('warning', f, 'a mask without an image',
-                      f'an image of the same name in {" or ".join(kinds)}',
-                      'Add the image or delete the mask, which is not used.')
+    for f in t.file[t.is_mask & ~t.used]: yield known_problem('bare_mask', f, kinds=' or '.join(kinds))
 
 def few_subjects(rows, kinds):
     "Too few subjects in one kind, or in all of them together"
-    subjects = [{o['subject'] for o in rows if o['inputs']==k
-                 and o['subject'] and o['mask']} for k in kinds]
-    alone = [p for k,s in zip(kinds, subjects)
-             for p in too_few_subjects(k, s)]
-    return alone or too_few_subjects(', '.join(kinds),
-                                     set.intersection(*subjects),
-                                     'with images in every kind')
+    subjects = [{o['subject'] for o in rows if o['inputs']==k and o['subject'] and o['mask']} for k in kinds]
+    alone = [p for k,s in zip(kinds, subjects) for p in too_few_subjects(k, s)]
+    return alone or too_few_subjects(', '.join(kinds), set.intersection(*subjects), 'with images in every kind')
 
 def other_files(root, kinds):
     "Files in the folders that are no images"
     for d in [*kinds, 'mask']:
         names = [p.name for p in list_files(root/d) if not is_picture(p)]
-        if names: yield problem('note', d,
-                                f'{plural(len(names), "file")} of another type: {few(names, 3)}',
-                                'images in PNG, TIFF, BMP or JPEG format', 'Nothing need be done.')
+        if names: yield known_problem('other_files', d, files=plural(len(names), 'file'), names=few(names, 3))
 
 # %% ../nbs/library/06_adni.ipynb #9e4d229c
 def check_cases(
@@ -277,7 +249,7 @@ def check_cases(
     root = Path(root).resolve()
     named = [inputs] if isinstance(inputs, str) else list(inputs or [])
     try: images = list_slices(root, named)
-    except DataError as e: return problem_table([problem('error', **e.parts)])
+    except DataError as e: return problem_table([failure(e)])
     rule,expected = subject_rule(subject, list(images))
     rows = match_masks(root, images, named or images, rule)
     used = {o['inputs'] for o in rows if o['mask']}
@@ -288,9 +260,7 @@ def check_cases(
     t = file_table(rows, root, list_files(root/'mask', IMAGE_SUFFIXES),
                    progress)
     def file(p): return p.relative_to(root).as_posix()
-    odd = [problem('warning', k, 'pictures, none of which has a mask',
-                   'a kind of image',
-                   'Nothing need be done: the folder is passed over.') for k in strange]
+    odd = [known_problem('no_kind', k) for k in strange]
     return problem_table([*bad_names(rows, file, expected),
                           *no_partner(rows, file, kinds),
                           *bare_masks(t, kinds),

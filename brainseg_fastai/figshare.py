@@ -17,10 +17,9 @@ import numpy as np, pandas as pd
 from .core import DataError, few, in_threads, need, need_package, plural, stamp, times
 from .images import Pixels, list_files
 from .cases import COLUMNS, Layout, case_name, case_table, choose_inputs, data_root, ellipsoid, one_unit
-from .checks import (as_problem, damaged, duplicates,
-                                    file_table, nothing_here, odd_masks,
-                                    problem,
-                                    problem_table, too_few_subjects)
+from .checks import (
+    as_problem, damaged, duplicates, file_table, nothing_here, odd_masks, failure,
+    problem_table, too_few_subjects)
 
 # %% ../nbs/3_figshare_tumours.ipynb #5a1e3c05
 def write_mat(
@@ -208,11 +207,11 @@ def figshare_check(root, inputs=None, progress=False)->pd.DataFrame:
     if not files: return nothing_here(root, EXPECTED)
     for p in files:
         try: rows.append(mat_row(*stamp(p)))
-        except DataError as e: found.append(problem('error', **{**e.parts, 'file': p.relative_to(root).as_posix()}))
+        except DataError as e: found.append(failure(e, file=p.relative_to(root).as_posix()))
     cases = pd.DataFrame(rows, columns=[*COLUMNS, 'label'])
     if find_cvind(root):
         try: figshare_folds(root, cases)
-        except DataError as e: found.append(problem('warning', **{**e.parts, 'file': 'cvind.mat'}))
+        except DataError as e: found.append(failure(e, 'warning', file='cvind.mat'))
     t = file_table(cases, root, progress=progress)
     return problem_table([*found, *damaged(t[~t.is_mask]), *odd_masks(t),
                           *duplicates(t),

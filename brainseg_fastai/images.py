@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
 
-from .core import (
-    DataError, cache_dir, digest, few, in_threads, missing, need, plain, plural, stamp, times, write_json, written)
+from brainseg_fastai.core import (
+    DataError, cache_dir, digest, few, in_threads, missing, need, plain, plural, stamp, times,
+    write_json, written)
 
 # %% ../nbs/library/01_images.ipynb #4567ac5d
 IMAGE_SUFFIXES = '.png','.tif','.tiff','.bmp','.jpg','.jpeg'

@@ -13,10 +13,9 @@ from PIL import Image
 from .core import DataError, few, need, plural
 from .images import Pixels, list_files
 from .cases import COLUMNS, Layout, case_table, choose_inputs, data_root, ellipsoid, one_unit
-from .checks import (as_problem, damaged, duplicates,
-                                    file_table, no_mask, nothing_here,
-                                    odd_masks, problem,
-                                    problem_table, too_few_subjects, unequal_sizes, unknown_labels)
+from .checks import (
+    as_problem, damaged, duplicates, file_table, no_mask, nothing_here, known_problem,
+    odd_masks, problem, problem_table, too_few_subjects, unequal_sizes, unknown_labels)
 
 # %% ../nbs/6_lgg_networks_and_losses.ipynb #6d2f1c06
 CHANNELS = 'pre','flair','post'
@@ -124,10 +123,7 @@ def lgg_check(root, inputs=None, progress=False)->pd.DataFrame:
     read_findings(root)
     t = file_table([dict(o, inputs='images',
                          image=Pixels(o['image'], channels=())) for o in rows], root, alone, progress)
-    orphans = [problem('warning', p.relative_to(root).as_posix(),
-                       'a mask without an image',
-                       'an image of the same name',
-                       'Add the image or delete the mask.') for p in alone]
+    orphans = [known_problem('bare_mask', p.relative_to(root).as_posix(), kinds='its folder') for p in alone]
     return problem_table([*orphans, *wrong_channels(t),
                           *without_mask(rows, root), *damaged(t),
                           *unequal_sizes(t),

@@ -18,15 +18,15 @@ from scipy import ndimage as ndi
 
 from . import __version__
 from .core import (
-    DataError, digest, in_threads, need, plain, plural, progress as bar,
-    read_json, stamp, write_csv, write_json, write_text, written)
+    DataError, digest, in_threads, need, plain, plural, progress as bar, read_json, stamp,
+    write_csv, write_json, write_text, written)
 from .images import (
     foreground, is_picture, largest_part, list_files, otsu, stem_of, write_mask)
 from .inference import predict
 from .trust import agreement, find_flags, predicted_dice, scan_features
-from .scans import (
-    SCALP_AND_SKULL, Scan, find_scans_to_predict, has_skull, read_scan,
-    scan_names, slab_slices, top_of_brain)
+from brainseg_fastai.scans import (
+    SCALP_AND_SKULL, Scan, find_scans_to_predict, has_skull, read_scan, scan_names, slab_slices,
+    top_of_brain)
 from .runs import load_bundle
 from .qc import qc_page
 

@@ -10,9 +10,8 @@ __all__ = ['USUAL', 'checked', 'class_name', 'measure_text', 'picture', 'sorted_
 import gzip
 
 import numpy as np, pandas as pd
-from fastcore.xml import (Button, Div, H1, Header, Img, Main, P, Small,
-                          Table, Tbody, Td, Th,
-    Thead, Tr)
+from fastcore.xml import (
+    Button, Div, H1, Header, Img, Main, P, Small, Table, Tbody, Td, Th, Thead, Tr)
 from PIL import Image
 
 from .core import DataError, few, missing, need, need_package, num

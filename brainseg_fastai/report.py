@@ -17,10 +17,10 @@ from urllib.parse import quote
 
 import numpy as np, pandas as pd
 from fastcore.meta import delegates
-from fastcore.xml import (A, Aside, B, Br, Caption, Code, Dd, Details, Div,
-                          Dl, Dt, Figcaption, Figure, H1, H2, H3,
-    Header, I, Iframe, Img, Li, Main, Nav, P, Pre, Safe, Section, Small, Span, Strong, Summary, Table, Tbody, Td,
-    Th, Thead, Tr, Ul, to_xml)
+from fastcore.xml import (
+    A, Aside, B, Br, Caption, Code, Dd, Details, Div, Dl, Dt, Figcaption, Figure, H1, H2, H3,
+    Header, I, Iframe, Img, Li, Main, Nav, P, Pre, Safe, Section, Small, Span, Strong, Summary,
+    Table, Tbody, Td, Th, Thead, Tr, Ul, to_xml)
 
 from brainseg_fastai.core import DataError, asset, few, missing, need, num, plural, write_text
 from brainseg_fastai.drawing import PRED, TRUTH, case_tile, data_uri, safe_colour

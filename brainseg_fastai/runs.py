@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 
 from .adni import ADNI
 from .checks import mask_codes
-from .core import (DataError, digest, few, need, need_package,
-                                  num, plain, read_json,
-                                  times, write_csv, write_json, write_text, written, written_folder)
+from .core import (
+    DataError, digest, few, need, need_package, num, plain, read_json, times, write_csv,
+    write_json, write_text, written, written_folder)
 from .drawing import PALETTE
 from .images import data_fingerprint, read_image, read_mask
 from .inference import Frame, Model, training_spacing

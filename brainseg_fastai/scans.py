@@ -20,8 +20,8 @@ from scipy import ndimage as ndi
 
 from .core import DataError, digest, in_threads, need, need_package, plural, times
 from .images import (
-    MOST_VOXELS, Pixels, decode, foreground, is_picture, is_volume, list_files,
-    load_volume, otsu, read_image, stem_of, to_bytes, to_native, volume_header)
+    MOST_VOXELS, Pixels, decode, foreground, is_picture, is_volume, list_files, load_volume,
+    otsu, read_image, stem_of, to_bytes, to_native, volume_header)
 from .cases import cohort
 
 # %% ../nbs/library/16_scans.ipynb #bbd86281

@@ -23,7 +23,8 @@ from .scores import score_mask
 from .settings import Settings
 from .splits import by_group, closest_but, closest_subset, fill_folds, read_split, split_table
 from .training import (
-    FastBatches, InMemory, ReadImage, ReadMask, SquarePad, TensorScan, adamw, augment_tfms, dice_per_image, normaliser)
+    FastBatches, InMemory, ReadImage, ReadMask, SquarePad, TensorScan, adamw, augment_tfms,
+    dice_per_image, normaliser)
 from .trust import agreement
 from .volumes import slices_to_volume
 

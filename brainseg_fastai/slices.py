@@ -10,9 +10,8 @@ import re
 from pathlib import Path
 import nibabel as nib, numpy as np, pandas as pd
 from PIL import Image
-from .core import (DataError, few, in_threads, need, plural,
-                                  times, write_csv,
-    write_json, written_folder)
+from .core import (
+    DataError, few, in_threads, need, plural, times, write_csv, write_json, written_folder)
 from .images import is_volume, load_volume, stem_of, to_bytes
 
 # %% ../nbs/library/17_slices.ipynb #64651800
