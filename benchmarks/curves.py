@@ -130,8 +130,8 @@ DROPPED = { # pieces that brought nothing and are gone; their results are kept
     'ours-fastai_aug': "fastai's `aug_transforms` of the same strength"}
 
 NAMES = dict(ours='ours', published='published recipe', stock='fastai `unet_learner` resnet34, defaults',
-             smp='SMP U-Net resnet34',
-             monai_unet='MONAI UNet', monai_basic='MONAI BasicUNet', nnunet='network that nnU-Net plans') | ABLATIONS | DROPPED
+             smp='SMP U-Net resnet34', monai_unet='MONAI UNet', monai_basic='MONAI BasicUNet',
+             nnunet='network that nnU-Net plans') | ABLATIONS | DROPPED
 
 def _number(x, digits=2, sign=''): return '–' if x is None else f'{x:{sign}.{digits}f}'
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from .cases import COLUMNS, Layout, case_table, cohort, one_unit
-from .checks import (damaged, duplicates, file_table, odd_masks, problem, problem_table,
-                                    too_few_subjects, unequal_sizes)
+from .cases import Layout, case_table, cohort, one_unit
+from .checks import (
+    damaged, duplicates, failure, file_table, known_problem, odd_masks, problem_table,
+    too_few_subjects, unequal_sizes)
 from .core import DataError, few, need, plural
 from .images import IMAGE_SUFFIXES, is_picture, list_files
 
@@ -22,7 +23,8 @@ from .images import IMAGE_SUFFIXES, is_picture, list_files
 def subject_id(path)->str:
     "The part of the file name before the first dash"
     subject,dash,_ = Path(path).name.partition('-')
-    need(subject and dash, path, 'a name without a subject', 'SUBJECT-SCAN-KIND-SLICE.png',
+    need(subject and dash, path, 'a name without a subject',
+         'SUBJECT-SCAN-KIND-SLICE.png',
          'Rename the file, or say with --subject where the subject is in the name.')
     return subject
 
@@ -40,34 +42,43 @@ def swap_kind(stem, kind, to=''):
 
 def stem_in(path, folder=''):
     "Path of a file below `folder` without its ending"
-    rel = Path(path).as_posix()[len(Path(folder).as_posix()) if folder else 0:]
+    rel = Path(path).as_posix()[len(Path(folder).as_posix()) if folder
+                                else 0:]
     return rel.lstrip('/').removesuffix(Path(path).suffix)
 
 # %% ../nbs/library/06_adni.ipynb #93b4952b
 def csv_rule(file, kinds):
     "Subjects from a CSV file with the columns `image` and `subject`; one row serves every kind of the same image"
-    try: t = pd.read_csv(file, dtype=str, encoding='utf-8-sig', keep_default_na=False)
+    try: t = pd.read_csv(file, dtype=str, encoding='utf-8-sig',
+                         keep_default_na=False)
     except (OSError, ValueError) as e:
-        raise DataError.of(file, str(e), 'a CSV file with the columns image, subject', 'Correct --subject.') from e
-    need({'image','subject'}<=set(t.columns), file, f'the columns {", ".join(t.columns)}',
+        raise DataError.of(file, str(e),
+                           'a CSV file with the columns image, subject',
+                           'Correct --subject.') from e
+    need({'image','subject'}<=set(t.columns), file,
+         f'the columns {", ".join(t.columns)}',
          'the columns image, subject', 'Rename the columns.')
     def key(image, kinds):
         "What an image of any kind is called without its kind"
         stem = stem_in(image)
-        return next((o for o in (swap_kind(stem, k) for k in kinds) if o!=stem.strip('-_/ ')), stem)
+        return next((o for o in (swap_kind(stem, k) for k in kinds)
+                     if o!=stem.strip('-_/ ')), stem)
     subjects = {}
     for image,s in zip(t['image'], t['subject'].str.strip()):
         top,_,rest = image.replace('\\', '/').removeprefix('./').partition('/')
         k = key(rest, [top]) if top in kinds else key(f'{top}/{rest}'.rstrip('/'), kinds)
-        need(subjects.setdefault(k, s)==s, file, f'{image} under two subjects, {subjects[k]} and {s}',
+        need(subjects.setdefault(k, s)==s, file,
+             f'{image} under two subjects, {subjects[k]} and {s}',
              'one subject per image', 'Correct the CSV file.')
     return lambda rel,kind: subjects.get(key(rel, [kind])) or None
 
+# %% ../nbs/library/06_adni.ipynb #93b4951s
 def regex_rule(pattern):
     "Subjects by a regular expression"
     try: r = re.compile(pattern)
     except re.error as e:
-        raise DataError.of('--subject', f'{pattern!r} ({e})', 'a regular expression', 'Correct it.') from e
+        raise DataError.of('--subject', f'{pattern!r} ({e})',
+                           'a regular expression', 'Correct it.') from e
     need(r.groups==1, '--subject', f'{pattern!r} with {r.groups} groups',
          'a regular expression with one group in parentheses, the subject', r"For example --subject '(sub-\d+)'.")
     def rule(rel, kind):
@@ -97,13 +108,16 @@ def scan_and_slice(stem, kind, subject):
     return m[1] or '-', m[2] or '-'
 
 # %% ../nbs/library/06_adni.ipynb #4083e494
-def subfolders(root): return sorted(d for d in Path(root).iterdir() if d.is_dir() and not d.name.startswith('.'))
+def subfolders(root): return sorted(d for d in Path(root).iterdir()
+                                    if d.is_dir() and not d.name.startswith('.'))
 
 def list_kinds(root)->dict:
     "Images by kind, `brain` and `orig` first"
     if not Path(root).is_dir(): return {}
-    images = {d.name: list_files(d, IMAGE_SUFFIXES) for d in subfolders(root) if d.name!='mask'}
-    return {k: images[k] for k in sorted(images, key=lambda k: (k!='brain', k!='orig', k)) if images[k]}
+    images = {d.name: list_files(d, IMAGE_SUFFIXES)
+              for d in subfolders(root) if d.name!='mask'}
+    return {k: images[k] for k in sorted(images,
+                                         key=lambda k: (k!='brain', k!='orig', k)) if images[k]}
 
 def kinds_in(root)->list:
     "The kinds of image in a data folder: its subfolders with images, `mask` apart"
@@ -112,46 +126,58 @@ def kinds_in(root)->list:
 def list_slices(root, kinds=())->dict:
     "Images of a folder in this layout, or a `DataError` that says what is wrong with it"
     def ok(good, found, remedy='Give the path of the data folder.'):
-        need(good, root, found, 'a folder with the subfolders mask and brain or orig (or both), full of images', remedy)
+        need(good, root, found,
+             'a folder with the subfolders mask and brain or orig (or both), full of images', remedy)
     ok(root.is_dir(), 'a file' if root.exists() else 'no such folder')
     if not (root/'mask').is_dir():
         subs = subfolders(root)
         names = f' (subfolders: {few([d.name for d in subs], 8)})' if subs else ''
         ok(any(root.iterdir()), 'an empty folder')
-        near = next((d for d in [root.parent, *subs] if (d/'mask').is_dir() and kinds_in(d)), None)
-        ok(False, f'no subfolder mask{names}', *([f'Did you mean {near}?'] if near else []))
-    ok(list_files(root/'mask', IMAGE_SUFFIXES), 'no image in mask', 'Add the masks, in PNG, TIFF or BMP format.')
+        near = next((d for d in [root.parent, *subs] if (d/'mask').is_dir()
+                     and kinds_in(d)), None)
+        ok(False, f'no subfolder mask{names}',
+           *([f'Did you mean {near}?'] if near else []))
+    ok(list_files(root/'mask', IMAGE_SUFFIXES), 'no image in mask',
+       'Add the masks, in PNG, TIFF or BMP format.')
     images = list_kinds(root)
-    ok(images, 'no images beside mask', 'Add the images, in PNG, TIFF, BMP or JPEG format.')
+    ok(images, 'no images beside mask',
+       'Add the images, in PNG, TIFF, BMP or JPEG format.')
     lost = [k for k in kinds if k not in images]
-    ok(not lost, f'no images of the kind {", ".join(lost)}', f'This folder has: {", ".join(images)}.')
+    ok(not lost, f'no images of the kind {", ".join(lost)}',
+       f'This folder has: {", ".join(images)}.')
     return images
 
 # %% ../nbs/library/06_adni.ipynb #c2764963
 def match_masks(root, images, kinds, rule):
     "One row per image, with its mask where there is one; `subject` is None for a name that tells nothing"
-    masks = {stem_in(p, root/'mask'): p for p in reversed(list_files(root/'mask', IMAGE_SUFFIXES))}
+    masks = {stem_in(p, root/'mask'): p
+             for p in reversed(list_files(root/'mask', IMAGE_SUFFIXES))}
     def row(p, kind):
         rel = p.as_posix()[len((root/kind).as_posix())+1:]
         stem,subject = stem_in(rel), rule(rel, kind)
-        every = re.sub(rf'(?<![A-Za-z0-9]){re.escape(kind)}(?![A-Za-z0-9])', 'mask', stem)
+        every = re.sub(rf'(?<![A-Za-z0-9]){re.escape(kind)}(?![A-Za-z0-9])',
+                       'mask', stem)
         names = swap_kind(stem, kind, 'mask'), every, f'{stem}_mask', f'{stem}-mask', stem
         scan,slice = scan_and_slice(stem, kind, subject)
         mask = next((masks[o] for o in names if o in masks), None)
-        return dict(subject=subject, scan=scan, slice=slice, inputs=kind, image=p, mask=mask)
+        return dict(subject=subject, scan=scan, slice=slice, inputs=kind,
+                    image=p, mask=mask)
     return [row(p, k) for k in kinds for p in images[k]]
 
 def add_cohort(rows, root):
     "Add what `cohort.json` knows: spacing (NaN if nothing), and `below_top` where it is told"
     known = cohort(root)
-    scans = {(o.get('subject'), o.get('scan')): o for o in known.get('scans', [])}
+    scans = {(o.get('subject'), o.get('scan')): o
+             for o in known.get('scans', [])}
     def fact(o, name):
         v = scans.get((o['subject'], o['scan']), {}).get(name) or known.get(name)
         if isinstance(v, dict): v = v.get(o['slice'])
         return float('nan' if v is None else v)
-    names = ['spacing'] + ['below_top']*any('below_top' in o for o in [known, *scans.values()])
+    names = ['spacing'] + ['below_top']*any('below_top' in o
+                                            for o in [known, *scans.values()])
     return [{**o, **{k: fact(o, k) for k in names}} for o in rows], names[1:]
 
+# %% ../nbs/library/06_adni.ipynb #c276491s
 def adni_cases(
     root,         # Data folder with a subfolder for `inputs` and one named `mask`
     inputs=None,  # `brain` (skull-stripped; None as well), `orig` (full skull) or another of `kinds_in(root)`
@@ -163,26 +189,24 @@ def adni_cases(
     one_unit(unit, ('slice',))
     images = list_slices(root, [kind])
     rule,expected = subject_rule(subject, list(images))
-    rows = [o for o in match_masks(root, images, [kind], rule) if o['subject'] and o['mask']]
+    rows = [o for o in match_masks(root, images, [kind], rule)
+            if o['subject'] and o['mask']]
     need(rows, root/kind, 'no image whose name tells a subject and that has a mask',
          f'{expected.replace("{kind}", kind)} and the same name in mask',
          'See `brainseg check`, and --subject for other ways of naming.')
     rows,more = add_cohort(rows, root)
     df = case_table(rows, root, '', more=more)
-    return df.sort_values(['subject','scan','slice'], kind='stable', ignore_index=True)
+    return df.sort_values(['subject','scan','slice'], kind='stable',
+                          ignore_index=True)
 
-# %% ../nbs/library/06_adni.ipynb #fb38e50c
+# %% ../nbs/library/06_adni.ipynb #c025x
 def bad_names(rows, file, expected):
     "Names that do not tell the subject, and two files for one case"
     seen = {}
     for o in rows:
         f,key = file(o['image']), (o['inputs'], o['subject'], o['scan'], o['slice'])
-        if not o['subject']:
-            yield problem('error', f, 'a name that does not tell the subject', expected.replace('{kind}', o['inputs']),
-                          'Rename or delete the file, or say with --subject how subjects are named.')
-        elif (first := seen.setdefault(key, f))!=f:
-            yield problem('error', f, f'the same subject, scan and slice as {first}', 'one image per case',
-                          'Delete or rename one of them.')
+        if not o['subject']: yield known_problem('no_subject', f, expected=expected.replace('{kind}', o['inputs']))
+        elif (first := seen.setdefault(key, f))!=f: yield known_problem('same_case', f, first=first)
 
 def no_partner(rows, file, kinds):
     "Images without a mask or without their partner in another kind"
@@ -191,22 +215,16 @@ def no_partner(rows, file, kinds):
     for o in rows: have.setdefault(key(o), set()).add(o['inputs'])
     for o in rows:
         if not o['subject']: continue
-        f,ks = file(o['image']), have[key(o)]
+        ks = have[key(o)]
         lost = ' or '.join(k for k in kinds if k not in ks)
-        if not o['mask'] and len(ks)==1<len(kinds):
-            yield problem('warning', f, f'no mask, and no image in {lost} either',
-                'a file of the same name in mask and in every kind', 'Nothing need be done: the image is not used.')
-        elif not o['mask']:
-            yield problem('error', f, 'no mask', 'a file of the same name in mask', 'Add the mask or delete the image.')
-        elif lost:
-            yield problem('warning', f, f'no image of the same name in {lost}', 'an image in every kind',
-                          'Nothing need be done: it is left out of the comparison of kinds.')
+        alone = len(ks)==1<len(kinds)
+        name = ('no_partner' if lost else None) if o['mask'] else 'unused_image' if alone else 'no_mask'
+        if name: yield known_problem(name, file(o['image']), lost=lost)
 
+# %% ../nbs/library/06_adni.ipynb #c027x
 def bare_masks(t, kinds):
     "Masks without an image"
-    for f in t.file[t.is_mask & ~t.used]:
-        yield problem('warning', f, 'a mask without an image', f'an image of the same name in {" or ".join(kinds)}',
-                      'Add the image or delete the mask, which is not used.')
+    for f in t.file[t.is_mask & ~t.used]: yield known_problem('bare_mask', f, kinds=' or '.join(kinds))
 
 def few_subjects(rows, kinds):
     "Too few subjects in one kind, or in all of them together"
@@ -218,8 +236,7 @@ def other_files(root, kinds):
     "Files in the folders that are no images"
     for d in [*kinds, 'mask']:
         names = [p.name for p in list_files(root/d) if not is_picture(p)]
-        if names: yield problem('note', d, f'{plural(len(names), "file")} of another type: {few(names, 3)}',
-                                'images in PNG, TIFF, BMP or JPEG format', 'Nothing need be done: they are passed over.')
+        if names: yield known_problem('other_files', d, files=plural(len(names), 'file'), names=few(names, 3))
 
 # %% ../nbs/library/06_adni.ipynb #9e4d229c
 def check_cases(
@@ -232,18 +249,21 @@ def check_cases(
     root = Path(root).resolve()
     named = [inputs] if isinstance(inputs, str) else list(inputs or [])
     try: images = list_slices(root, named)
-    except DataError as e: return problem_table([problem('error', **e.parts)])
+    except DataError as e: return problem_table([failure(e)])
     rule,expected = subject_rule(subject, list(images))
     rows = match_masks(root, images, named or images, rule)
     used = {o['inputs'] for o in rows if o['mask']}
-    strange = [k for k in images if not named and used and k not in used | {'brain','orig'}]
+    strange = [k for k in images if not named and used
+               and k not in used | {'brain','orig'}]
     kinds = [k for k in named or images if k not in strange]
     rows = [o for o in rows if o['inputs'] in kinds]
-    t = file_table(rows, root, list_files(root/'mask', IMAGE_SUFFIXES), progress)
+    t = file_table(rows, root, list_files(root/'mask', IMAGE_SUFFIXES),
+                   progress)
     def file(p): return p.relative_to(root).as_posix()
-    odd = [problem('warning', k, 'pictures, none of which has a mask', 'a kind of image',
-                   'Nothing need be done: the folder is passed over.') for k in strange]
-    return problem_table([*bad_names(rows, file, expected), *no_partner(rows, file, kinds), *bare_masks(t, kinds),
+    odd = [known_problem('no_kind', k) for k in strange]
+    return problem_table([*bad_names(rows, file, expected),
+                          *no_partner(rows, file, kinds),
+                          *bare_masks(t, kinds),
                           *damaged(t), *unequal_sizes(t), *odd_masks(t), *duplicates(t),
                           *few_subjects(rows, kinds), *other_files(root, kinds), *odd])
 
@@ -258,5 +278,6 @@ def adni_demo():
     from brainseg_fastai.demo import demo_cohort
     return demo_cohort()
 
-ADNI = Layout('adni', adni_cases, check_cases, adni_standin, structure='ventricles', inputs=('brain','orig'),
+ADNI = Layout('adni', adni_cases, check_cases, adni_standin,
+              structure='ventricles', inputs=('brain','orig'),
               question=('inputs=brain','inputs=orig'), crossed=True, demo=adni_demo)

@@ -6,7 +6,7 @@
 __all__ = ['refuse_errors', 'format_problems', 'damaged', 'unequal_sizes', 'mask_codes']
 
 # %% ../nbs/library/04_checks.ipynb #9caa2f22
-import os, re
+import os, re, tomllib
 from collections import Counter
 from functools import wraps
 from pathlib import Path
@@ -14,15 +14,26 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from .cases import choose_inputs, data_root
-from .core import DataError, few, missing, need, plural, times
+from .core import DataError, asset, few, missing, need, plural, times
 from .images import facts_of
 
-# %% ../nbs/library/04_checks.ipynb #dd0fdde2
+# %% ../nbs/library/04_checks.ipynb #c005x
 LEVELS = 'error','warning','note'
+TEXTS = tomllib.loads(asset('problems.toml')) # level, found, expected, remedy
 
 def problem(level:str, file, found:str, expected:str, remedy:str)->dict:
     "One problem"
     return dict(level=level, file=str(file), found=found, expected=expected, remedy=remedy)
+
+def known_problem(name, file, /, **words)->dict:
+    "One of `problems.toml`"
+    level,*texts = TEXTS[name]
+    return problem(level, file, *(o.format(**words) for o in texts))
+
+def failure(e:DataError, level='error', **more)->dict:
+    "The problem that a `DataError` tells of"
+    if e.parts is None: raise e # a missing package is no problem of the data
+    return problem(level, **e.parts | more)
 
 def problem_table(rows)->pd.DataFrame:
     "Problems, errors first"
@@ -34,9 +45,7 @@ def as_problem(check):
     @wraps(check)
     def f(*args, **kwargs):
         try: return check(*args, **kwargs)
-        except DataError as e:
-            if e.parts is None: raise # a missing package is no problem of the data
-            return problem_table([problem('error', **e.parts)])
+        except DataError as e: return problem_table([failure(e)])
     return f
 
 # %% ../nbs/library/04_checks.ipynb #32d45983
@@ -60,9 +69,11 @@ def format_problems(
     levels = problems.level.tolist()
     res = [', '.join(plural(levels.count(l), l) for l in LEVELS)]
     for (level,remedy),g in problems.groupby(['level','remedy'], sort=False):
-        res += ['', level.upper() + (f' ({len(g)} times)' if len(g)>1 else '')]
+        res += ['', level.upper() + (f' ({len(g)} times)' if len(g)>1
+                                     else '')]
         for o in g.head(n).itertuples():
-            res += [f'  {o.file}', f'    found {o.found}', f'    expected {o.expected}']
+            res += [f'  {o.file}', f'    found {o.found}',
+                    f'    expected {o.expected}']
         if len(g)>n: res.append(f'  … and {len(g)-n} more')
         res.append(f'  -> {remedy}')
     return '\n'.join(res)
@@ -74,26 +85,28 @@ FILE_COLUMNS = ['file','path','is_mask','used','subject','scan','slice','inputs'
 def file_table(rows, root, masks=(), progress=False)->pd.DataFrame:
     "What is known of every file"
     if isinstance(rows, pd.DataFrame): rows = rows.to_dict('records')
-    facts = facts_of([o['image'] for o in rows], [*(o['mask'] for o in rows), *masks], progress)
+    facts = facts_of([o['image'] for o in rows],
+                     [*(o['mask'] for o in rows), *masks], progress)
     cases = {}
     for o in rows:
         used = not missing(o['mask'])
         cases[os.fspath(o['image']), False] = dict(o, used=used)
-        if used: cases.setdefault((os.fspath(o['mask']), True), dict(o, used=True))
+        if used: cases.setdefault((os.fspath(o['mask']), True),
+                                  dict(o, used=True))
     def row(path, is_mask):
         file = Path(path).relative_to(root).as_posix()
         case = cases.get((path, is_mask), dict(used=False))
-        return {**case, **facts[path, is_mask], 'file': file, 'path': path, 'is_mask': is_mask}
+        return {**case, **facts[path, is_mask], 'file': file, 'path': path,
+                'is_mask': is_mask}
     return pd.DataFrame([row(*o) for o in facts], columns=FILE_COLUMNS)
 
-# %% ../nbs/library/04_checks.ipynb #7dc11b51
+# %% ../nbs/library/04_checks.ipynb #c012x
 def damaged(
     t # From `file_table`, as in all checks below
 ):
     "Files that cannot be read"
     for o in t[t.error.notna()].itertuples():
-        if o.error.parts is None: raise o.error # a missing package, which is nothing about the file
-        yield problem('error' if o.used else 'warning', **{**o.error.parts, 'file': o.file})
+        yield failure(o.error, 'error' if o.used else 'warning', file=o.file)
 
 def unequal_sizes(t):
     "Images with a mask of another size"
@@ -101,11 +114,10 @@ def unequal_sizes(t):
     size = {o.path: o.shape for o in ok[ok.is_mask].itertuples()}
     for o in ok[~ok.is_mask].itertuples():
         m = size.get(os.fspath(o.mask))
-        if not m or o.shape[:len(m)]==m: continue
-        yield problem('error', o.file, f'an image of {times(o.shape[1::-1])} pixels with a mask of {times(m[::-1])}',
-                      'image and mask of the same size', 'Export both from the same scan at the same resolution.')
+        if m and o.shape[:len(m)]!=m:
+            yield known_problem('unequal_size', o.file, image=times(o.shape[1::-1]), mask=times(m[::-1]))
 
-# %% ../nbs/library/04_checks.ipynb #c86a3263
+# %% ../nbs/library/04_checks.ipynb #c014x
 def duplicates(t):
     "The same pixels twice"
     ok = t[t.error.isna() & ~t.is_mask & t.subject.notna() & (t.constant==False)]
@@ -114,20 +126,14 @@ def duplicates(t):
         stranger = next((o for o in more if o.subject!=first.subject), None)
         for o in more:
             other = first if o.subject!=first.subject else stranger
-            found = f'the same pixels as {(other or first).file}'
-            if other: yield problem('error', o.file, found, 'different images of different subjects',
-                'Find out whose image it is and delete the other: no split by subject can keep the two apart.')
-            else: yield problem('warning', o.file, found, 'every image once', 'Delete one of them: it counts twice.')
+            yield known_problem('twin_stranger' if other else 'twin', o.file, other=(other or first).file)
 
 def too_few_subjects(where, subjects, what='with image and mask'):
     "Fewer subjects than a split into three parts takes"
     n = len(set(subjects))
-    if n<3: yield problem('error', where, f'{plural(n, "subject")} {what}',
-                          'at least 3: one each for training, validation and test', 'Add subjects.')
+    if n<3: yield known_problem('few_subjects', where, n=plural(n, 'subject'), what=what)
 
-# %% ../nbs/library/04_checks.ipynb #ce7be5e9
-WAY_OUT = 'Real classes that look like this must be stored as 0, 1, 2, … without gaps.'
-
+# %% ../nbs/library/04_checks.ipynb #c016x
 def odd_codes(t):
     "Codes that cannot be believed"
     n,inside = Counter(), Counter()
@@ -146,10 +152,7 @@ def soft_edges(t, codes, odd):
     for o in t.itertuples():
         here = [c for c in o.codes if c in odd]
         pixels = plural(sum(o.codes[c] for c in here), 'pixel')
-        if here: yield problem('error', o.file,
-            f'anti-aliased edges or stray pixels: the values {few(here)} fill no region ({pixels})',
-            f'codes that fill regions, such as {solid}',
-            f'Export the masks again without smoothing (nearest neighbour), or threshold them. {WAY_OUT}')
+        if here: yield known_problem('soft_edges', o.file, values=few(here), pixels=pixels, solid=solid)
 
 def mixed_codes(t, background):
     "Masks whose only foreground code is another than in most"
@@ -157,8 +160,7 @@ def mixed_codes(t, background):
     if max(map(len, fore))>1: return
     usual = Counter(c for o in fore for c in o).most_common(1)[0][0]
     for file,o in zip(t.file, fore):
-        if o and o!={usual}: yield problem('error', file, f'a foreground of {few(o)}', f'{usual} as in most masks',
-                                           f'Write all masks with the same codes. {WAY_OUT}')
+        if o and o!={usual}: yield known_problem('mixed_codes', file, code=few(o), usual=usual)
 
 # %% ../nbs/library/04_checks.ipynb #385cc7dd
 def mask_codes(
@@ -166,12 +168,14 @@ def mask_codes(
 )->tuple: # Raw codes, sorted; their positions are the classes
     "The raw codes that occur in any of the masks; a `DataError` if they are those of smoothed or mixed masks"
     facts = facts_of((), masks, strict=True)
-    need(facts, 'mask', 'no mask', 'at least one mask', 'Give the masks of a case table.')
+    need(facts, 'mask', 'no mask', 'at least one mask',
+         'Give the masks of a case table.')
     t = pd.DataFrame([dict(d, file=f) for (f,_),d in facts.items()])
-    for p in odd_codes(t): raise DataError.of(p['file'], p['found'], p['expected'], p['remedy'])
+    for p in odd_codes(t): raise DataError.of(p['file'], p['found'],
+                                              p['expected'], p['remedy'])
     return tuple(sorted(set().union(*t.codes)))
 
-# %% ../nbs/library/04_checks.ipynb #3d145e18
+# %% ../nbs/library/04_checks.ipynb #c020x
 def odd_masks(t):
     "Codes that cannot be believed, and empty masks"
     masks = t[t.is_mask & t.used & t.error.isna()]
@@ -179,22 +183,17 @@ def odd_masks(t):
     yield from odd_codes(masks)
     background = min(map(min, masks.codes))
     empty = masks.file[[set(o)=={background} for o in masks.codes]].tolist()
-    if len(empty)==len(masks):
-        yield problem('error', 'mask', f'{len(empty)} masks, all of them empty', 'something to find in some of them',
-                      'Export the masks again.')
-    elif empty:
-        yield problem('note', empty[0], f'{len(empty)} of {len(masks)} masks empty: {few(empty, 3)}',
-                      'empty masks only where there is nothing to find', 'Nothing need be done if that is so.')
+    if len(empty)==len(masks): yield known_problem('all_empty', 'mask', n=len(empty))
+    elif empty: yield known_problem('some_empty', empty[0], n=len(empty), all=len(masks), names=few(empty, 3))
 
 def unknown_labels(t, labels:dict):
     "Codes that the data set does not have"
     known = ', '.join(f'{c} ({name})' for c,name in labels.items())
     for o in t[t.is_mask & t.error.isna()].itertuples():
         odd = sorted(set(o.codes)-set(labels))
-        if odd: yield problem('error', o.file, f'the label{"s"*(len(odd)>1)} {few(odd)}', f'only {known}',
-                              'Correct the segmentation; was it resampled with smoothing?')
+        if odd: yield known_problem('unknown_labels', o.file, labels='label'+'s'*(len(odd)>1), odd=few(odd), known=known)
 
-# %% ../nbs/library/04_checks.ipynb #a2df604a
+# %% ../nbs/library/04_checks.ipynb #c025x
 def off_grid(t):
     "Volumes that do not lie on the grid of the first image beside them"
     ok = t[t.error.isna()]
@@ -203,29 +202,24 @@ def off_grid(t):
         name = Path(first.path).name
         corners = np.stack(np.meshgrid(*((0,n-1) for n in first.shape))).reshape(3, -1)
         for o in more:
-            remedy = 'Resample it to the grid of the other (labels with nearest neighbour).'
             if o.shape!=first.shape:
-                yield problem('error', o.file, f'{times(o.shape)} voxels', f'{times(first.shape)} as in {name}', remedy)
+                yield known_problem('other_shape', o.file, shape=times(o.shape), first=times(first.shape), name=name)
                 continue
             mm = (np.array(first.affine)-o.affine)[:3] @ np.vstack([corners, np.ones(8)])
-            if abs(mm).max()>.1:
-                yield problem('error', o.file, f'an affine that places voxels up to {abs(mm).max():.1f} mm elsewhere',
-                              f'the affine of {name}', remedy+' If only the header is wrong, copy the affine.')
+            if abs(mm).max()>.1: yield known_problem('other_place', o.file, mm=abs(mm).max(), name=name)
 
 def no_mask(where, path, root, what='segmentation'):
     "A missing mask is an error unless the name says that this is the part of a challenge to be predicted"
     name = Path(Path(root).name, Path(path).relative_to(root)).as_posix()
-    if re.search('(?<![a-z])(valid|test)', name, re.I) and not re.search('train', name, re.I):
-        return problem('note', where, f'no {what}', f'a {what} for training', 'Nothing need be done: it can only be predicted.')
-    return problem('error', where, f'no {what}', f'a {what} for everything outside the validation and test parts',
-                   f'Add the {what}, or move the folder to one named validation or test.')
+    later = re.search('(?<![a-z])(valid|test)', name, re.I) and not re.search('train', name, re.I)
+    return known_problem('unlabelled' if later else 'no_labels', where, what=what)
 
 def nothing_here(root, what):
     "The table of problems of a folder without a patient"
-    return problem_table([problem('error', root, 'no patient' if any(Path(root).iterdir()) else 'an empty folder', what,
-                                  'Give the path of the data folder.')])
+    found = 'no patient' if any(Path(root).iterdir()) else 'an empty folder'
+    return problem_table([known_problem('no_patient', root, found=found, what=what)])
 
-# %% ../nbs/library/04_checks.ipynb #ffce0b9e
+# %% ../nbs/library/04_checks.ipynb #c027x
 def patient_problems(patients, names, choices, root):
     "What patients' folders lack, or have twice"
     first = {}
@@ -233,15 +227,14 @@ def patient_problems(patients, names, choices, root):
         where = p.folder.relative_to(root).as_posix() if p.folder!=root else p.subject
         lost = [k for k in names if k not in p.images]
         file = f'{p.subject}{"_"+lost[0] if lost and len(choices)>1 else ""}.nii.gz'
-        if lost: yield problem('error', where, f'no {", ".join(lost)} (there is {few(p.images) or "no image"})', file,
-                               'Add it, or use other inputs.')
+        there = few(p.images) or 'no image'
+        if lost: yield known_problem('lost_channel', where, lost=', '.join(lost), there=there, file=file)
         if not p.mask: yield no_mask(where, p.folder/p.subject, root)
         one = first.setdefault(p.subject, where)
-        if one!=where: yield problem('error', where, f'a second folder of {p.subject}', f'one, {one}', 'Delete one of them.')
+        if one!=where: yield known_problem('second_folder', where, subject=p.subject, one=one)
 
 @as_problem
-def check_volumes(root, find, choices, what, labels:dict, inputs=None,
-                  progress=False)->pd.DataFrame:
+def check_volumes(root, find, choices, what, labels:dict, inputs=None, progress=False)->pd.DataFrame:
     "Check a data set of volumes"
     root,names = data_root(root, what), choose_inputs(inputs, choices)
     patients = find(root)
@@ -249,6 +242,7 @@ def check_volumes(root, find, choices, what, labels:dict, inputs=None,
     rows = [dict(subject=p.subject, scan='-', slice='', inputs=k, image=f, mask=p.mask)
             for p in patients for k,f in p.images.items()]
     t = file_table(rows, root, [p.mask for p in patients], progress)
-    return problem_table([*patient_problems(patients, names, choices, root), *off_grid(t), *damaged(t.assign(used=True)),
-                          *unknown_labels(t, labels), *odd_masks(t), *duplicates(t),
-                          *too_few_subjects('images', [o['subject'] for o in rows if o['mask']])])
+    return problem_table([
+        *patient_problems(patients, names, choices, root), *off_grid(t), *damaged(t.assign(used=True)),
+        *unknown_labels(t, labels), *odd_masks(t), *duplicates(t),
+        *too_few_subjects('images', [o['subject'] for o in rows if o['mask']])])

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
 
-from .core import (
-    DataError, cache_dir, digest, few, in_threads, missing, need, plain, plural, stamp, times, write_json, written)
+from brainseg_fastai.core import (
+    DataError, cache_dir, digest, few, in_threads, missing, need, plain, plural, stamp, times,
+    write_json, written)
 
 # %% ../nbs/library/01_images.ipynb #4567ac5d
 IMAGE_SUFFIXES = '.png','.tif','.tiff','.bmp','.jpg','.jpeg'
@@ -30,13 +31,15 @@ def is_volume(path): return has_suffix(path, VOLUME_SUFFIXES)
 def stem_of(path):
     "File name without its ending; `.nii.gz` is one ending"
     name = Path(path).name
-    end = next((e for e in VOLUME_SUFFIXES if has_suffix(name, e)), Path(name).suffix)
+    end = next((e for e in VOLUME_SUFFIXES if has_suffix(name, e)),
+               Path(name).suffix)
     return name[:len(name)-len(end)]
 
 def list_files(folder, suffixes='')->list:
     "Every file below `folder` but the hidden ones, sorted by path"
     def walk(d):
-        try: entries = [e for e in os.scandir(d) if not e.name.startswith('.')]
+        try: entries = [e for e in os.scandir(d)
+                        if not e.name.startswith('.')]
         except OSError: return # a folder that may not be looked into
         for e in entries: # the listing itself tells what is a file
             if e.is_dir(follow_symlinks=False): yield from walk(e.path)
@@ -54,10 +57,12 @@ def decode(path, what='an image', keep=False)->np.ndarray:
             elif mode in ('LA','La') and not keep: im = im.convert('L')
             a = np.array(im)
     except Exception as e: # a damaged file can make the decoder raise almost anything
-        raise DataError.of(path, f'a file that cannot be read ({type(e).__name__}: {e})',
+        raise DataError.of(path,
+                           f'a file that cannot be read ({type(e).__name__}: {e})',
                            f'{what} in PNG, TIFF, BMP or JPEG format',
                            'Copy or export the file again, or delete it together with its partners.') from e
-    need(pages==1, path, f'{pages} pages in one file', 'a single slice per file',
+    need(pages==1, path, f'{pages} pages in one file',
+         'a single slice per file',
          'Save each slice as a file of its own.')
     return a.astype(np.uint8) if a.dtype==bool else a
 
@@ -71,8 +76,10 @@ def read_grey(path, mask=False):
         a = a[...,0]
     if a.dtype.kind=='f':
         again = 'Export the file again as 8-bit PNG.'
-        need(np.isfinite(a).all(), path, 'values that are not numbers', 'finite grey levels', again)
-        need(not mask or (a==np.round(a)).all(), path, 'values that are not whole numbers', 'whole codes', again)
+        need(np.isfinite(a).all(), path, 'values that are not numbers',
+             'finite grey levels', again)
+        need(not mask or (a==np.round(a)).all(), path,
+             'values that are not whole numbers', 'whole codes', again)
     return a
 
 # %% ../nbs/library/01_images.ipynb #0c5f770a
@@ -81,7 +88,8 @@ def read_picture(path, channels=None, mask=False)->np.ndarray:
     if channels is None: return read_grey(path, mask)
     a = decode(path, keep=True)
     n,last = a.shape[2] if a.ndim==3 else 1, max(channels, default=0)
-    need(last<n, path, plural(n, 'channel'), f'at least {last+1} channels', 'Export the picture again.')
+    need(last<n, path, plural(n, 'channel'), f'at least {last+1} channels',
+         'Export the picture again.')
     if not channels: return a
     return a[...,channels[0]] if len(channels)==1 else a[...,list(channels)]
 
@@ -127,13 +135,16 @@ def foreground(
     from scipy import ndimage as ndi
     within = np.zeros((3,3,3), bool) # neighbours within an axial slice
     within[1,:,1] = within[:,1,1] = True
-    return largest_part(ndi.binary_fill_holes(a>otsu(a)*factor, within if a.ndim==3 else None))
+    return largest_part(ndi.binary_fill_holes(a>otsu(a)*factor,
+                                              within if a.ndim==3 else None))
 
 # %% ../nbs/library/01_images.ipynb #38ee001e
 MOST_VOXELS = 1024**3
 
 def broken_volume(path, why):
-    return DataError.of(path, f'a file that cannot be read to its end ({why})', 'a whole NIfTI or MGH volume',
+    return DataError.of(path,
+                        f'a file that cannot be read to its end ({why})',
+                        'a whole NIfTI or MGH volume',
                         'It is damaged or was cut short: copy or export it again.')
 
 def volume_header(path):
@@ -144,11 +155,14 @@ def volume_header(path):
     except Exception as e: raise broken_volume(path, repr(e)) from e
     shape,dtype = im.shape, im.get_data_dtype()
     single = len(shape)>2 and set(shape[3:])<={1} and 0 not in shape
-    need(single, path, f'an image of the shape {times(shape)}', 'one volume with three dimensions',
+    need(single, path, f'an image of the shape {times(shape)}',
+         'one volume with three dimensions',
          'Split it into one file for each volume.')
-    need(dtype.kind in 'iuf', path, f'values of the type {dtype}', 'one real number per voxel', 'Export it again.')
+    need(dtype.kind in 'iuf', path, f'values of the type {dtype}',
+         'one real number per voxel', 'Export it again.')
     placed = np.isfinite(im.affine).all() and abs(np.linalg.det(im.affine[:3,:3]))>1e-12
-    need(placed, path, 'an affine that places no voxels in space', 'voxel sizes and directions', 'Export it again.')
+    need(placed, path, 'an affine that places no voxels in space',
+         'voxel sizes and directions', 'Export it again.')
     return im
 
 # %% ../nbs/library/01_images.ipynb #ed7f53e0
@@ -158,7 +172,8 @@ def read_voxels(path, im):
     n = int(np.prod(im.shape, dtype=object))
     claim = n*im.get_data_dtype().itemsize
     if n>MOST_VOXELS or claim>size*(1032 if packed else 1):
-        raise broken_volume(path, f'its header claims {times(im.shape)} voxels in {size:,} bytes')
+        raise broken_volume(path,
+                            f'its header claims {times(im.shape)} voxels in {size:,} bytes')
     try:
         if packed: # all of it, as only the end of a compressed file tells whether it is sound
             most = claim + int(getattr(im.dataobj, 'offset', 0)) + 2**24 # MGH files have more after the voxels
@@ -176,7 +191,8 @@ def load_volume(path):
     if a.dtype.kind=='f':
         if a.dtype.itemsize>4: a = a.astype(np.float32)
         bad = int(a.size-np.isfinite(a).sum())
-        need(not bad, path, f'{bad} voxels that are NaN or infinite', 'finite numbers only',
+        need(not bad, path, f'{bad} voxels that are NaN or infinite',
+             'finite numbers only',
              'Export it again, or replace them, for example by 0 outside the head.')
     res = type(im)(a.reshape(a.shape[:3]), im.affine, im.header)
     res.set_data_dtype(a.dtype)
@@ -187,7 +203,8 @@ def by_stamp(maxsize):
     "Remember what a function found out about files, until they change"
     def deco(f):
         memory = lru_cache(maxsize)(lambda key, *args: f(*args))
-        g = wraps(f)(lambda path, *args: memory(stamp(path), os.fspath(path), *args))
+        g = wraps(f)(lambda path,
+                     *args: memory(stamp(path), os.fspath(path), *args))
         g.cache_clear = memory.cache_clear
         return g
     return deco
@@ -232,7 +249,8 @@ def measure_volume(path):
     small = whole and a.min()>=-2**15 and a.max()<2**15
     flat = np.asfortranarray(a, '<i2' if small else '<f4').ravel('K') # alike for the same values of any type
     mm = [round(float(o), 4) for o in im.header.get_zooms()[:3]]
-    return dict(shape=a.shape, spacing=mm, affine=im.affine, window=window_of(a),
+    return dict(shape=a.shape, spacing=mm, affine=im.affine,
+                window=window_of(a),
                 slices=a.any((0,1)).nonzero()[0], constant=bool((a==a.flat[0]).all()),
                 codes=codes and list(codes.items()), inside=codes and list(inside.items()),
                 sha=sha_of(f'{a.shape} {mm}'.encode(), flat.view(np.uint8)))
@@ -256,7 +274,8 @@ def unpack_volume(path, to):
     try:
         with written(to) as tmp: nib.save(nib.Nifti1Image(a, im.affine, dtype=a.dtype), tmp)
     except OSError as e:
-        raise DataError.of(to, str(e), 'a cache folder with room to write in',
+        raise DataError.of(to, str(e),
+                           'a cache folder with room to write in',
                            'Make room, or name another folder in the variable BRAINSEG_CACHE.') from e
 
 @by_stamp(maxsize=16)
@@ -276,7 +295,8 @@ def open_voxels(path, index=None):
     "Voxels of a volume, or of one axial slice as a picture, the front of the head at the top; memory-mapped"
     a = np.asanyarray(open_volume(path).dataobj)
     if index is None: return a
-    need(0<=index<a.shape[2], os.fspath(path), plural(a.shape[2], 'slice'), f'a slice {index}', 'List the cases again.')
+    need(0<=index<a.shape[2], os.fspath(path), plural(a.shape[2], 'slice'),
+         f'a slice {index}', 'List the cases again.')
     return np.rot90(a[:,:,index])
 
 # %% ../nbs/library/01_images.ipynb #1be31983
@@ -308,7 +328,8 @@ class Pixels:
 
     def image(self):
         "Grey levels of all files, uint8"
-        return stack_channels([grey_levels(replace(self, files=f)) for f in self.files], self.files)
+        return stack_channels([grey_levels(replace(self, files=f))
+                               for f in self.files], self.files)
 
     def mask(self):
         "Raw codes"
@@ -330,7 +351,8 @@ def stack_channels(channels, files):
     "Channels on one grid as a last axis"
     first = channels[0].shape
     for f,c in zip(files, channels):
-        need(c.shape==first, f, f'the shape {times(c.shape)}', f'{times(first)} as in {files[0]}',
+        need(c.shape==first, f, f'the shape {times(c.shape)}',
+             f'{times(first)} as in {files[0]}',
              'All channels of a case must lie on the same grid.')
     return channels[0] if len(channels)==1 else np.stack(channels, -1)
 
@@ -367,7 +389,8 @@ def read_mask(
     "Classes of a mask: raw codes replaced by their positions in `codes`"
     a,codes = raw_mask(x), np.sort(np.asarray(codes))
     bad = sorted(set(count_values(a))-set(codes.tolist()))
-    need(not bad, os.fspath(x), f'the values {few(bad)}', f'only the codes {few(codes.tolist(), 20)}',
+    need(not bad, os.fspath(x), f'the values {few(bad)}',
+         f'only the codes {few(codes.tolist(), 20)}',
          'See `brainseg check`; a model can only be used on masks with the codes that it was trained on.')
     if a.dtype!=np.uint8: return np.searchsorted(codes, a).astype(np.uint8, order='C')
     table = np.searchsorted(codes, np.arange(256)).astype(np.uint8)
@@ -388,7 +411,8 @@ def nifti_like(a, like):
     "NIfTI image of a mask in RAS+ orientation, in the geometry of a file or a nibabel image"
     import nibabel as nib
     if not hasattr(like, 'affine'): like = volume_header(like)
-    res = nib.Nifti1Image(to_native(a, like.affine, like.shape), like.affine, like.header)
+    res = nib.Nifti1Image(to_native(a, like.affine, like.shape), like.affine,
+                          like.header)
     res.set_data_dtype(a.dtype)
     res.header.set_slope_inter(1, 0)
     res.header['cal_max'] = res.header['cal_min'] = 0
@@ -405,11 +429,14 @@ def write_mask(
     "Write classes as raw codes, all or nothing"
     codes,volume = np.sort(np.asarray(codes)), classes.ndim==3
     ends,types = (('.nii','.nii.gz'), 'Bhi') if volume else (('.png',), 'BH')
-    need(has_suffix(path, ends), path, 'this ending', ' or '.join(ends), 'Choose another name.')
-    need(classes.max()<len(codes), path, f'class {classes.max()} in the prediction',
+    need(has_suffix(path, ends), path, 'this ending', ' or '.join(ends),
+         'Choose another name.')
+    need(classes.max()<len(codes), path,
+         f'class {classes.max()} in the prediction',
          f'at most {len(codes)-1}, for the codes {few(codes.tolist(), 20)}', 'Give the codes of the training.')
     dtype = next((o for o in types if (codes.astype(o)==codes).all()), None)
-    need(dtype, path, f'the codes {few(codes.tolist())}', 'codes that the format can hold', 'Write other codes.')
+    need(dtype, path, f'the codes {few(codes.tolist())}',
+         'codes that the format can hold', 'Write other codes.')
     a = codes.astype(dtype)[classes]
     with written(path) as tmp:
         if volume: nifti_like(a, like).to_filename(tmp)
@@ -428,17 +455,24 @@ def sha_of_picture(a):
 def look(path, x, mask):
     if is_volume(path):
         d = volume_facts(path)
-        need(not mask or d['codes'], path, 'values that are no labels', 'a few whole numbers',
+        need(not mask or d['codes'], path, 'values that are no labels',
+             'a few whole numbers',
              'Give the segmentation, not an image; export it without smoothing.')
-        return dict(d, error=None, shape=tuple(d['shape']), codes=dict(d['codes'] or ()), inside=dict(d['inside'] or ()))
+        return dict(d, error=None, shape=tuple(d['shape']),
+                    codes=dict(d['codes'] or ()),
+                    inside=dict(d['inside'] or ()))
     a = x.values(mask)
-    d = dict(error=None, shape=a.shape, sha=sha_of_picture(a), constant=bool((a==a.flat[0]).all()))
-    return dict(d, codes=count_values(a), inside=count_values(a[all_alike(a)])) if mask else d
+    d = dict(error=None, shape=a.shape, sha=sha_of_picture(a),
+             constant=bool((a==a.flat[0]).all()))
+    return dict(d, codes=count_values(a),
+                inside=count_values(a[all_alike(a)])) if mask else d
 
+# %% ../nbs/library/01_images.ipynb #de31da1s
 def file_facts(x, mask=False)->dict:
     "error, shape, sha, constant; of masks codes and inside; of volumes `volume_facts` as well"
     x = pixels_of(x)
-    x = replace(x, files=x.files[:1], index=None, channels=None if x.channels is None else ())
+    x = replace(x, files=x.files[:1], index=None,
+                channels=None if x.channels is None else ())
     try: return look(x, x, mask)
     except DataError as e: return dict(error=e)
 

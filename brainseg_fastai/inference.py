@@ -36,8 +36,10 @@ class Frame:
 
 def training_spacing(cases)->tuple:
     "Median size of a pixel or voxel"
-    dims = [3 if o in ('','-') and not np.isscalar(mm) else 2 for o,mm in zip(cases['slice'], cases['spacing'])]
-    mm = [np.broadcast_to(np.asarray(o, float), n) for o,n in zip(cases['spacing'], dims)]
+    dims = [3 if o in ('','-') and not np.isscalar(mm) else 2
+            for o,mm in zip(cases['slice'], cases['spacing'])]
+    mm = [np.broadcast_to(np.asarray(o, float), n)
+          for o,n in zip(cases['spacing'], dims)]
     mm = np.array([o for o in mm if np.isfinite(o).all()])
     return tuple(np.median(mm, axis=0).round(4).tolist()) if len(mm) else None
 
@@ -58,7 +60,8 @@ class Model:
     @property
     def codes(self): return self.frame.codes
     @property
-    def device(self): return next((p.device for p in self.net.parameters()), torch.device('cpu'))
+    def device(self): return next((p.device for p in self.net.parameters()),
+                                  torch.device('cpu'))
 
     def scores(self, x):
         "Class scores of a batch, float32"
@@ -77,7 +80,8 @@ class Masks(NamedTuple):
     def each(self):
         "The `Masks` of each picture of a stack"
         def one(o, i): return None if o is None else o[i]
-        return [Masks(*(one(o, i) for o in self)) for i in range(len(self.mask))]
+        return [Masks(*(one(o, i) for o in self))
+                for i in range(len(self.mask))]
 
 # %% ../nbs/library/14_inference.ipynb #bd6711ef
 @dataclass(frozen=True)
@@ -102,7 +106,8 @@ def fit_of(pics, spacing, frame:Frame, volume=False)->Fit:
     other = (abs(ratio-1) > (.05 if volume else .1)).any()
     at = tuple(max(1, round(o*r)) for o,r in zip(own, ratio)) if other else own
     if not volume and not other: return Fit(own, own, max(own))
-    return Fit(own, at, max(frame.field, needed_side(pics, at)) if frame.field else max(*at, frame.size))
+    return Fit(own, at, max(frame.field, needed_side(pics, at))
+               if frame.field else max(*at, frame.size))
 
 def needed_side(pics, at)->int:
     "Side of a centred square that cuts off nothing but background"
@@ -119,7 +124,8 @@ def needed_side(pics, at)->int:
 def resized(x, hw, antialias=False):
     "A batch (N,C,H,W) at another size"
     if tuple(x.shape[-2:])==tuple(hw): return x
-    return F.interpolate(x.float(), size=tuple(hw), mode='bilinear', antialias=antialias, align_corners=False)
+    return F.interpolate(x.float(), size=tuple(hw), mode='bilinear',
+                         antialias=antialias, align_corners=False)
 
 def network_input(frame:Frame, pics, fit:Fit)->torch.Tensor:
     "What a network sees of pictures, as in training"
@@ -159,7 +165,8 @@ def predict_slices(model:Model, pics, fit:Fit, flips=True, bs=8)->Masks:
     for i in range(0, len(pics), bs):
         x = network_input(model.frame, pics[i:i+bs], fit)
         scores = [own_pixels(model.scores(x), fit)]
-        if flips: scores.append(own_pixels(model.scores(x.flip(-1)).flip(-1), fit))
+        if flips: scores.append(own_pixels(model.scores(x.flip(-1)).flip(-1),
+                                           fit))
         res += map(both_ways, *scores)
     return Masks(*(None if o[0] is None else np.stack(o) for o in zip(*res)))
 
@@ -167,7 +174,8 @@ def predict_slices(model:Model, pics, fit:Fit, flips=True, bs=8)->Masks:
 def scaled(x, shape):
     "A volume (C,X,Y,Z) at another size"
     if tuple(x.shape[1:])==tuple(shape): return x
-    return F.interpolate(x[None].float(), size=tuple(shape), mode='trilinear', align_corners=False)[0]
+    return F.interpolate(x[None].float(), size=tuple(shape),
+                         mode='trilinear', align_corners=False)[0]
 
 def volume_input(frame:Frame, a, spacing)->torch.Tensor:
     "What a network sees of a volume, as in training"
@@ -184,7 +192,8 @@ def window_scores(model:Model, x, overlap=.5, multiple=16)->torch.Tensor:
     inner,patch = x.shape[1:], model.frame.patch
     shape = [max(o) for o in zip(inner, patch)] if patch else [-(-n//multiple)*multiple for n in inner]
     x = widened(x, shape, x.amin((1,2,3), keepdim=True))[None]
-    if patch: res = sliding_window_inference(x, patch, 2, model.scores, overlap, 'gaussian', device='cpu')
+    if patch: res = sliding_window_inference(x, patch, 2, model.scores,
+                                             overlap, 'gaussian', device='cpu')
     else: res = model.scores(x).cpu()
     return res[0][(..., *middle(shape, inner))]
 
@@ -194,7 +203,8 @@ def predict_volume(model, a, spacing=None, flips=True)->Masks: # (X,Y,Z) each
     scores = [window_scores(model, x)]
     if flips: scores.append(window_scores(model, x.flip(1)).flip(1))
     n = len(scores[0])
-    need(n==len(model.codes), f'the network gave {n} classes, expected {len(model.codes)}; train it for these codes')
+    need(n==len(model.codes),
+         f'the network gave {n} classes, expected {len(model.codes)}; train it for these codes')
     return Masks(*both_ways(*(scaled(o, own) for o in scores)))
 
 # %% ../nbs/library/14_inference.ipynb #a4cbf294
@@ -212,5 +222,7 @@ def predict(
     model.net.eval()
     try:
         if model.frame.mode!='slice': return predict_volume(model, image, spacing, flips)
-        return predict_slices(model, image, fit or fit_of(image, spacing, model.frame, volume), flips)
+        return predict_slices(model, image,
+                              fit or fit_of(image, spacing, model.frame,
+                                            volume), flips)
     finally: model.net.train(was)

@@ -46,7 +46,8 @@ def mean_intervals(x, level=.95, draws=None):
     if draws is not None:
         points,b = np.where(se>0, t_points(x, draws), np.nan),len(draws)
         out = [(points<=0).sum(0),(points>=0).sum(0)]
-        p = np.where(np.isnan(points[0]), p, np.maximum(p, (np.add(out, .5))/(b+1)))
+        p = np.where(np.isnan(points[0]), p,
+                     np.maximum(p, (np.add(out, .5))/(b+1)))
         k = max(1, int((b+1)*(1-level)/2+1e-9))
         points.partition([k-1,b-k], axis=0)
         low,high = np.fmin(low, points[k-1]),np.fmax(high, points[b-k])
@@ -56,11 +57,13 @@ def mean_intervals(x, level=.95, draws=None):
 def bootstrap_t(x, level=.95, n_boot=9999, seed=0)->tuple:
     "Interval of a mean and the two-sided p-value against a mean of 0"
     x = np.asarray(x, float)
-    need(x.ndim==1 and len(x) and np.isfinite(x).all(), 'An interval', few(x),
+    need(x.ndim==1 and len(x) and np.isfinite(x).all(), 'An interval',
+         few(x),
          'one finite number per subject', 'Take the mean of each subject first.')
     if len(x)==1: return -np.inf,np.inf,1.
     draws = resamples(len(x), n_boot, seed)
-    low,high,p = (float(o[0]) for o in mean_intervals(x[:,None], level, draws))
+    low,high,p = (float(o[0])
+                  for o in mean_intervals(x[:,None], level, draws))
     if low==high: p = 1. if low==0 else 1/(n_boot+1)
     return low,high,p
 
@@ -79,7 +82,8 @@ def subjects_needed(
     return 2+bisect_left(range(2, 2**53), True, key=enough)
 
 # %% ../nbs/library/06b_intervals.ipynb #f92d3f03
-def simulate_coverage(draw, n_subjects=20, images=(1,4), n_sim=1000, seed=0, n_boot=9999,
+def simulate_coverage(draw, n_subjects=20, images=(1,4), n_sim=1000, seed=0,
+                      n_boot=9999,
                       within=.5, level=.95)->dict:
     "How often the interval contains the true mean, and how often a difference is claimed that does not exist"
     r,draws,parts = np.random.default_rng(seed),resamples(n_subjects, n_boot),[]

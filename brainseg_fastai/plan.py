@@ -43,7 +43,8 @@ class Stopwatch(Callback):
     def now(self):
         if self.dls.device.type=='cuda': torch.cuda.synchronize() # its work, not the asking
         return time.perf_counter()
-    def median(self): return median(self.steps[self.warm_up:] or self.steps[-1:])
+    def median(self): return median(self.steps[self.warm_up:]
+                                    or self.steps[-1:])
 
 def step_seconds(
     learn,      # Learner, whose weights will be changed
@@ -62,7 +63,7 @@ def step_seconds(
 
 # %% ../nbs/8_speed.ipynb #69b2511b
 def peak_mb():
-    "Largest memory of this process so far in MB, of the graphics card if it computes there; NaN if the system does not tell"
+    "Largest memory of this process, or of the graphics card, so far in MB; NaN if it cannot be told"
     cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     if cuda: return cuda/2**20
     status = Path('/proc/self/status') # Linux, where `getrusage` begins with the size of the parent
@@ -80,7 +81,8 @@ def timed(f):
 def windows(shape, patch, overlap=.5):
     "How many overlapping patches a volume has"
     steps = [max(1, int(p*(1-overlap))) for p in patch]
-    return math.prod(1+math.ceil(max(0, n-p)/k) for n,p,k in zip(shape, patch, steps))
+    return math.prod(1+math.ceil(max(0, n-p)/k)
+                     for n,p,k in zip(shape, patch, steps))
 
 def prediction_seconds(learn, cases)->float:
     "How long a case and its mirror image take; of patches, two are timed and the others counted"
@@ -112,11 +114,13 @@ def measure_training(
     if s.mode=='slice': prediction_seconds(learn, test) # the first time takes longer
     one = score = prediction_seconds(learn, test)
     if layout.per!='volume' and s.mode!='patch':
-        def scored(): score_cases(learn, test, regions=layout.regions, quality=True)
+        def scored(): score_cases(learn, test, regions=layout.regions,
+                                  quality=True)
         score = timed(scored)/len(test)
     steps = max(1, int(n['train'])//s.bs)
     epoch = float(steps*step + n['valid']*one/2)
-    return dict(epochs=s.epochs, steps=steps, step_s=step, epoch_s=epoch, setup_s=setup,
+    return dict(epochs=s.epochs, steps=steps, step_s=step, epoch_s=epoch,
+                setup_s=setup,
                 score_s=float(n['test']*score), memory_mb=peak_mb())
 
 # %% ../nbs/8_speed.ipynb #9e983aeb
@@ -136,7 +140,8 @@ def plan_variants(
         if name not in rows:
             cases = with_split(job['cases'], r.split, 0)
             s = replace(job['settings'], pretrained=False)
-            d = measure_training(cases, s, r.codes, seconds/len(variants), r.layout)
+            d = measure_training(cases, s, r.codes, seconds/len(variants),
+                                 r.layout)
             d['score_s'] *= 1+len(job['others'])
             rows[name] = dict(variant=name, trainings=0, minutes=0., **d)
         row = rows[name]

@@ -18,15 +18,15 @@ from scipy import ndimage as ndi
 
 from . import __version__
 from .core import (
-    DataError, digest, in_threads, need, plain, plural, progress as bar,
-    read_json, stamp, write_csv, write_json, write_text, written)
+    DataError, digest, in_threads, need, plain, plural, progress as bar, read_json, stamp,
+    write_csv, write_json, write_text, written)
 from .images import (
     foreground, is_picture, largest_part, list_files, otsu, stem_of, write_mask)
 from .inference import predict
 from .trust import agreement, find_flags, predicted_dice, scan_features
-from .scans import (
-    SCALP_AND_SKULL, Scan, find_scans_to_predict, has_skull, read_scan,
-    scan_names, slab_slices, top_of_brain)
+from brainseg_fastai.scans import (
+    SCALP_AND_SKULL, Scan, find_scans_to_predict, has_skull, read_scan, scan_names, slab_slices,
+    top_of_brain)
 from .runs import load_bundle
 from .qc import qc_page
 
@@ -89,7 +89,8 @@ def part_of_volume(scan, config, slab=None)->Part:
     if not slab: return Part(tuple(range(n)), True, skull)
     ks,inside = slab_slices(top, n, scan.spacing[2], slab)
     where = '{:g} to {:g} mm below the top of the brain'.format(*slab)
-    need(len(ks), scan.path, f'no slice {where}', 'a scan that reaches there',
+    need(len(ks), scan.path, f'no slice {where}',
+         'a scan that reaches there',
          'Check the scan, or give another --slab.')
     notes = [f'slices {ks[0]} to {ks[-1]} of 0 to {n-1}, from below, '
              f'lie in the slab of the model ({where}); the others were left empty']
@@ -154,7 +155,8 @@ def assess(model, scan, masks, part, seconds)->Prediction:
     by_slice,k = model.frame.mode=='slice', part.slices[len(part.slices)//2]
     quality,mask = float('nan'), masks.mask
     if masks.mirrored is not None:
-        quality = float(agreement(masks.plain, masks.mirrored, len(model.codes)))
+        quality = float(agreement(masks.plain, masks.mirrored,
+                                  len(model.codes)))
     dice = predicted_dice(config['calibration'], quality)
     seen = scan.image, scan.spacing, 3
     if by_slice: seen = scan.pictures([k])[0], scan.pixel, 2
@@ -169,7 +171,8 @@ def assess(model, scan, masks, part, seconds)->Prediction:
         notes.append('no volume in mL: the model was not trained over '
                      "the structure's whole extent")
     whole = scan.is_volume and part.whole and config['whole']
-    more = dict(quality=quality, predicted_dice=dice['dice'], dice_low=dice['low'],
+    more = dict(quality=quality, predicted_dice=dice['dice'],
+                dice_low=dice['low'],
                 dice_high=dice['high'], dice_text=dice['text'],
                 flags='; '.join(flags), seconds=round(seconds, 3))
     rows = [measure(scan, mask==i, o, part, whole) | more
@@ -218,7 +221,8 @@ def predict_pictures(model, scans, flips=True)->list:
         groups.setdefault((s.image.shape, s.spacing), []).append(i)
     for (_,mm),ids in groups.items():
         start = time.time()
-        masks = predict(model, np.stack([scans[i].image for i in ids]), mm, flips)
+        masks = predict(model, np.stack([scans[i].image for i in ids]), mm,
+                        flips)
         seconds = (time.time()-start)/len(ids)
         for i,one in zip(ids, masks.each()):
             skull = has_skull(scans[i].grey, mm or model.frame.spacing or 1.)
@@ -266,7 +270,8 @@ def mask_path(name, volume, out)->Path:
     who = [o for o in parts if o.startswith(('sub-','ses-'))]
     rest = [o for o in parts if not o.startswith('desc-')]
     desc = ''.join(o for o in parts if o not in rest) or 'desc-'
-    return Path(out, *who, 'anat', '_'.join([*rest, desc+suffix, 'dseg.nii.gz']))
+    return Path(out, *who, 'anat',
+                '_'.join([*rest, desc+suffix, 'dseg.nii.gz']))
 
 # %% ../nbs/library/22b_prediction.ipynb #d13839ca
 PROGRAM = dict(Name='brainseg_fastai', Version=__version__)
@@ -315,7 +320,8 @@ def rows_before(path, name, out, config, options):
         if now.items() <= d.items(): return d['rows']
 
 # %% ../nbs/library/22b_prediction.ipynb #aecea839
-MEASURES = dict(area_mm2='area, mm²', area_px='area, px', volume_ml='volume, mL',
+MEASURES = dict(area_mm2='area, mm²', area_px='area, px',
+                volume_ml='volume, mL',
                 ventricle_brain_ratio='ventricle/brain', evans_index='Evans index')
 
 def qc_row(d, labels, out)->dict:
@@ -375,7 +381,8 @@ def predict_each(model, jobs, spacing=None, slab=None, flips=True, some=16):
     for job in jobs:
         if job in flat: continue
         s = read(job)
-        if isinstance(s, Scan): s = attempt(predict_volume, model, s, slab, flips)
+        if isinstance(s, Scan): s = attempt(predict_volume, model, s, slab,
+                                            flips)
         yield job, s
 
 def checked_options(config, spacing, slab, flips)->dict:
@@ -386,18 +393,23 @@ def checked_options(config, spacing, slab, flips)->dict:
     return plain(dict(spacing=mm, slab=slab_of(config, slab), flips=flips))
 
 # %% ../nbs/library/22b_prediction.ipynb #b5a6572f
-def predict_scans(bundle, scans, out=None, spacing=None, slab=None, flips=True, progress=True,
+def predict_scans(bundle, scans, out=None, spacing=None, slab=None,
+                  flips=True, progress=True,
                   overwrite=False, each=None)->pd.DataFrame:
     "Predict scans, and write masks, sidecars, volumes.csv and qc.html"
     model = bundle if hasattr(bundle, 'net') else load_bundle(bundle)
     config,failed = config_of(model), []
-    need(not Path(out or '').is_file(), out, 'a file', 'a folder', 'Name another.')
+    need(not Path(out or '').is_file(), out, 'a file', 'a folder',
+         'Name another.')
     options = checked_options(config, spacing, slab, flips)
-    paths = find_scans_to_predict(scans, config['channels'], config['inputs_all'])
+    paths = find_scans_to_predict(scans, config['channels'],
+                                  config['inputs_all'])
     jobs = list(zip(paths, scan_names(paths)))
-    rows = {n: rows_before(p, n, not overwrite and out, config, options) for p,n in jobs}
+    rows = {n: rows_before(p, n, not overwrite and out, config, options)
+            for p,n in jobs}
     todo = [j for j in jobs if rows[j[1]] is None]
-    for (path,name),p in bar(predict_each(model, todo, **options), len(todo), progress):
+    for (path,name),p in bar(predict_each(model, todo, **options), len(todo),
+                             progress):
         done = p
         if out and isinstance(p, Prediction): done = attempt(write_prediction, p, out, config, **options)
         if isinstance(done, str): failed.append((str(path), done))

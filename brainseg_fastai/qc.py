@@ -10,8 +10,8 @@ __all__ = ['USUAL', 'checked', 'class_name', 'measure_text', 'picture', 'sorted_
 import gzip
 
 import numpy as np, pandas as pd
-from fastcore.xml import (Button, Div, H1, Header, Img, Main, P, Small, Table, Tbody, Td, Th,
-    Thead, Tr)
+from fastcore.xml import (
+    Button, Div, H1, Header, Img, Main, P, Small, Table, Tbody, Td, Th, Thead, Tr)
 from PIL import Image
 
 from .core import DataError, few, missing, need, need_package, num
@@ -35,14 +35,16 @@ def contour_uri(mask, colours, size)->str:
     return data_uri(Image.fromarray(rgba), 'PNG')
 
 # %% ../nbs/library/22_quality_page.ipynb #e049dfa4
-USUAL = dict(colours={}, names={}, measures={}, quality=None, predicted={}, flags=[], notes=[])
+USUAL = dict(colours={}, names={}, measures={}, quality=None, predicted={},
+             flags=[], notes=[])
 
 def checked(
     row # dict, as in `qc_page`
 )->dict:
     "The same with everything in it, or an error that names it"
     r = USUAL | {k: v for k,v in row.items() if v is not None}
-    need({'name','image'} <= set(r), 'A row of the page', few(row) or 'nothing', 'name and image at least',
+    need({'name','image'} <= set(r), 'A row of the page',
+         few(row) or 'nothing', 'name and image at least',
          'Add them.')
     image = np.asarray(r['image'])
     mask = np.asarray(r.get('mask', np.zeros(image.shape[:2], int)))
@@ -51,7 +53,8 @@ def checked(
          'a slice (h, w) or (h, w, 3) and a mask of equal size', 'Give the slice that is to be shown.')
     flags = [r['flags']] if isinstance(r['flags'], str) else r['flags']
     empty = [] if mask.any() else ['The mask of this picture is empty.']
-    return r | dict(name=str(r['name']), image=image, mask=mask, flags=flags, notes=[*r['notes'], *empty])
+    return r | dict(name=str(r['name']), image=image, mask=mask, flags=flags,
+                    notes=[*r['notes'], *empty])
 
 def class_name(r, c): return str(r['names'].get(c, f'class {c}'))
 
@@ -66,8 +69,10 @@ def picture(r, px):
     "The slice with its contour, and the button that hides it"
     name,mask = r['name'],r['mask']
     im = draw_case(r['image'], px=min(px, max(mask.shape)))
-    seen = ', '.join(class_name(r, c) for c in np.unique(mask[mask>0]).tolist())
-    below = Img(src=data_uri(im), width=im.width, height=im.height, alt=f'Slice of {name}')
+    seen = ', '.join(class_name(r, c)
+                     for c in np.unique(mask[mask>0]).tolist())
+    below = Img(src=data_uri(im), width=im.width, height=im.height,
+                alt=f'Slice of {name}')
     above = Img(src=contour_uri(mask, r['colours'], im.size), cls='over',
                 alt=f'Contour of the prediction: {seen or "nothing"}')
     flip = Button('Contour', type='button', cls='flip', aria_pressed='true',
@@ -85,11 +90,13 @@ def scan_row(i, r, measures, px):
     values = [r['measures'].get(k) for k in measures]
     return Tr(
         sorted_cell(i),
-        sorted_cell(r['name'], r['name'], bullets(r['notes'], 'notes'), tag=Th),
+        sorted_cell(r['name'], r['name'], bullets(r['notes'], 'notes'),
+                    tag=Th),
         Td(*picture(r, px)),
         *[sorted_cell(v, measure_text(v)) for v in values],
         sorted_cell(r['quality']),
-        sorted_cell(p.get('dice'), str(p.get('text') or 'uncalibrated'), care),
+        sorted_cell(p.get('dice'), str(p.get('text') or 'uncalibrated'),
+                    care),
         sorted_cell(len(flags), bullets(flags, 'flags') or 'none'),
         cls='flagged' if flags else None)
 
@@ -107,24 +114,29 @@ def in_order(rows):
 
 def lead(rows):
     "What stands above the table"
-    def least(values): return min((v for v in values if not missing(v)), default=None)
+    def least(values): return min((v for v in values if not missing(v)),
+                                  default=None)
     dice,quality = least(r['predicted'].get('dice') for r in rows), least(r['quality'] for r in rows)
     keys = dict.fromkeys((r['colours'].get(c), class_name(r, c))
                          for r in rows for c in sorted({*r['colours'], *r['names']}))
     return (
         facts(('Scans', num(len(rows))),
               ('Flagged', num(sum(bool(r['flags']) for r in rows))),
-              ('Lowest predicted Dice', 'uncalibrated' if dice is None else num(dice)),
+              ('Lowest predicted Dice',
+               'uncalibrated' if dice is None else num(dice)),
               ('Lowest quality', num(quality))),
         *para(*TEXTS['quality'].values()),
         legend(*keys),
-        Button('All contours (key C)', type='button', id='all', aria_pressed='true'),
+        Button('All contours (key C)', type='button', id='all',
+               aria_pressed='true'),
         Div(id='say', role='status'))
 
+# %% ../nbs/library/22_quality_page.ipynb #c3eddb1s
 def heads(rows, measures):
     "The heads of the columns, and how each is sorted"
     def head(text, how='num', **attrs): return Th(str(text), scope='col', data_sort=how, **attrs)
-    texts = {k for r in rows for k,v in r['measures'].items() if isinstance(v, str)}
+    texts = {k for r in rows for k,v in r['measures'].items()
+             if isinstance(v, str)}
     return Tr(
         head('Review', aria_sort='ascending'),
         head('Scan', 'text'),
@@ -140,10 +152,13 @@ def qc_page(rows, title='Predicted masks, worst first', px=None)->QcPage:
     rows = in_order([*map(checked, rows)])
     measures = list(dict.fromkeys(k for r in rows for k in r['measures']))
     px = px or page_px(len(rows))
-    body = Tbody(*[scan_row(i, r, measures, px) for i,r in enumerate(rows, 1)])
-    table = Div(Table(Thead(heads(rows, measures)), body, cls='qc'), cls='scroll')
+    body = Tbody(*[scan_row(i, r, measures, px)
+                   for i,r in enumerate(rows, 1)])
+    table = Div(Table(Thead(heads(rows, measures)), body, cls='qc'),
+                cls='scroll')
     top = Header(H1(title), *lead(rows))
-    return QcPage(title, Main(top, table if rows else P('No scan was predicted.')))
+    return QcPage(title, Main(top,
+                              table if rows else P('No scan was predicted.')))
 
 # %% ../nbs/library/22_quality_page.ipynb #721752f1
 def nifti_bytes(a, spacing):
@@ -156,13 +171,14 @@ def label_map(mask, colours):
     n = int(np.max(mask))+1
     rgb = np.array([(0,0,0), *(rgb_of(colours.get(c)) for c in range(1, n))]).T.tolist()
     ids = list(range(n))
-    return dict(zip('RGB', rgb)) | dict(A=[0]+[255]*(n-1), I=ids, labels=[*map(str, ids)])
+    return dict(zip('RGB', rgb)) | dict(A=[0]+[255]*(n-1), I=ids,
+                                        labels=[*map(str, ids)])
 
 def view_3d(
     image,       # Volume (x, y, z) in RAS+ orientation
     mask=None,   # Classes (x, y, z), 0 is background
     spacing=1.,  # mm per voxel, one number or one per axis
-    colours={},  # {class: '#rrggbb'}
+    colours=None, # {class: '#rrggbb'}
     height=400   # Pixels
 ):               # The widget; without ipyniivue one line that says how to get it
     "A volume and its mask to be turned and cut in a notebook"
@@ -171,13 +187,15 @@ def view_3d(
          f'The image is {image.shape} and the mask {np.shape(mask)}; expected volumes (x, y, z) of equal size.')
     try: nv = need_package('ipyniivue', 'view')
     except DataError as e: return P(str(e).replace('this data set or option', 'the 3-D view'))
-    mm = np.broadcast_to(np.asarray(1. if spacing is None else spacing, float), 3)
+    mm = np.broadcast_to(np.asarray(1. if spacing is None else spacing,
+                                    float), 3)
     if image.dtype!=np.uint8: image = image.astype(np.float32)
-    vs = [nv.Volume(name='image.nii.gz', data=nifti_bytes(image, mm), colormap='gray')]
+    vs = [nv.Volume(name='image.nii.gz', data=nifti_bytes(image, mm),
+                    colormap='gray')]
     if mask is not None:
         data = nifti_bytes(np.asarray(mask).astype(np.uint8), mm)
         vs.append(nv.Volume(name='mask.nii.gz', data=data, opacity=.5))
-        vs[-1].set_colormap_label(label_map(mask, colours))
+        vs[-1].set_colormap_label(label_map(mask, colours or {}))
     w = nv.NiiVue(height=height)
     w.load_volumes(vs)
     return w

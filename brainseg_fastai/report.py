@@ -17,9 +17,10 @@ from urllib.parse import quote
 
 import numpy as np, pandas as pd
 from fastcore.meta import delegates
-from fastcore.xml import (A, Aside, B, Br, Caption, Code, Dd, Details, Div, Dl, Dt, Figcaption, Figure, H1, H2, H3,
-    Header, I, Iframe, Img, Li, Main, Nav, P, Pre, Safe, Section, Small, Span, Strong, Summary, Table, Tbody, Td,
-    Th, Thead, Tr, Ul, to_xml)
+from fastcore.xml import (
+    A, Aside, B, Br, Caption, Code, Dd, Details, Div, Dl, Dt, Figcaption, Figure, H1, H2, H3,
+    Header, I, Iframe, Img, Li, Main, Nav, P, Pre, Safe, Section, Small, Span, Strong, Summary,
+    Table, Tbody, Td, Th, Thead, Tr, Ul, to_xml)
 
 from brainseg_fastai.core import DataError, asset, few, missing, need, num, plural, write_text
 from brainseg_fastai.drawing import PRED, TRUTH, case_tile, data_uri, safe_colour
@@ -40,7 +41,8 @@ def lower_name(v): return SHOWN[v].lower() if v in SHOWN else str(v)
 
 def colours(variants):
     "A colour for each of a few variants"
-    return {v: COLOURS.get(v, c) for v,c in zip(variants, [*COLOURS.values(), INK])}
+    return {v: COLOURS.get(v, c)
+            for v,c in zip(variants, [*COLOURS.values(), INK])}
 
 def pair_of(comparison):
     "The two variants of a comparison"
@@ -61,7 +63,8 @@ def cell(
     "A cell of a table"
     number = isinstance(v, numbers.Real) and not isinstance(v, bool)
     text = num(v) if number or v is None else v if hasattr(v, '__html__') else str(v)
-    attrs |= dict(cls='num' if number else None, scope='row' if tag is Th else None)
+    attrs |= dict(cls='num' if number else None,
+                  scope='row' if tag is Th else None)
     return tag(*(shown or [text]), **attrs)
 
 def table_html(rows, heads=None, caption='', most=None):
@@ -71,8 +74,10 @@ def table_html(rows, heads=None, caption='', most=None):
     body = [Tr(cell(r[0], tag=Th), *map(cell, r[1:])) for r in rows[:most]]
     head = Tr(*[Th(str(o), scope='col') for o in heads])
     more = f'… and {num(len(rows)-most)} more rows' if most and len(rows)>most else ''
-    table = Table(Caption(caption) if caption else None, Thead(head), Tbody(*body))
-    return Div(Div(table, cls='scroll'), P(more, cls='note') if more else None)
+    table = Table(Caption(caption) if caption else None, Thead(head),
+                  Tbody(*body))
+    return Div(Div(table, cls='scroll'),
+               P(more, cls='note') if more else None)
 
 # %% ../nbs/library/21_report.ipynb #3a9301f6
 def with_columns(df, cols, what):
@@ -97,7 +102,8 @@ def split_table(split):
 def metric_name(key, **words):
     "What a metric is called"
     part = next((p for p in PARTS if key.startswith(p)), key)
-    return TEXTS['metrics'][part].format(part=key.removeprefix(part), **words)
+    return TEXTS['metrics'][part].format(part=key.removeprefix(part),
+                                         **words)
 
 def score_table_html(tables, unit='px', case='image'):
     "One row per metric, one column per variant"
@@ -107,14 +113,18 @@ def score_table_html(tables, unit='px', case='image'):
         m,digits = t.loc[(v,k)], 2 if k.startswith(('hd95','volume')) else 3
         ci = interval([m['low'], m['high']], digits)
         return Span(num(m['mean'], digits), ' ', Small(ci)) if ci else num(m['mean'], digits)
-    rows = [(metric_name(k, unit=unit, case=case), *(value(v, k) for v in tables))
+    rows = [(metric_name(k, unit=unit, case=case),
+             *(value(v, k) for v in tables))
             for k in t.index.unique(1)]
-    return table_html(rows, ['Mean over subjects (95 % interval)', *map(variant_name, tables)])
+    return table_html(rows,
+                      ['Mean over subjects (95 % interval)',
+                       *map(variant_name, tables)])
 
 # %% ../nbs/library/21_report.ipynb #271f7f04
 def swap_html(swap):
     "The 2×2 table: trained on one kind of image, tested on the other; darker is better"
-    s = with_columns(swap, ['trained_on','tested_on','dice','low','high'], 'The swap table')
+    s = with_columns(swap, ['trained_on','tested_on','dice','low','high'],
+                     'The swap table')
     def heat(r):
         percent = (r.dice-s.dice.min())/max(np.ptp(s.dice), 1e-9)*28 + 2
         parts = B(num(r.dice)), Small(interval([r.low, r.high]))
@@ -135,7 +145,8 @@ def panels(height, *widths):
     import matplotlib.pyplot as plt
     plt.close(plt.figure()) # loads the backend, whose own settings the style would undo
     with plt.rc_context(STYLE):
-        fig,axs = plt.subplots(1, len(widths), figsize=(9.2,height), width_ratios=widths, layout='constrained')
+        fig,axs = plt.subplots(1, len(widths), figsize=(9.2,height),
+                               width_ratios=widths, layout='constrained')
     plt.close(fig)
     return fig,axs
 
@@ -143,13 +154,17 @@ def svg(fig, alt)->Safe:
     "A figure as inline SVG without outside references, in the colours of the page"
     import matplotlib as mpl
     f = io.StringIO()
-    with mpl.rc_context(STYLE): fig.savefig(f, format='svg', metadata={'Date':None}, transparent=True)
+    with mpl.rc_context(STYLE): fig.savefig(f, format='svg',
+                                            metadata={'Date':None},
+                                            transparent=True)
     s = f.getvalue().partition('<svg')[2].replace('xlink:href', 'href')
-    s = re.sub(r'<metadata>.*?</metadata>|<!--.*?-->| xmlns(:\w+)?="[^"]*"', '', s, flags=re.S)
+    s = re.sub(r'<metadata>.*?</metadata>|<!--.*?-->| xmlns(:\w+)?="[^"]*"',
+               '', s, flags=re.S)
     used = set(re.findall(r'#(\w+)[")]', s))
     s = re.sub(r' id="(\w+)"', lambda m: m[0] if m[1] in used else '', s)
     s = re.sub(r' (width|height)="[^"]*"', '', s, count=2) # of the whole
-    for c,page in [(INK,'currentColor'), *((c, f'var(--{v},{c})') for v,c in COLOURS.items())]:
+    for c,page in [(INK,'currentColor'),
+                   *((c, f'var(--{v},{c})') for v,c in COLOURS.items())]:
         s = s.replace(c, page)
     style = f'max-width:{fig.get_figwidth()*104:.0f}px;width:100%'
     return Safe(f'<svg role="img" aria-label="{escape(alt)}" style="{style}"{s}')
@@ -162,14 +177,17 @@ def per_subject(scores):
 
 def pairs(scores, variants):
     "Mean Dice of the subjects that have both variants"
-    per = with_columns(per_subject(scores), variants, 'The score table, spread by variant,')
+    per = with_columns(per_subject(scores), variants,
+                       'The score table, spread by variant,')
     return per[[*variants]].dropna()
 
 # %% ../nbs/library/21_report.ipynb #03f5e57b
 def draw_subjects(ax, per, cols, better):
     "A line from variant to variant for each subject, in the colour of the better"
     for y,col in zip(per.to_numpy(), better): ax.plot([0,1], y, color=col, lw=1, alpha=.45)
-    for x,v in enumerate(per): ax.scatter([x]*len(per), per[v], color=cols[v], s=16, zorder=3, lw=0)
+    for x,v in enumerate(per): ax.scatter([x]*len(per), per[v],
+                                          color=cols[v], s=16, zorder=3,
+                                          lw=0)
     ax.set(xticks=[0,1], xticklabels=map(variant_name, per), xlim=(-.3,1.3))
     ax.set_title('Each subject', loc='left')
     ax.grid(axis='y')
@@ -178,18 +196,22 @@ def draw_differences(ax, d, c, better):
     "Sorted differences `d`, with what the comparison `c` says about them below"
     bars = [('mean, 95 %', c, INK)]
     if k := c['control']:
-        bars.append((f'control: {lower_name(k["variant"])},\ntwo seeds', k, GREY))
+        bars.append((f'control: {lower_name(k["variant"])},\ntwo seeds', k,
+                     GREY))
     gap,margin = max(1.6, len(d)*.085), c['margin']
     ys = [-gap*(i+1) for i in range(len(bars))]
     ax.axvspan(-margin, margin, color=GREY, alpha=.18, lw=0)
     ax.scatter(d, np.arange(len(d)), c=better, s=16, alpha=.75, lw=0)
     for y,(_,o,col) in zip(ys, bars):
-        if interval(o['ci95']): ax.plot(o['ci95'], [y,y], color=col, lw=3, solid_capstyle='butt')
+        if interval(o['ci95']): ax.plot(o['ci95'], [y,y], color=col, lw=3,
+                                        solid_capstyle='butt')
         ax.plot(o['difference'], y, 'D', color=col, ms=7)
     ax.axhline(-gap*.4, color=GREY, lw=.6)
     ax.axvline(0, color=INK, lw=.8)
-    ax.set(yticks=ys, yticklabels=[o[0] for o in bars], ylim=(-gap*(len(bars)+.6), len(d)-.3))
-    ax.set_title(f'Differences, sorted; grey: margin ±{margin:g}', loc='left')
+    ax.set(yticks=ys, yticklabels=[o[0] for o in bars],
+           ylim=(-gap*(len(bars)+.6), len(d)-.3))
+    ax.set_title(f'Differences, sorted; grey: margin ±{margin:g}',
+                 loc='left')
     ax.tick_params(axis='y', length=0)
     ax.locator_params(axis='x', nbins=5)
     ax.grid(axis='x')
@@ -212,15 +234,20 @@ def paired_plot(scores, comparison):
 # %% ../nbs/library/21_report.ipynb #90c36e67
 def curves_plot(curves):
     "Validation Dice by epoch: a thin line per training, a thick one for the mean, the last third enlarged"
-    c = with_columns(curves, ['variant','fold','seed','epoch','valid_dice'], 'The curve table')
+    c = with_columns(curves, ['variant','fold','seed','epoch','valid_dice'],
+                     'The curve table')
     c = c.assign(epoch=c.epoch+(c.epoch.min()==0)) # people count from one
-    start = max(c.epoch.max()-max(2, round(np.ptp(c.epoch)/3)), c.epoch.min())
+    start = max(c.epoch.max()-max(2, round(np.ptp(c.epoch)/3)),
+                c.epoch.min())
     fig,axs = panels(3.1, 1.3, 1)
     for v,col in colours(c.variant.unique()).items():
-        each = c[c.variant==v].pivot_table(index='epoch', columns=['fold','seed'], values='valid_dice')
+        each = c[c.variant==v].pivot_table(index='epoch',
+                                           columns=['fold','seed'],
+                                           values='valid_dice')
         for ax,t in zip(axs, (each, each.loc[start:])):
             ax.plot(t, color=col, lw=.8, alpha=.45)
-            ax.plot(t.mean(axis=1), color=col, lw=2.2, label=variant_name(v), marker='o', ms=3.5)
+            ax.plot(t.mean(axis=1), color=col, lw=2.2, label=variant_name(v),
+                    marker='o', ms=3.5)
     for ax,title in zip(axs, ('All epochs', f'From epoch {start}')):
         ax.set_title(title, loc='left')
         ax.set_xlabel('Epoch')
@@ -236,7 +263,8 @@ def worst_first(scores, n=None):
     cols = ['variant','image','mask','subject','dice','prediction']
     s = with_columns(scores, cols, 'The score table')
     s = s.assign(key=s['image'].astype(str))
-    s = s.sort_values(['variant','dice','key'], na_position='first', kind='stable')
+    s = s.sort_values(['variant','dice','key'], na_position='first',
+                      kind='stable')
     s = s.drop_duplicates(['variant','key']).drop(columns='key').reset_index(drop=True)
     return s if n is None else s.groupby('variant').head(n)
 
@@ -250,15 +278,19 @@ def card(
     which = ' '.join(str(r[k]) for k in ('scan','slice') if r.get(k)) or 'prediction'
     dice,subject = num(r['dice']), str(r['subject'])
     try:
-        tile = case_tile(r['image'], r['mask'], Path(out)/r['prediction'], px)
-        pic = Img(src=data_uri(tile), width=px, height=px, alt=f'{subject} {which}: Dice {dice}')
+        tile = case_tile(r['image'], r['mask'], Path(out)/r['prediction'],
+                         px)
+        pic = Img(src=data_uri(tile), width=px, height=px,
+                  alt=f'{subject} {which}: Dice {dice}')
     except DataError as e: pic = Div(str(e), cls='gone')
-    link = A(which, href=quote(r['prediction']), title=Path(str(r['image'])).name)
+    link = A(which, href=quote(r['prediction']),
+             title=Path(str(r['image'])).name)
     return Figure(pic, Figcaption(B(dice), ' ', subject, Br(), link))
 
 def legend(*names):
     "What colours mean: pairs of a colour and a text"
-    return P(*[Span(I(style=f'background:{safe_colour(c)}'), t, cls='key') for c,t in names], cls='keys')
+    return P(*[Span(I(style=f'background:{safe_colour(c)}'), t, cls='key')
+               for c,t in names], cls='keys')
 
 def contact_sheet(scores, out, n=None, first=12):
     "All test cases, worst first: image, outlines of truth and prediction, Dice and subject"
@@ -269,9 +301,11 @@ def contact_sheet(scores, out, n=None, first=12):
         cards = [card(r, out, px) for r in g.to_dict('records')]
         low,middle,high = (num(g.dice.quantile(q)) for q in (0,.5,1))
         about = f'{len(g)} cases, Dice {low} to {high}, median {middle}'
-        parts += [H3(variant_name(v), ' ', Small(about)), Div(*cards[:first], cls='grid')]
+        parts += [H3(variant_name(v), ' ', Small(about)),
+                  Div(*cards[:first], cls='grid')]
         if rest := cards[first:]:
-            parts.append(Details(Summary(f'The other {len(rest)} cases'), Div(*rest, cls='grid')))
+            parts.append(Details(Summary(f'The other {len(rest)} cases'),
+                                 Div(*rest, cls='grid')))
     return Div(*parts, cls='sheet')
 
 # %% ../nbs/library/21_report.ipynb #b2913153
@@ -337,11 +371,13 @@ def plain_text(v):
 def dict_html(d):
     "A dict, perhaps of dicts, as a table of two columns"
     flat = pd.json_normalize(d, sep=' ').to_dict('records')[0]
-    return table_html([(k.replace('_', ' '), plain_text(v)) for k,v in flat.items()], ['','value'])
+    return table_html([(k.replace('_', ' '), plain_text(v))
+                       for k,v in flat.items()], ['','value'])
 
 # %% ../nbs/library/21_report.ipynb #3da7eb1d
 OWN = 'command','fingerprint','definitions','training_longer'
-SIMULATED = Aside(P(Strong('Simulated cohort.'), ' ', TEXTS['simulated']), cls='banner', role='note')
+SIMULATED = Aside(P(Strong('Simulated cohort.'), ' ', TEXTS['simulated']),
+                  cls='banner', role='note')
 
 def some(table): return table is not None and len(table)>0
 
@@ -354,32 +390,46 @@ def curves_html(curves, scores, answer):
 
 def sheet_html(scores, out, simulated):
     "The contact sheet below what must be known about it"
-    notes = dict(tiles=True, again=len(worst_first(scores))<len(scores), real=not simulated)
+    notes = dict(tiles=True, again=len(worst_first(scores))<len(scores),
+                 real=not simulated)
     return *para(*(TEXTS[k] for k,v in notes.items() if v)), contact_sheet(scores, out)
 
 def groups_html(scores):
     "Mean Dice of each group of cases, such as each type of tumour"
     if 'label' not in scores: return None
-    rows = [(variant_name(v), label, t.subject.nunique(), len(t), t.dice.mean())
+    rows = [(variant_name(v), label, t.subject.nunique(), len(t),
+             t.dice.mean())
             for (v,label),t in scores.groupby(['variant','label'], sort=False)]
-    return *para(TEXTS['groups']), table_html(rows, ['variant','label','subjects','cases','Dice'])
+    return *para(TEXTS['groups']), table_html(rows,
+                                              ['variant','label','subjects','cases','Dice'])
 
 # %% ../nbs/library/21_report.ipynb #912677cb
-def evidence(scores, curves=None, split=None, swap=None, external=None, problems=None, info={},
-             out='.', words={}, simulated=False)->list:
+def evidence(scores, curves=None, split=None, swap=None, external=None,
+             problems=None, info=None,
+             out='.', words=None, simulated=False)->list:
     "The sections that every report ends with"
+    info,words = info or {}, words or {}
     command,origin = (info.get(k) for k in ('command','fingerprint'))
     more = {k: v for k,v in info.items() if k not in OWN}
     return [
-        some(swap) and section('Trained on one, tested on the other', para(TEXTS['swap']), swap_html(swap)),
-        some(external) and section('On the external data set', table_html(external)),
-        section('Would training longer help?', *curves_html(curves, scores, info.get('training_longer'))),
-        section('Every test case, worst first', *sheet_html(scores, out, simulated)),
+        some(swap) and section('Trained on one, tested on the other',
+                               para(TEXTS['swap']), swap_html(swap)),
+        some(external) and section('On the external data set',
+                                   table_html(external)),
+        section('Would training longer help?',
+                *curves_html(curves, scores, info.get('training_longer'))),
+        section('Every test case, worst first',
+                *sheet_html(scores, out, simulated)),
         section('By type', groups_html(scores)),
-        some(split) and section('How subjects were split', para(TEXTS['split']), table_html(split_table(split))),
-        section('Problems found in the data', table_html(problems, most=200) if some(problems) else para('None.')),
-        section('What the words mean', terms({**words, **info.get('definitions', {})})),
-        section('Data fingerprint', origin and dict_html(dict(fingerprint=origin))),
+        some(split) and section('How subjects were split',
+                                para(TEXTS['split']), table_html(split_table(split))),
+        section('Problems found in the data',
+                table_html(problems, most=200) if some(problems)
+                else para('None.')),
+        section('What the words mean',
+                terms({**words, **info.get('definitions', {})})),
+        section('Data fingerprint',
+                origin and dict_html(dict(fingerprint=origin))),
         section('Environment', more and dict_html(more)),
         section('How to reproduce this', command and (Pre(Code(command)), *para(TEXTS['reproduce'])))]
 
@@ -395,7 +445,8 @@ def page(
     "The whole report: verdict, banner, key figures, links, sections"
     sections = [s for s in sections if s]
     links = [(A(s[0][0], href=f'#{s.id}'), ' ') for s in sections]
-    head = Header(Span(tag, cls=f'tag {colour}'), H1(sentence), SIMULATED if simulated else None, figures,
+    head = Header(Span(tag, cls=f'tag {colour}'), H1(sentence),
+                  SIMULATED if simulated else None, figures,
                   Nav(*links, aria_label='On this page'))
     return Report(f'brainseg: {tag}', Main(head, *sections))
 
@@ -410,7 +461,8 @@ def verdict_tag(c):
 def rule_terms(c)->dict:
     "What was estimated, and how the verdict follows from it"
     of = dict(case=c['case'], margin=f'{c["margin"]:g}')
-    rules = {k.format(**of): v.format(**of) for k,v in TEXTS['rules'].items()}
+    rules = {k.format(**of): v.format(**of)
+             for k,v in TEXTS['rules'].items()}
     return {'What is estimated': c['estimand'], **rules}
 
 # %% ../nbs/library/21_report.ipynb #8380337f
@@ -431,17 +483,21 @@ def control_text(c):
     "What retraining alone does, or how to find out"
     k = c['control']
     if not k: return TEXTS['no_control']
-    return TEXTS['control'].format(name=lower_name(k['variant']), estimate=estimate(k), n=k['n_subjects'])
+    return TEXTS['control'].format(name=lower_name(k['variant']),
+                                   estimate=estimate(k), n=k['n_subjects'])
 
 def key_facts(c, means):
     "The figures below the verdict"
-    each = [(variant_name(v), num(t['mean'].dice), f'95 %: {interval([t.low.dice, t.high.dice])}')
+    each = [(variant_name(v), num(t['mean'].dice),
+             f'95 %: {interval([t.low.dice, t.high.dice])}')
             for v,t in means.items()]
     cases,n = plural(c['n_images'], c['case']), c['subjects_needed']
     return facts(
-        ('Difference in Dice', num(c['difference'], 4, True), f'95 %: {interval(c["ci95"], 4, True)}'), *each,
+        ('Difference in Dice', num(c['difference'], 4, True),
+         f'95 %: {interval(c["ci95"], 4, True)}'), *each,
         ('Tested', plural(c['n_subjects'], 'subject'), f'{cases} of each'),
-        ('Trained', plural(c['folds'], 'fold'), f'{plural(c["repeats"], "training")} of each per fold'),
+        ('Trained', plural(c['folds'], 'fold'),
+         f'{plural(c["repeats"], "training")} of each per fold'),
         *([] if missing(n) else [('Subjects needed', f'about {num(n)}', f'for ±{c["margin"]:g} Dice')]))
 
 # %% ../nbs/library/21_report.ipynb #26f1aac7
@@ -453,19 +509,24 @@ def comparison_html(scores, comparison)->tuple:
     per,text = pairs(scores, (v,w)), difference_text(comparison)
     alt = f'Mean Dice of {len(per)} subjects with both. {text} The table below the plot has the numbers.'
     rows = [(s, a, b, num(a-b, 4, True)) for s,a,b in per.itertuples()]
-    table = table_html(rows, ['subject', variant_name(v), variant_name(w), 'difference'])
-    return (svg(paired_plot(scores, comparison), alt), *para(text, control_text(comparison)),
+    table = table_html(rows,
+                       ['subject', variant_name(v), variant_name(w),
+                        'difference'])
+    return (svg(paired_plot(scores, comparison), alt),
+            *para(text, control_text(comparison)),
             Details(Summary('The numbers behind the plot'), table))
 
 @delegates(evidence, but='words,simulated')
 def compare_report(comparison, scores, **kwargs)->Report:
     "One input or setting against the other: the verdict, what it rests on, and every test case"
     c,simulated = comparison, comparison['simulated']
-    means = {v: summarise_scores(scores[scores.variant==v]) for v in pair_of(c)}
+    means = {v: summarise_scores(scores[scores.variant==v])
+             for v in pair_of(c)}
     return page(*verdict_tag(c), c['sentence'], key_facts(c, means), [
         section('Please note', bullets(c['warnings'])),
         section('The comparison', *comparison_html(scores, c)),
-        section('Scores on test subjects', score_table_html(means, unit_of(scores), c['case'])),
+        section('Scores on test subjects',
+                score_table_html(means, unit_of(scores), c['case'])),
         *evidence(scores, words=rule_terms(c), simulated=simulated, **kwargs)], simulated)
 
 # %% ../nbs/library/21_report.ipynb #e0638d68
@@ -474,7 +535,8 @@ def train_facts(scores, mean, case):
     per = scores.groupby('subject').dice.mean()
     worst = scores.loc[scores.dice.idxmin()]
     cases = plural(scores['image'].astype(str).nunique(), case)
-    return facts(('Mean Dice', num(mean)), ('Worst subject', num(per.min()), str(per.idxmin())),
+    return facts(('Mean Dice', num(mean)),
+                 ('Worst subject', num(per.min()), str(per.idxmin())),
                  (f'Worst {case}', num(worst.dice), str(worst.subject)),
                  ('Tested', plural(len(per), 'subject'), cases))
 
@@ -487,8 +549,11 @@ def train_report(scores, simulated=False, **kwargs)->Report:
     sentence = (f'On {plural(scores.subject.nunique(), "subject")} it had not seen, the network trained on '
                 f'{lower_name(v)} {case}s reaches a mean per-{case} Dice of {num(dice)}'
                 f'{f" (95 % interval {ci})" if ci else ""}.')
-    words = {k.format(case=case): o.format(case=case) for k,o in TEXTS['mean'].items()}
-    return page(variant_name(v), v if v in SHOWN else '', sentence, train_facts(scores, dice, case), [
+    words = {k.format(case=case): o.format(case=case)
+             for k,o in TEXTS['mean'].items()}
+    return page(variant_name(v), v if v in SHOWN else '', sentence,
+                train_facts(scores, dice, case), [
         section('Please note', bullets(found_nothing(scores))),
-        section('Scores on test subjects', score_table_html({v: means}, unit_of(scores), case)),
+        section('Scores on test subjects',
+                score_table_html({v: means}, unit_of(scores), case)),
         *evidence(scores, words=words, simulated=simulated, **kwargs)], simulated)

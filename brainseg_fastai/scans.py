@@ -20,8 +20,8 @@ from scipy import ndimage as ndi
 
 from .core import DataError, digest, in_threads, need, need_package, plural, times
 from .images import (
-    MOST_VOXELS, Pixels, decode, foreground, is_picture, is_volume, list_files,
-    load_volume, otsu, read_image, stem_of, to_bytes, to_native, volume_header)
+    MOST_VOXELS, Pixels, decode, foreground, is_picture, is_volume, list_files, load_volume,
+    otsu, read_image, stem_of, to_bytes, to_native, volume_header)
 from .cases import cohort
 
 # %% ../nbs/library/16_scans.ipynb #bbd86281
@@ -56,7 +56,8 @@ class Scan:
 def pictures(self:Scan, ks=slice(None)):
     "Axial slices (N,H,W), front of the head at the top; a slice as the only one"
     if not self.is_volume: return self.image[None]
-    return np.ascontiguousarray(np.moveaxis(np.rot90(self.image[:,:,ks]), 2, 0))
+    return np.ascontiguousarray(np.moveaxis(np.rot90(self.image[:,:,ks]), 2,
+                                            0))
 
 @patch
 def volume(self:Scan, pictures, ks):
@@ -96,17 +97,20 @@ def read_dicom(path, pixels=True):
         return a + np.float32(d.get('RescaleIntercept', 0))
     except Exception as e:
         found = f'a file that cannot be read ({type(e).__name__}: {e})'
-        raise DataError.of(path, found, 'a whole DICOM image', f'Copy it again, or {CONVERT}') from e
+        raise DataError.of(path, found, 'a whole DICOM image',
+                           f'Copy it again, or {CONVERT}') from e
 
 CONVERT = 'convert the series to NIfTI, for example with dcm2niix.'
 PLACE = 'ImagePositionPatient','ImageOrientationPatient','PixelSpacing'
 
-def files_in(folder): return [p for p in list_files(folder) if p.parent==Path(folder)]
+def files_in(folder): return [p for p in list_files(folder)
+                              if p.parent==Path(folder)]
 
 # %% ../nbs/library/16_scans.ipynb #a90d7c31
 def dicom_series(folder)->dict:
     "Headers of the one DICOM series in a folder, by file"
-    heads = {p: read_dicom(p, False) for p in files_in(folder) if is_dicom(p)}
+    heads = {p: read_dicom(p, False) for p in files_in(folder)
+             if is_dicom(p)}
     heads = {p: h for p,h in heads.items() if 'Rows' in h}
     n = len({h.get('SeriesInstanceUID') for h in heads.values()})
     need(n==1, folder, f'{n or "no"} DICOM series', 'the files of one',
@@ -116,11 +120,14 @@ def dicom_series(folder)->dict:
         wrong = [f'no {o}' for o in PLACE if o not in h]
         if h.get('NumberOfFrames', 1)!=1: wrong.append('several frames')
         if h.get('SamplesPerPixel', 1)!=1: wrong.append('colours')
-        need(not wrong, p, ', '.join(wrong), 'one grey slice with its place in space',
+        need(not wrong, p, ', '.join(wrong),
+             'one grey slice with its place in space',
              f'Export the original series, or {CONVERT}')
-        own = np.array([h.Rows, h.Columns, *h.ImageOrientationPatient, *h.PixelSpacing], float)
+        own = np.array([h.Rows, h.Columns, *h.ImageOrientationPatient,
+                        *h.PixelSpacing], float)
         grid = own if grid is None else grid
-        need(abs(own-grid).max()<=1e-3, p, 'another size or direction than in the other files',
+        need(abs(own-grid).max()<=1e-3, p,
+             'another size or direction than in the other files',
              'slices of one stack', 'Clear up its folder.')
     return heads
 
@@ -150,7 +157,8 @@ def load_dicom(folder)->tuple:
     heads = dicom_series(folder)
     files,affine = dicom_affine(heads)
     n = len(files)*heads[files[0]].Rows*heads[files[0]].Columns
-    need(n<=MOST_VOXELS, folder, f'{n:,} voxels', f'at most {MOST_VOXELS:,}', 'Choose one series.')
+    need(n<=MOST_VOXELS, folder, f'{n:,} voxels', f'at most {MOST_VOXELS:,}',
+         'Choose one series.')
     a = np.stack(in_threads(read_dicom, files), -1)
     need(np.isfinite(a).all(), folder, 'values that are not numbers',
          'finite grey levels', 'Export it again.')
@@ -164,14 +172,16 @@ MOST_TILT = 15. # degrees
 
 def sequence_files(files, names)->dict:
     "Volumes whose names end in those of sequences"
-    ends = {re.split('[_.-]', stem_of(p).lower())[-1]: p for p in reversed(files) if is_volume(p)}
+    ends = {re.split('[_.-]', stem_of(p).lower())[-1]: p
+            for p in reversed(files) if is_volume(p)}
     return {c: ends[c.lower()] for c in names if c.lower() in ends}
 
 def volume_files(path, channels):
     "The file of each channel of a scan; none for a DICOM series"
     many,each = len(channels)>1, f'one volume for each of {", ".join(channels)}'
     if path.is_file():
-        need(not many, path, 'one volume', f'a folder with {each}', 'Give the folder of the case.')
+        need(not many, path, 'one volume', f'a folder with {each}',
+             'Give the folder of the case.')
         return [path]
     found = sequence_files(files_in(path), channels)
     lost = ' or _'.join(c for c in channels if c not in found)
@@ -182,8 +192,10 @@ def volume_files(path, channels):
 def turned_upright(a, affine)->tuple:
     "Volumes along the axes of the body, without the empty corners that turning leaves"
     mm = voxel_sizes(affine)
-    ups = [resample_to_output(nib.Nifti1Image(o, affine), mm, order=1) for o in a]
-    a = [np.asarray(o.dataobj).round().clip(0, 255).astype(np.uint8) for o in ups]
+    ups = [resample_to_output(nib.Nifti1Image(o, affine), mm, order=1)
+           for o in a]
+    a = [np.asarray(o.dataobj).round().clip(0, 255).astype(np.uint8)
+         for o in ups]
     seen = np.any([o>10 for o in a], 0).astype(np.uint8)
     box = (ndi.find_objects(seen) or [np.s_[:,:,:]])[0]
     return [o[box] for o in a], ups[0].slicer[box].affine
@@ -203,7 +215,8 @@ def read_volume_scan(path, name, channels)->Scan:
              f'{times(first.shape)} as in {files[0].name}',
              'Register and resample all sequences to one grid.')
     h = like.header
-    oriented = 'sform_code' not in h or bool(h['sform_code'] or h['qform_code'])
+    oriented = 'sform_code' not in h or bool(h['sform_code']
+                                             or h['qform_code'])
     if not oriented:
         notes.append('the file does not say which way is up; its axes were taken as they are')
     ims = [nib.as_closest_canonical(o) for o in ims]
@@ -215,7 +228,8 @@ def read_volume_scan(path, name, channels)->Scan:
         notes.append(f'tilted by {tilt:.0f} degrees: predicted upright, the mask resampled back')
     image = np.ascontiguousarray(np.stack(a, -1) if len(a)>1 else a[0])
     mm = tuple(voxel_sizes(affine).round(4).tolist())
-    return Scan(name, path, image, mm, like, upright, oriented, tuple(files), notes)
+    return Scan(name, path, image, mm, like, upright, oriented, tuple(files),
+                notes)
 
 # %% ../nbs/library/16_scans.ipynb #2c28ac95
 @lru_cache(maxsize=8)
@@ -223,7 +237,8 @@ def known_spacings(root):
     "mm per pixel by subject and scan, if a data folder's `cohort.json` tells; at None that of all"
     try: d = cohort(root)
     except DataError: d = {}
-    res = {(o.get('subject'), o.get('scan')): o.get('spacing') for o in d.get('scans', [])}
+    res = {(o.get('subject'), o.get('scan')): o.get('spacing')
+           for o in d.get('scans', [])}
     return {None: d.get('spacing'), **res}
 
 def read_picture_scan(path, name, channels, packed, spacing)->Scan:
@@ -231,7 +246,8 @@ def read_picture_scan(path, name, channels, packed, spacing)->Scan:
     names,image = packed or channels, path
     if packed or len(channels)>1:
         n = (*decode(path, keep=True).shape, 1)[2]
-        need(n in (1, len(names)), path, plural(n, 'channel'), f'{len(names)}, as in training',
+        need(n in (1, len(names)), path, plural(n, 'channel'),
+             f'{len(names)}, as in training',
              'Use a model for this kind of image.')
         if n>1: image = Pixels(path, channels=map(names.index, channels))
     known = known_spacings(path.absolute().parent.parent)
@@ -246,7 +262,8 @@ def read_scan(path, spacing=None, channels=(), packed=(), name=None)->Scan:
     need(path.exists(), path, 'no such file', 'a scan', 'Correct the path.')
     if path.is_dir() or is_volume(path): return read_volume_scan(path, name, channels)
     if is_picture(path): return read_picture_scan(path, name, channels, tuple(packed), spacing)
-    need(not is_dicom(path), path, 'a single DICOM file', 'the folder of its series', f'Give {path.parent}.')
+    need(not is_dicom(path), path, 'a single DICOM file',
+         'the folder of its series', f'Give {path.parent}.')
     raise DataError.of(path, f'the ending {path.suffix or "(none)"}',
                        'PNG, TIFF, BMP, JPEG, NIfTI, MGH or a folder', 'Convert it.')
 
@@ -273,16 +290,20 @@ def scans_below(root, channels, all_inputs)->list:
     for p in list_files(root):
         above = p.relative_to(root).parts[:-1]
         if not NO_SCANS & set(above): folders.setdefault(p.parent, []).append(p)
-    return sum([scans_among(o, channels, all_inputs) for o in folders.values()], [])
+    return sum([scans_among(o, channels, all_inputs)
+                for o in folders.values()], [])
 
 # %% ../nbs/library/16_scans.ipynb #8b5c2d19
 def find_scans_to_predict(paths, channels=(), all_inputs=())->list:
     "All scans in files and folders, in order and each once"
     res = {}
-    for p in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
-        need(p.exists(), p, 'no such file or folder', 'a scan, or a folder of scans', 'Correct the path.')
+    for p in map(Path, [paths] if isinstance(paths, (str, os.PathLike))
+                 else paths):
+        need(p.exists(), p, 'no such file or folder',
+             'a scan, or a folder of scans', 'Correct the path.')
         found = scans_below(p, tuple(channels), all_inputs) if p.is_dir() else [p]
-        need(found, p, 'a folder without scans', 'PNG, TIFF, NIfTI, MGH or DICOM files',
+        need(found, p, 'a folder without scans',
+             'PNG, TIFF, NIfTI, MGH or DICOM files',
              'Give the folder that holds the scans.')
         res |= {os.path.abspath(o): o for o in found}
     return list(res.values())
@@ -305,7 +326,8 @@ DARK_RIM = .23 # a larger share of dark pixels in the rim means that the skull i
 
 def dark_rim(a, mm=1.)->float:
     "Share of dark pixels 4 to 14 mm below the surface of what is in the picture"
-    depth = ndi.distance_transform_edt(np.pad(foreground(a, .5), 1), sampling=mm)[1:-1,1:-1]
+    depth = ndi.distance_transform_edt(np.pad(foreground(a, .5), 1),
+                                       sampling=mm)[1:-1,1:-1]
     rim = (depth>4) & (depth<=14)
     return float((a[rim]<=otsu(a)).mean()) if rim.any() else 0.
 

@@ -34,28 +34,34 @@ def closest_subset(counts:dict, target:float)->set:
 
 def closest_but(counts, target, k)->set:
     "As `closest_subset`, with some subjects left over"
-    rest = ({s: n for s,n in counts.items() if s not in out} for out in combinations(counts, k))
-    return min((closest_subset(o, target) for o in rest), key=lambda p: abs(sum(counts[s] for s in p)-target))
+    rest = ({s: n for s,n in counts.items() if s not in out}
+            for out in combinations(counts, k))
+    return min((closest_subset(o, target) for o in rest),
+               key=lambda p: abs(sum(counts[s] for s in p)-target))
 
 # %% ../nbs/library/18_splits.ipynb #70fd84a7
 def assert_apart(split):
     "Assert that no subject of a split table (or of one fold of it) is on two sides"
-    sides = split.groupby(['fold','subject'] if 'fold' in split else 'subject')['split'].nunique()
+    sides = split.groupby(['fold','subject'] if 'fold' in split
+                          else 'subject')['split'].nunique()
     assert (sides==1).all(), f'subjects on two sides of the split: {few(sides[sides>1].index)}'
 
 def read_split(split)->pd.DataFrame:
     "A split made earlier, checked"
     name = 'split table' if isinstance(split, pd.DataFrame) else str(split)
     if not isinstance(split, pd.DataFrame):
-        try: split = pd.read_csv(split, dtype={'subject':str}, keep_default_na=False, encoding='utf-8-sig')
+        try: split = pd.read_csv(split, dtype={'subject':str},
+                                 keep_default_na=False, encoding='utf-8-sig')
         except (OSError, ValueError) as e:
             raise DataError(f'{split}: {e}; expected a CSV file with the columns image, subject, split') from e
     bad = {'subject','split'}-set(split.columns) or set(split['split'])-{'train','valid','test'}
-    need(not bad, f'{name}: expected the columns subject, split with train, valid or test; problem with {few(sorted(bad))}')
+    need(not bad, f'{name}: expected the columns subject, split with train, valid or test; '
+                  f'problem with {few(sorted(bad))}')
     try: assert_apart(split)
     except AssertionError as e: raise DataError(f'{name}: {e}. Give every image of a subject the same split.') from e
     return split if 'fold' in split else split.assign(fold=0)
 
+# %% ../nbs/library/18_splits.ipynb #70fd841s
 def with_split(
     cases:pd.DataFrame, # Case table
     split:pd.DataFrame, # Split table
@@ -64,20 +70,24 @@ def with_split(
     "Case table with what the split table says of each subject"
     parts = dict(split.loc[split['fold']==fold, ['subject','split']].itertuples(index=False))
     lost = sorted(set(cases['subject']) - set(parts))
-    need(not lost, f'split table: fold {fold} does not name the subjects {few(lost)}; expected every subject of the cases')
+    need(not lost, f'split table: fold {fold} does not name the subjects {few(lost)}; '
+                   'expected every subject of the cases')
     return cases.assign(split=cases['subject'].map(parts))
 
 def split_table(cases:pd.DataFrame, folds)->pd.DataFrame:
     "Split table of the images of `cases`"
     names = [case_name(o) for o in cases.itertuples()]
-    part = lambda f,sides: pd.DataFrame(dict(image=names, subject=list(cases['subject']), split=list(cases['subject'].map(sides)), fold=f))
-    res = pd.concat([part(f, o) for f,o in enumerate(folds)], ignore_index=True)
+    subject = cases['subject'].tolist()
+    parts = [pd.DataFrame(dict(image=names, subject=subject, split=[sides.get(s) for s in subject], fold=f))
+             for f,sides in enumerate(folds)]
+    res = pd.concat(parts, ignore_index=True)
     assert_apart(res)
     return res
 
 def same_split(cases:pd.DataFrame, split:pd.DataFrame)->pd.DataFrame:
     "Split table of other images, every subject of which is where `split` says"
-    folds = [dict(g[['subject','split']].itertuples(index=False)) for _,g in split.groupby('fold')]
+    folds = [dict(g[['subject','split']].itertuples(index=False))
+             for _,g in split.groupby('fold')]
     return split_table(cases, folds)
 
 # %% ../nbs/library/18_splits.ipynb #f7e1b232
@@ -90,7 +100,8 @@ def fill_folds(counts:dict, groups:dict, folds:int, order, home=None)->dict:
             images,subjects = load.get(k, (0,0))
             load[k] = images+counts[s], subjects+1
     for s,f in list(home.items()): put(s, f)
-    for s in order: put(s, min(range(folds), key=lambda f: load.get((f, groups[s]), (0,0)) + load.get(f, (0,0))))
+    for s in order: put(s,
+                        min(range(folds), key=lambda f: load.get((f, groups[s]), (0,0)) + load.get(f, (0,0))))
     return home
 
 def by_group(assign, subjects, groups)->dict:
@@ -109,7 +120,7 @@ def image_split(
     "A wrong split by image and a right one by subject, with the same test images and as many training images"
     right = with_split(cases, split).assign(rank=np.random.default_rng(seed).permutation(len(cases)))
     test = right[right['split']=='test'].sort_values('rank')
-    half = test.groupby('subject').cumcount() % 2==0 # every other image of a test subject is tested on, the rest leak into training
+    half = test.groupby('subject').cumcount() % 2==0 # is tested on, the other half leaks into training
     leaked,tested = test[~half], test[half]
     train = right[right['split']=='train'].sort_values('rank')
     kept = train.iloc[len(leaked):]                  # make room, so that both train on the same number of images

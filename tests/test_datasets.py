@@ -13,7 +13,7 @@ from brainseg_fastai.core import DataError, need_package
 from brainseg_fastai.drawing import show_cases
 from brainseg_fastai.figshare import MatSlice, TUMOURS, figshare_cases, figshare_folds, write_mat
 from brainseg_fastai.ibsr import ibsr_cases
-from brainseg_fastai.images import Pixels, data_fingerprint, file_facts, image_size, open_volume, raw_mask, read_image, read_mask
+from brainseg_fastai.images import Pixels, data_fingerprint, image_size, open_volume, read_image, read_mask
 from brainseg_fastai.lgg import lgg_cases
 from helpers import dataset
 from tiny import change, cut, layout_of, tiny, unzip

@@ -7,8 +7,8 @@ from PIL import Image
 from scipy import ndimage as ndi
 
 from brainseg_fastai import core, demo
-from brainseg_fastai.adni import ADNI, adni_cases, check_cases
-from brainseg_fastai.cases import data_folder, is_simulated, standin
+from brainseg_fastai.adni import adni_cases, check_cases
+from brainseg_fastai.cases import is_simulated
 from brainseg_fastai.core import DataError
 
 N,KINDS = 6,('brain','orig','mask')

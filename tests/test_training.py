@@ -1,14 +1,14 @@
 "Batches, augmentation, callbacks and training that can be interrupted, on tiny images"
-import pickle, warnings
+import pickle
 from pathlib import Path
 
 import matplotlib; matplotlib.use('Agg')
 import numpy as np, pandas as pd, pytest, torch
-from fastai.vision.all import (Callback, CrossEntropyLossFlat, DataBlock, ImageBlock, Learner, MaskBlock, PILMask, TensorMask, nn, set_seed)
+from fastai.vision.all import (Callback, CrossEntropyLossFlat, DataBlock, ImageBlock, Learner, MaskBlock, PILMask, nn, set_seed)
 from PIL import Image
 
-from brainseg_fastai.images import read_image, read_mask
-from brainseg_fastai.networks import InBf16, build_model, class_shares, make_loss
+from brainseg_fastai.images import read_image
+from brainseg_fastai.networks import build_model, class_shares, make_loss
 from brainseg_fastai.settings import Settings
 from brainseg_fastai.steps import make_steps
 from brainseg_fastai.training import (Bend, Checkpoint, FastBatches, ImageZScore, InMemory, ReadImage, ReadMask,
@@ -154,7 +154,7 @@ def test_few_images_are_changed_more():
 
 def test_augmentation_happens_where_the_batch_is():
     "Nothing but the random numbers is made on the processor: tensors without data would refuse to meet one that has some"
-    x,y = torch.zeros(3,1,64,64, device='meta'), torch.zeros(3,64,64, dtype=torch.long, device='meta')
+    x = torch.zeros(3,1,64,64, device='meta')
     bend = Bend(.1)
     bend.before_call(x)
     assert bend.shifts.device.type=='meta' and bend.shifts.shape==(3,64,64,2)
