@@ -77,19 +77,17 @@ def label_table(codes, layout=ADNI):
 
 def training_slab(cases):
     "How far below the top of the brain slices lie, or None"
-    if 'below_top' not in cases or cases['below_top'].isna().all(): return None
-    mm = cases['below_top'].astype(float)
-    return dict(below_top_mm=[mm.min(), mm.max()])
+    mm = cases.get('below_top', pd.Series()).dropna().astype(float)
+    return dict(below_top_mm=[mm.min(), mm.max()]) if len(mm) else None
 
 def image_reference(train):
     "What 200 training images at even steps look like, for `find_flags`"
     some = np.linspace(0, len(train)-1, 200).round().astype(int)
     t = train.iloc[np.unique(some)]
     dims = 2 if t['slice'].iloc[0] else 3
-    def look(image, mm):
-        mm = mm if dims==3 else np.ravel(mm)[:2]
-        return scan_features(read_image(image), mm, dims)
-    return fit_reference([*map(look, t['image'], t['spacing'])], [*t['subject']])
+    looks = [scan_features(read_image(o), np.ravel(mm)[:2] if dims==2 else mm, dims)
+             for o,mm in zip(t['image'], t['spacing'])]
+    return fit_reference(looks, [*t['subject']])
 
 def scored(scores):
     "Means and 95 % intervals, and what a quality says of the Dice"
@@ -218,8 +216,8 @@ CASE = ['subject','scan','slice']
 def portable(scores):
     "Scores with images and masks named from their common folder on"
     cols = ['image','mask']
-    places = [os.path.dirname(os.path.abspath(o)) for k in cols for o in scores[k]]
-    root = os.path.commonpath(places)
+    places = [os.path.abspath(o) for k in cols for o in scores[k]]
+    root = os.path.commonpath([os.path.dirname(o) for o in places])
     def name(o): return Path(os.path.relpath(str(o), root)).as_posix()
     return scores.assign(**{k: scores[k].map(name) for k in cols})
 
@@ -266,7 +264,8 @@ def train(cases, s, codes, folder):
     ck = Checkpoint(folder/'checkpoint.pt', best=best)
     try: fit_recipe(learn, s, ck)
     except KeyboardInterrupt:
-        print(f'\nInterrupted. The same call (--resume) goes on from {ck.path}.')
+        start = ck.path if ck.path.exists() else 'the beginning'
+        print(f'\nInterrupted. The same call (--resume) goes on from {start}.')
         raise
     if best: load_weights(learn.model, best)
     return learn, pd.DataFrame(ck.curve)

@@ -417,6 +417,7 @@ def test_export(bundle, tmp_path, capsys, monkeypatch):
 def test_predicting_with_onnx(bundle, tmp_path, monkeypatch):
     ort = pytest.importorskip('onnxruntime', reason='ONNX needs the extra onnx'); pytest.importorskip('onnx')
     there,plain = with_onnx(load_bundle(bundle[0], 'cpu')), load_bundle(bundle[0], 'cpu')
+    assert not there.net.net.training # the exporter leaves a network as it found what it was given
     x,runs,real = torch.randn(2,1,64,64), [], ort.InferenceSession.run
     monkeypatch.setattr(ort.InferenceSession, 'run', lambda *a: runs.append(1) or real(*a))
     with torch.inference_mode():
