@@ -32,12 +32,14 @@ def measures_html(rows, colours):
     cols = [c for c in COLUMNS if not all(missing(o.get(c)) for o in rows)]
     if 'area_mm2' in cols: cols.remove('area_px')
     def row(o, colour): return piece('spot', colour, o['label']), *(measure_text(o.get(k)) for k in cols)
-    return table_html(map(row, rows, colours.values()), ['Structure', *map(COLUMNS.get, cols)])
+    return table_html(map(row, rows, colours.values()),
+                      ['Structure', *map(COLUMNS.get, cols)])
 
 def trust_html(quality, predicted, flags, notes):
     "How far to trust a mask"
     agreement = '' if missing(quality) else num(quality, 2)
-    return piece('trust', flags, predicted.get('text'), agreement, notes, TEXTS['app']['unknown'])
+    return piece('trust', flags, predicted.get('text'), agreement, notes,
+                 TEXTS['app']['unknown'])
 
 # %% ../nbs/library/24_app.ipynb #421fde6b
 @lru_cache(maxsize=None)
@@ -216,12 +218,15 @@ def connect(gr, c, model):
         return results(gr, v, v['spacing'] is None or bool(spacing), opacity)
     def move(v, k, opacity): return draw(v, k, opacity) if v else gr.skip()
     def leave(request: gr.Request): forget(request.session_hash)
-    outputs = [c.view, c.message, c.results, c.ask, c.picture, c.slice, c.text, c.download]
+    outputs = [c.view, c.message, c.results, c.ask, c.picture, c.slice,
+               c.text, c.download]
     own = dict(api_visibility='private')
     one = dict(inputs=[c.path, c.spacing, c.opacity], outputs=outputs,
                concurrency_limit=1, concurrency_id='network', **own)
     quick = dict(show_progress='hidden', **own)
-    taken = c.scan.upload(take, c.scan, [c.scan, c.path, c.spacing, *outputs], queue=False, **quick)
+    taken = c.scan.upload(take, c.scan,
+                          [c.scan, c.path, c.spacing, *outputs], queue=False,
+                          **quick)
     taken.then(show, **one)
     c.again.click(show, **one)
     for o in (c.slice, c.opacity):

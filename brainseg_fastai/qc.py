@@ -70,7 +70,8 @@ def scan_row(i, r, measures, px)->dict:
     return dict(
         i=i, name=r['name'], notes=r['notes'], flags=r['flags'], cells=values, quality=r['quality'], predicted=p,
         below=data_uri(im), above=contour_uri(mask, r['colours'], im.size), width=im.width, height=im.height,
-        seen=', '.join(class_name(r, c) for c in np.unique(mask[mask>0]).tolist()),
+        seen=', '.join(class_name(r, c)
+                       for c in np.unique(mask[mask>0]).tolist()),
         care=piece('care') if r['flags'] and p.get('calibrated') else '')
 
 # %% ../nbs/library/22_quality_page.ipynb #c016x
@@ -87,9 +88,11 @@ def in_order(rows):
 
 def key_figures(rows):
     "What stands above the table"
-    def least(values): return min((v for v in values if not missing(v)), default=None)
+    def least(values): return min((v for v in values if not missing(v)),
+                                  default=None)
     dice,quality = least(r['predicted'].get('dice') for r in rows), least(r['quality'] for r in rows)
-    return [('Scans', num(len(rows))), ('Flagged', num(sum(bool(r['flags']) for r in rows))),
+    return [('Scans', num(len(rows))),
+            ('Flagged', num(sum(bool(r['flags']) for r in rows))),
             ('Lowest predicted Dice', 'uncalibrated' if dice is None else num(dice)), ('Lowest quality', num(quality))]
 
 # %% ../nbs/library/22_quality_page.ipynb #c018x
@@ -101,8 +104,10 @@ def qc_page(rows, title='Predicted masks, worst first', px=None)->QcPage:
     kinds = {}
     for r in rows:
         for k,v in r['measures'].items(): kinds[k] = 'text' if isinstance(v, str) else kinds.get(k, 'num')
-    shown = [scan_row(i, r, kinds, px or page_px(len(rows))) for i,r in enumerate(rows, 1)]
-    return QcPage(title, piece('quality', title, key_figures(rows), TEXTS['quality'].values(), keys, list(kinds.items()), shown))
+    shown = [scan_row(i, r, kinds, px or page_px(len(rows)))
+             for i,r in enumerate(rows, 1)]
+    return QcPage(title, piece('quality', title, key_figures(rows),
+                               TEXTS['quality'].values(), keys, list(kinds.items()), shown))
 
 # %% ../nbs/library/22_quality_page.ipynb #c021x
 def nifti_bytes(a, spacing):

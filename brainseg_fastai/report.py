@@ -52,7 +52,8 @@ def shown(v):
     "A value as a page shows it: numbers with three digits, a dash for what is missing, markup as it is"
     return num(v) if v is None or is_number(v) else v if hasattr(v, '__html__') else str(v)
 
-ENV = jinja2.Environment(loader=jinja2.FunctionLoader(asset), autoescape=True)
+ENV = jinja2.Environment(loader=jinja2.FunctionLoader(asset),
+                         autoescape=True)
 ENV.filters |= dict(num=num, shown=shown, colour=safe_colour)
 ENV.tests |= dict(numeric=is_number, known=lambda v: not missing(v))
 PIECES = ENV.get_template('parts.html').module
@@ -94,7 +95,8 @@ def split_table(split):
 def metric_name(key, **words):
     "What a metric is called"
     part = next((p for p in PARTS if key.startswith(p)), key)
-    return TEXTS['metrics'][part].format(part=key.removeprefix(part), **words)
+    return TEXTS['metrics'][part].format(part=key.removeprefix(part),
+                                         **words)
 
 def score_table_html(tables, unit='px', case='image'):
     "One row per metric, one column per variant"
@@ -102,20 +104,28 @@ def score_table_html(tables, unit='px', case='image'):
     def value(v, k):
         if (v,k) not in t.index: return None
         m,digits = t.loc[(v,k)], 2 if k.startswith(('hd95','volume')) else 3
-        return piece('small', num(m['mean'], digits), interval([m['low'], m['high']], digits))
-    rows = [(metric_name(k, unit=unit, case=case), *(value(v, k) for v in tables)) for k in t.index.unique(1)]
-    return table_html(rows, ['Mean over subjects (95 % interval)', *map(variant_name, tables)])
+        return piece('small', num(m['mean'], digits),
+                     interval([m['low'], m['high']], digits))
+    rows = [(metric_name(k, unit=unit, case=case),
+             *(value(v, k) for v in tables)) for k in t.index.unique(1)]
+    return table_html(rows,
+                      ['Mean over subjects (95 % interval)',
+                       *map(variant_name, tables)])
 
 # %% ../nbs/library/21_report.ipynb #c019x
 def swap_html(swap):
     "The 2×2 table: trained on one kind of image, tested on the other; darker is better"
-    s = with_columns(swap, ['trained_on','tested_on','dice','low','high'], 'The swap table')
+    s = with_columns(swap, ['trained_on','tested_on','dice','low','high'],
+                     'The swap table')
     def heat(r):
         percent = (r.dice-s.dice.min())/max(np.ptp(s.dice), 1e-9)*28 + 2
-        return piece('heat', num(r.dice), interval([r.low, r.high]), f'{percent:.0f}')
+        return piece('heat', num(r.dice), interval([r.low, r.high]),
+                     f'{percent:.0f}')
     rows = [(f'Trained on {lower_name(v)}', *map(heat, g.itertuples()))
             for v,g in s.groupby('trained_on', sort=False)]
-    return table_html(rows, ['', *dict.fromkeys(f'tested on {lower_name(v)}' for v in s.tested_on)])
+    return table_html(rows,
+                      ['', *dict.fromkeys(f'tested on {lower_name(v)}'
+                                          for v in s.tested_on)])
 
 # %% ../nbs/library/21_report.ipynb #c021x
 STYLE = {'svg.fonttype':'none', 'svg.hashsalt':'brainseg', 'figure.dpi':90,
@@ -255,7 +265,8 @@ def worst_first(scores, n=None):
 def tile(r, out, px)->dict:
     "A case (row of a score table) with its Dice, and a link to the predicted mask"
     which = ' '.join(str(r[k]) for k in ('scan','slice') if r.get(k)) or 'prediction'
-    res = dict(dice=num(r['dice']), subject=str(r['subject']), which=which, px=px,
+    res = dict(dice=num(r['dice']), subject=str(r['subject']), which=which,
+               px=px,
                href=quote(r['prediction']), title=Path(str(r['image'])).name)
     try: return res | dict(src=data_uri(case_tile(r['image'], r['mask'], Path(out)/r['prediction'], px)))
     except DataError as e: return res | dict(gone=str(e))
@@ -266,9 +277,12 @@ def contact_sheet(scores, out, n=None, first=12)->Html:
     px = int(np.clip(192*(240/max(len(s), 1))**.5, 64, 192))
     for v,g in s.groupby('variant'):
         low,middle,high = (num(g.dice.quantile(q)) for q in (0,.5,1))
-        groups.append(dict(name=variant_name(v), tiles=[tile(r, out, px) for r in g.to_dict('records')],
+        groups.append(dict(name=variant_name(v),
+                           tiles=[tile(r, out, px)
+                                  for r in g.to_dict('records')],
                            about=f'{len(g)} cases, Dice {low} to {high}, median {middle}'))
-    return piece('sheet', groups, [(TRUTH,'truth'), (PRED,'prediction')], first)
+    return piece('sheet', groups, [(TRUTH,'truth'), (PRED,'prediction')],
+                 first)
 
 # %% ../nbs/library/21_report.ipynb #c040x
 class Report:
@@ -305,7 +319,8 @@ def para(*texts)->Html: return piece('paras', texts)
 def section(title, *body):
     "A section of the page from markup; what is empty is dropped, and all of it if there is nothing to say"
     body = Markup('').join(o for o in body if o)
-    return dict(title=title, id=re.sub(r'\W+', '-', title.lower()).strip('-'), body=body) if body else None
+    return dict(title=title,
+                id=re.sub(r'\W+', '-', title.lower()).strip('-'), body=body) if body else None
 
 def plain_text(v):
     "A setting for people"
@@ -316,7 +331,8 @@ def plain_text(v):
 def dict_html(d):
     "A dict, perhaps of dicts, as a table of two columns"
     flat = pd.json_normalize(d, sep=' ').to_dict('records')[0]
-    return table_html([(k.replace('_', ' '), plain_text(v)) for k,v in flat.items()], ['','value'])
+    return table_html([(k.replace('_', ' '), plain_text(v))
+                       for k,v in flat.items()], ['','value'])
 
 # %% ../nbs/library/21_report.ipynb #c047x
 OWN = 'command','fingerprint','definitions','training_longer'
@@ -332,33 +348,47 @@ def curves_html(curves, scores, answer):
 
 def sheet_html(scores, out, simulated):
     "The contact sheet below what must be known about it"
-    notes = dict(tiles=True, again=len(worst_first(scores))<len(scores), real=not simulated)
+    notes = dict(tiles=True, again=len(worst_first(scores))<len(scores),
+                 real=not simulated)
     return para(*(TEXTS[k] for k,v in notes.items() if v)), contact_sheet(scores, out)
 
 def groups_html(scores):
     "Mean Dice of each group of cases, such as each type of tumour"
     if 'label' not in scores: return ()
-    rows = [(variant_name(v), label, t.subject.nunique(), len(t), t.dice.mean())
+    rows = [(variant_name(v), label, t.subject.nunique(), len(t),
+             t.dice.mean())
             for (v,label),t in scores.groupby(['variant','label'], sort=False)]
-    return para(TEXTS['groups']), table_html(rows, ['variant','label','subjects','cases','Dice'])
+    return para(TEXTS['groups']), table_html(rows,
+                                             ['variant','label','subjects','cases','Dice'])
 
 # %% ../nbs/library/21_report.ipynb #c049x
-def evidence(scores, curves=None, split=None, swap=None, external=None, problems=None, info=None,
+def evidence(scores, curves=None, split=None, swap=None, external=None,
+             problems=None, info=None,
              out='.', words=None, simulated=False)->list:
     "The sections that every report ends with"
     info = info or {}
     command,origin = (info.get(k) for k in ('command','fingerprint'))
     more = {k: v for k,v in info.items() if k not in OWN}
     return [
-        some(swap) and section('Trained on one, tested on the other', para(TEXTS['swap']), swap_html(swap)),
-        some(external) and section('On the external data set', table_html(external)),
-        section('Would training longer help?', *curves_html(curves, scores, info.get('training_longer'))),
-        section('Every test case, worst first', *sheet_html(scores, out, simulated)),
+        some(swap) and section('Trained on one, tested on the other',
+                               para(TEXTS['swap']), swap_html(swap)),
+        some(external) and section('On the external data set',
+                                   table_html(external)),
+        section('Would training longer help?',
+                *curves_html(curves, scores, info.get('training_longer'))),
+        section('Every test case, worst first',
+                *sheet_html(scores, out, simulated)),
         section('By type', *groups_html(scores)),
-        some(split) and section('How subjects were split', para(TEXTS['split']), table_html(split_table(split))),
-        section('Problems found in the data', table_html(problems, most=200) if some(problems) else para('None.')),
-        section('What the words mean', piece('terms', {**(words or {}), **info.get('definitions', {})})),
-        section('Data fingerprint', origin and dict_html(dict(fingerprint=origin))),
+        some(split) and section('How subjects were split',
+                                para(TEXTS['split']), table_html(split_table(split))),
+        section('Problems found in the data',
+                table_html(problems, most=200) if some(problems)
+                else para('None.')),
+        section('What the words mean',
+                piece('terms', {**(words or {}),
+                                **info.get('definitions', {})})),
+        section('Data fingerprint',
+                origin and dict_html(dict(fingerprint=origin))),
         section('Environment', more and dict_html(more)),
         section('How to reproduce this', *([piece('code', command), para(TEXTS['reproduce'])] if command else []))]
 
@@ -366,7 +396,8 @@ def evidence(scores, curves=None, split=None, swap=None, external=None, problems
 def page(tag, colour, sentence, figures, sections, simulated=False)->Report:
     "The whole report: verdict in a few words and in a sentence, banner, key figures, links, sections"
     simulated = TEXTS['simulated'] if simulated else ''
-    body = piece('front', tag, colour, sentence, figures, [s for s in sections if s], simulated)
+    body = piece('front', tag, colour, sentence, figures,
+                 [s for s in sections if s], simulated)
     return Report(f'brainseg: {tag}', body)
 
 # %% ../nbs/library/21_report.ipynb #053f9d3f
@@ -431,7 +462,8 @@ def comparison_html(scores, comparison)->tuple:
     table = table_html(rows,
                        ['subject', variant_name(v), variant_name(w),
                         'difference'])
-    return (svg(paired_plot(scores, comparison), alt), para(text, control_text(comparison)),
+    return (svg(paired_plot(scores, comparison), alt),
+            para(text, control_text(comparison)),
             piece('numbers', 'The numbers behind the plot', table))
 
 @delegates(evidence, but='words,simulated')
