@@ -13,7 +13,7 @@ from brainseg_fastai.adni import adni_cases
 from brainseg_fastai.cli import main
 from brainseg_fastai.core import DataError
 from brainseg_fastai.prediction import Prediction, predict_scan
-from brainseg_fastai.runs import load_bundle, save_bundle, train_run
+from brainseg_fastai.runs import load_bundle, pool_bundle, train_run
 from brainseg_fastai.scans import Scan
 from brainseg_fastai.settings import Settings
 from brainseg_fastai.segmentation import split_cases
@@ -134,8 +134,7 @@ def bundle(tmp_path_factory):
     d = tmp_path_factory.mktemp('bundle')
     t = adni_cases(make_folder(d/'d', 6, 2), 'brain')
     run = train_run(with_split(t, split_cases(t, 3)), d/'r', Settings(epochs=8, size=64, pretrained=False, arch='unet', depth=3, width=4))
-    model = run.model('cpu')
-    return save_bundle(run.folder/'model.safetensors', d/'bundle', {**model.config, 'spacing': [1.,1.], 'slab': {'below_top_mm': [5,30]}})
+    return pool_bundle(run, d/'bundle', run.scores, spacing=[1.,1.], slab=dict(below_top_mm=[5,30]))
 
 @pytest.fixture(scope='module')
 def scans(tmp_path_factory):
