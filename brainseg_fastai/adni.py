@@ -204,7 +204,8 @@ def bad_names(rows, file, expected):
     "Names that do not tell the subject, and two files for one case"
     seen = {}
     for o in rows:
-        f,key = file(o['image']), (o['inputs'], o['subject'], o['scan'], o['slice'])
+        f,key = file(o['image']), (o['inputs'], o['subject'], o['scan'],
+                                   o['slice'])
         if not o['subject']: yield known_problem('no_subject', f, expected=expected.replace('{kind}', o['inputs']))
         elif (first := seen.setdefault(key, f))!=f: yield known_problem('same_case', f, first=first)
 
@@ -228,15 +229,21 @@ def bare_masks(t, kinds):
 
 def few_subjects(rows, kinds):
     "Too few subjects in one kind, or in all of them together"
-    subjects = [{o['subject'] for o in rows if o['inputs']==k and o['subject'] and o['mask']} for k in kinds]
-    alone = [p for k,s in zip(kinds, subjects) for p in too_few_subjects(k, s)]
-    return alone or too_few_subjects(', '.join(kinds), set.intersection(*subjects), 'with images in every kind')
+    subjects = [{o['subject'] for o in rows if o['inputs']==k
+                 and o['subject'] and o['mask']} for k in kinds]
+    alone = [p for k,s in zip(kinds, subjects)
+             for p in too_few_subjects(k, s)]
+    return alone or too_few_subjects(', '.join(kinds),
+                                     set.intersection(*subjects),
+                                     'with images in every kind')
 
 def other_files(root, kinds):
     "Files in the folders that are no images"
     for d in [*kinds, 'mask']:
         names = [p.name for p in list_files(root/d) if not is_picture(p)]
-        if names: yield known_problem('other_files', d, files=plural(len(names), 'file'), names=few(names, 3))
+        if names: yield known_problem('other_files', d,
+                                      files=plural(len(names), 'file'),
+                                      names=few(names, 3))
 
 # %% ../nbs/library/06_adni.ipynb #9e4d229c
 def check_cases(

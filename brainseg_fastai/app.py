@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'measures_html', 'trust_html', 'store', 'gradio_folder', 'visitor_folder', 'forget', 'draw', 'problem_html',
            'say', 'try_look', 'private_gradio', 'about', 'parts_of_page', 'nothing', 'results', 'connect', 'launch_app']
 
-# %% ../nbs/library/24_app.ipynb #3747cea3
+# %% ../nbs/library/24_app.ipynb #c003x
 import hashlib, os, shutil, signal, tempfile, threading, traceback, uuid
 from dataclasses import replace
 from functools import lru_cache
@@ -14,16 +14,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from fastcore.xml import B, Div, I, Img, P, Span
 
 from .core import DataError, asset, missing, need, need_package, num
-from .drawing import data_uri, draw_case, safe_colour
+from .drawing import data_uri, draw_case
 from .prediction import predict_scan, write_prediction
 from .qc import measure_text
-from .report import SHOWN, TEXTS, bullets, table_html
+from .report import SHOWN, TEXTS, piece, table_html
 from .runs import load_bundle
 
-# %% ../nbs/library/24_app.ipynb #531befa0
+# %% ../nbs/library/24_app.ipynb #c008x
 COLUMNS = dict(volume_ml='Volume (mL)', area_mm2='Area in one slice (mm²)',
                area_px='Area in one slice (pixels)',
                ventricle_brain_ratio='Ventricle to brain', evans_index='Evans index')
@@ -32,25 +31,15 @@ def measures_html(rows, colours):
     "Table of areas or volumes, with the colour of each structure"
     cols = [c for c in COLUMNS if not all(missing(o.get(c)) for o in rows)]
     if 'area_mm2' in cols: cols.remove('area_px')
-    def row(o, colour):
-        spot = I(cls='spot', style=f'background:{safe_colour(colour)}')
-        return Span(spot, str(o['label'])), *(measure_text(o.get(k))
-                                              for k in cols)
+    def row(o, colour): return piece('spot', colour, o['label']), *(measure_text(o.get(k)) for k in cols)
     return table_html(map(row, rows, colours.values()),
                       ['Structure', *map(COLUMNS.get, cols)])
 
 def trust_html(quality, predicted, flags, notes):
     "How far to trust a mask"
-    parts = []
-    if flags:
-        head = B('Do not rely on this mask without looking:')
-        parts.append(Div(head, bullets(flags), cls='care', role='note'))
-    if text := predicted.get('text'): parts.append(P(B('Expected Dice'), f' {text}'))
-    if not missing(quality):
-        parts.append(P(B('Agreement with the mirrored scan'),
-                       f' {num(quality, 2)} (1 is perfect)'))
-    if notes: parts.append(bullets(notes))
-    return Div(*parts or [P(TEXTS['app']['unknown'])])
+    agreement = '' if missing(quality) else num(quality, 2)
+    return piece('trust', flags, predicted.get('text'), agreement, notes,
+                 TEXTS['app']['unknown'])
 
 # %% ../nbs/library/24_app.ipynb #421fde6b
 @lru_cache(maxsize=None)
@@ -88,7 +77,7 @@ def take_upload(file, session)->Path:
                            'Drop it once more.') from e
     finally: file.unlink(missing_ok=True)
 
-# %% ../nbs/library/24_app.ipynb #f86594ce
+# %% ../nbs/library/24_app.ipynb #c017x
 def look_at(model, path, spacing=None)->dict:
     "Predict a scan and lay out the slices beside it"
     path = Path(path)
@@ -104,15 +93,14 @@ def look_at(model, path, spacing=None)->dict:
                for i,o in enumerate(model.config['labels'], 1)}
     notes = [o.replace('give --spacing (mm per pixel)',
                        'give the pixel spacing') for o in p.notes]
-    text = Div(measures_html(p.rows, colours),
-               trust_html(p.quality, p.predicted, p.flags, notes))
+    text = measures_html(p.rows, colours) + trust_html(p.quality, p.predicted, p.flags, notes)
     return dict(
         folder=str(path.parent), name=path.name, mask=str(write_prediction(p, path.parent/'mask')),
         n=len(images), start=int(seen.argmax() if seen.any()
                                  else len(seen)//2), volume=p.scan.is_volume,
         aspect=float(h/w), spacing=p.scan.spacing, colours=colours, text=str(text))
 
-# %% ../nbs/library/24_app.ipynb #f4aa2405
+# %% ../nbs/library/24_app.ipynb #c019x
 def draw(
     view,      # dict of `look_at`
     k,         # Number of the slice, from 1
@@ -129,12 +117,10 @@ def draw(
     text = f'{view["name"]}, slice {i+1} of {view["n"]}'
     style = f'aspect-ratio:{ratio:.6g}; width:min(100%, {640*ratio:.0f}px)'
     side = TEXTS['app']['side'] if view['volume'] else ''
-    pic = Img(cls='slice', alt=text, style=style, src=data_uri(im, 'PNG'))
-    return str(Div(pic, P(side, text, cls='caption')))
+    return str(piece('slice', text, style, data_uri(im, 'PNG'), side))
 
-# %% ../nbs/library/24_app.ipynb #04a5b4f4
-def problem_html(text): return str(Div(str(text), cls='problem',
-                                       role='alert'))
+# %% ../nbs/library/24_app.ipynb #c021x
+def problem_html(text): return str(piece('problem', text))
 
 def say(
     e,   # The exception
@@ -217,14 +203,14 @@ def results(gr, v, ask, opacity):
             draw(v, first, opacity), slider,
             v['text'], gr.DownloadButton(value=v['mask'])]
 
-# %% ../nbs/library/24_app.ipynb #8603361s
+# %% ../nbs/library/24_app.ipynb #c028x
 def connect(gr, c, model):
     "What happens when something is dropped or moved; returns what must happen when a visitor leaves"
     def take(file, request: gr.Request):
         try: path = take_upload(file, request.session_hash)
         except Exception as e: return [None]*3 + nothing(gr, problem_html(say(e, file)))
-        busy = P(f'Segmenting {path.name} …', role='status')
-        return [None, str(path), None, *nothing(gr, str(busy))]
+        busy = str(piece('busy', f'Segmenting {path.name} …'))
+        return [None, str(path), None, *nothing(gr, busy)]
     def show(path, spacing, opacity):
         if path is None: return [gr.skip()]*len(outputs)
         v,message = try_look(model, path, spacing or None)
@@ -232,12 +218,15 @@ def connect(gr, c, model):
         return results(gr, v, v['spacing'] is None or bool(spacing), opacity)
     def move(v, k, opacity): return draw(v, k, opacity) if v else gr.skip()
     def leave(request: gr.Request): forget(request.session_hash)
-    outputs = [c.view, c.message, c.results, c.ask, c.picture, c.slice, c.text, c.download]
+    outputs = [c.view, c.message, c.results, c.ask, c.picture, c.slice,
+               c.text, c.download]
     own = dict(api_visibility='private')
     one = dict(inputs=[c.path, c.spacing, c.opacity], outputs=outputs,
                concurrency_limit=1, concurrency_id='network', **own)
     quick = dict(show_progress='hidden', **own)
-    taken = c.scan.upload(take, c.scan, [c.scan, c.path, c.spacing, *outputs], queue=False, **quick)
+    taken = c.scan.upload(take, c.scan,
+                          [c.scan, c.path, c.spacing, *outputs], queue=False,
+                          **quick)
     taken.then(show, **one)
     c.again.click(show, **one)
     for o in (c.slice, c.opacity):

@@ -23,7 +23,8 @@ TEXTS = tomllib.loads(asset('problems.toml')) # level, found, expected, remedy
 
 def problem(level:str, file, found:str, expected:str, remedy:str)->dict:
     "One problem"
-    return dict(level=level, file=str(file), found=found, expected=expected, remedy=remedy)
+    return dict(level=level, file=str(file), found=found, expected=expected,
+                remedy=remedy)
 
 def known_problem(name, file, /, **words)->dict:
     "One of `problems.toml`"
@@ -37,8 +38,11 @@ def failure(e:DataError, level='error', **more)->dict:
 
 def problem_table(rows)->pd.DataFrame:
     "Problems, errors first"
-    df = pd.DataFrame(list(rows), columns=['level','file','found','expected','remedy'], dtype=object)
-    return df.sort_values('level', key=lambda s: s.map(LEVELS.index), kind='stable', ignore_index=True)
+    df = pd.DataFrame(list(rows),
+                      columns=['level','file','found','expected','remedy'],
+                      dtype=object)
+    return df.sort_values('level', key=lambda s: s.map(LEVELS.index),
+                          kind='stable', ignore_index=True)
 
 def as_problem(check):
     "A check whose own `DataError`, such as that of a folder that is none, becomes the only problem in its table"
@@ -115,7 +119,9 @@ def unequal_sizes(t):
     for o in ok[~ok.is_mask].itertuples():
         m = size.get(os.fspath(o.mask))
         if m and o.shape[:len(m)]!=m:
-            yield known_problem('unequal_size', o.file, image=times(o.shape[1::-1]), mask=times(m[::-1]))
+            yield known_problem('unequal_size', o.file,
+                                image=times(o.shape[1::-1]),
+                                mask=times(m[::-1]))
 
 # %% ../nbs/library/04_checks.ipynb #c014x
 def duplicates(t):
@@ -126,12 +132,14 @@ def duplicates(t):
         stranger = next((o for o in more if o.subject!=first.subject), None)
         for o in more:
             other = first if o.subject!=first.subject else stranger
-            yield known_problem('twin_stranger' if other else 'twin', o.file, other=(other or first).file)
+            yield known_problem('twin_stranger' if other else 'twin', o.file,
+                                other=(other or first).file)
 
 def too_few_subjects(where, subjects, what='with image and mask'):
     "Fewer subjects than a split into three parts takes"
     n = len(set(subjects))
-    if n<3: yield known_problem('few_subjects', where, n=plural(n, 'subject'), what=what)
+    if n<3: yield known_problem('few_subjects', where,
+                                n=plural(n, 'subject'), what=what)
 
 # %% ../nbs/library/04_checks.ipynb #c016x
 def odd_codes(t):
@@ -152,7 +160,8 @@ def soft_edges(t, codes, odd):
     for o in t.itertuples():
         here = [c for c in o.codes if c in odd]
         pixels = plural(sum(o.codes[c] for c in here), 'pixel')
-        if here: yield known_problem('soft_edges', o.file, values=few(here), pixels=pixels, solid=solid)
+        if here: yield known_problem('soft_edges', o.file, values=few(here),
+                                     pixels=pixels, solid=solid)
 
 def mixed_codes(t, background):
     "Masks whose only foreground code is another than in most"
@@ -184,26 +193,31 @@ def odd_masks(t):
     background = min(map(min, masks.codes))
     empty = masks.file[[set(o)=={background} for o in masks.codes]].tolist()
     if len(empty)==len(masks): yield known_problem('all_empty', 'mask', n=len(empty))
-    elif empty: yield known_problem('some_empty', empty[0], n=len(empty), all=len(masks), names=few(empty, 3))
+    elif empty: yield known_problem('some_empty', empty[0], n=len(empty),
+                                    all=len(masks), names=few(empty, 3))
 
 def unknown_labels(t, labels:dict):
     "Codes that the data set does not have"
     known = ', '.join(f'{c} ({name})' for c,name in labels.items())
     for o in t[t.is_mask & t.error.isna()].itertuples():
         odd = sorted(set(o.codes)-set(labels))
-        if odd: yield known_problem('unknown_labels', o.file, labels='label'+'s'*(len(odd)>1), odd=few(odd), known=known)
+        if odd: yield known_problem('unknown_labels', o.file,
+                                    labels='label'+'s'*(len(odd)>1),
+                                    odd=few(odd), known=known)
 
 # %% ../nbs/library/04_checks.ipynb #c025x
 def off_grid(t):
     "Volumes that do not lie on the grid of the first image beside them"
     ok = t[t.error.isna()]
-    for _,g in ok.groupby([ok.subject, ok.path.map(os.path.dirname)], sort=False):
+    for _,g in ok.groupby([ok.subject, ok.path.map(os.path.dirname)],
+                          sort=False):
         first,*more = g.itertuples()
         name = Path(first.path).name
         corners = np.stack(np.meshgrid(*((0,n-1) for n in first.shape))).reshape(3, -1)
         for o in more:
             if o.shape!=first.shape:
-                yield known_problem('other_shape', o.file, shape=times(o.shape), first=times(first.shape), name=name)
+                yield known_problem('other_shape', o.file,
+                                    shape=times(o.shape), first=times(first.shape), name=name)
                 continue
             mm = (np.array(first.affine)-o.affine)[:3] @ np.vstack([corners, np.ones(8)])
             if abs(mm).max()>.1: yield known_problem('other_place', o.file, mm=abs(mm).max(), name=name)
@@ -212,12 +226,14 @@ def no_mask(where, path, root, what='segmentation'):
     "A missing mask is an error unless the name says that this is the part of a challenge to be predicted"
     name = Path(Path(root).name, Path(path).relative_to(root)).as_posix()
     later = re.search('(?<![a-z])(valid|test)', name, re.I) and not re.search('train', name, re.I)
-    return known_problem('unlabelled' if later else 'no_labels', where, what=what)
+    return known_problem('unlabelled' if later else 'no_labels', where,
+                         what=what)
 
 def nothing_here(root, what):
     "The table of problems of a folder without a patient"
     found = 'no patient' if any(Path(root).iterdir()) else 'an empty folder'
-    return problem_table([known_problem('no_patient', root, found=found, what=what)])
+    return problem_table([known_problem('no_patient', root, found=found,
+                                        what=what)])
 
 # %% ../nbs/library/04_checks.ipynb #c027x
 def patient_problems(patients, names, choices, root):
@@ -228,18 +244,23 @@ def patient_problems(patients, names, choices, root):
         lost = [k for k in names if k not in p.images]
         file = f'{p.subject}{"_"+lost[0] if lost and len(choices)>1 else ""}.nii.gz'
         there = few(p.images) or 'no image'
-        if lost: yield known_problem('lost_channel', where, lost=', '.join(lost), there=there, file=file)
+        if lost: yield known_problem('lost_channel', where,
+                                     lost=', '.join(lost), there=there,
+                                     file=file)
         if not p.mask: yield no_mask(where, p.folder/p.subject, root)
         one = first.setdefault(p.subject, where)
-        if one!=where: yield known_problem('second_folder', where, subject=p.subject, one=one)
+        if one!=where: yield known_problem('second_folder', where,
+                                           subject=p.subject, one=one)
 
 @as_problem
-def check_volumes(root, find, choices, what, labels:dict, inputs=None, progress=False)->pd.DataFrame:
+def check_volumes(root, find, choices, what, labels:dict, inputs=None,
+                  progress=False)->pd.DataFrame:
     "Check a data set of volumes"
     root,names = data_root(root, what), choose_inputs(inputs, choices)
     patients = find(root)
     if not patients: return nothing_here(root, what)
-    rows = [dict(subject=p.subject, scan='-', slice='', inputs=k, image=f, mask=p.mask)
+    rows = [dict(subject=p.subject, scan='-', slice='', inputs=k, image=f,
+                 mask=p.mask)
             for p in patients for k,f in p.images.items()]
     t = file_table(rows, root, [p.mask for p in patients], progress)
     return problem_table([

@@ -123,7 +123,8 @@ def lgg_check(root, inputs=None, progress=False)->pd.DataFrame:
     read_findings(root)
     t = file_table([dict(o, inputs='images',
                          image=Pixels(o['image'], channels=())) for o in rows], root, alone, progress)
-    orphans = [known_problem('bare_mask', p.relative_to(root).as_posix(), kinds='its folder') for p in alone]
+    orphans = [known_problem('bare_mask', p.relative_to(root).as_posix(),
+                             kinds='its folder') for p in alone]
     return problem_table([*orphans, *wrong_channels(t),
                           *without_mask(rows, root), *damaged(t),
                           *unequal_sizes(t),

@@ -78,7 +78,8 @@ def split_table(cases:pd.DataFrame, folds)->pd.DataFrame:
     "Split table of the images of `cases`"
     names = [case_name(o) for o in cases.itertuples()]
     subject = cases['subject'].tolist()
-    parts = [pd.DataFrame(dict(image=names, subject=subject, split=[sides.get(s) for s in subject], fold=f))
+    parts = [pd.DataFrame(dict(image=names, subject=subject,
+                               split=[sides.get(s) for s in subject], fold=f))
              for f,sides in enumerate(folds)]
     res = pd.concat(parts, ignore_index=True)
     assert_apart(res)

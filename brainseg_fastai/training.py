@@ -27,7 +27,8 @@ class TensorScan(TensorImageBW):
     @classmethod
     def create(cls, a): return a if isinstance(a, cls) else cls(torch.from_numpy(np.ascontiguousarray(a)))
     def show(self, ctx=None, **kwargs):
-        return show_image(self[len(self)//2][None], ctx=ctx, **{'cmap': 'gray', **kwargs})
+        return show_image(self[len(self)//2][None], ctx=ctx,
+                          **{'cmap': 'gray', **kwargs})
 
 def score_limit(steps):
     "Largest z-score that the `steps` give; None if they give grey levels"

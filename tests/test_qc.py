@@ -174,7 +174,7 @@ def test_view_3d():
 def test_view_3d_without_the_widget_is_one_line(monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'ipyniivue', None)
     hint = Q.view_3d(np.zeros((4,4,4)))
-    assert "pip install 'brainseg_fastai[view]'" in re.sub('&#x27;', "'", hint._repr_html_()) and '\n' not in hint
+    assert "pip install 'brainseg_fastai[view]'" in re.sub('&#39;', "'", hint._repr_html_()) and '\n' not in hint
 
 def test_view_3d_refuses_slices():
     with pytest.raises(DataError, match='expected volumes'): Q.view_3d(np.zeros((4,4,4)), np.zeros((4,4,5)))

@@ -78,7 +78,7 @@ def test_verdict_comes_first(html, full):
 
 @pytest.mark.parametrize('text', ['0.777', 'Please note', '+0.0010', 'p = 0.4000', 'p = 0.0300', 'about 40',
     'Trained on skull-stripped', 'Skull-stripped: No.', 'Full skull: Perhaps.', 'As in the policy.', 'abc123', 'versions torch',
-    'How subjects were split', 'brainseg compare "A &amp; B" --out run', 'every subject counts once',
+    'How subjects were split', 'brainseg compare &#34;A &amp; B&#34; --out run', 'every subject counts once',
     'Verdict rule'])
 def test_every_piece_is_there(html, text): assert text in html
 
