@@ -393,28 +393,29 @@ def checked_options(config, spacing, slab, flips)->dict:
     return plain(dict(spacing=mm, slab=slab_of(config, slab), flips=flips))
 
 # %% ../nbs/library/23_prediction.ipynb #b5a6572f
-def predict_scans(bundle, scans, out=None, spacing=None, slab=None,
-                  flips=True, progress=True,
-                  overwrite=False, each=None)->pd.DataFrame:
+def predict_scans(
+    bundle,         # Folder of a model, or what `load_bundle` gives
+    scans,          # Files and folders: pictures, NIfTI, MGH, DICOM series
+    out=None,       # Folder for masks and tables, if they are wanted
+    spacing=None,   # mm per pixel of pictures: one number, or row and column
+    slab=None,      # mm below the top of the brain; None: as the bundle says
+    flips=True,     # Predict mirror images as well? Without, there is no quality
+    progress=True,  # Show a progress bar?
+    overwrite=False # Predict again what is in `out` already?
+)->pd.DataFrame:    # A row per scan and label; `attrs['failed']`: paths and reasons
     "Predict scans, and write masks, sidecars, volumes.csv and qc.html"
     model = bundle if hasattr(bundle, 'net') else load_bundle(bundle)
     config,failed = config_of(model), []
-    need(not Path(out or '').is_file(), out, 'a file', 'a folder',
-         'Name another.')
+    need(not Path(out or '').is_file(), out, 'a file', 'a folder', 'Name another.')
     options = checked_options(config, spacing, slab, flips)
-    paths = find_scans_to_predict(scans, config['channels'],
-                                  config['inputs_all'])
+    paths = find_scans_to_predict(scans, config['channels'], config['inputs_all'])
     jobs = list(zip(paths, scan_names(paths)))
-    rows = {n: rows_before(p, n, not overwrite and out, config, options)
-            for p,n in jobs}
+    rows = {n: rows_before(p, n, not overwrite and out, config, options) for p,n in jobs}
     todo = [j for j in jobs if rows[j[1]] is None]
-    for (path,name),p in bar(predict_each(model, todo, **options), len(todo),
-                             progress):
-        done = p
-        if out and isinstance(p, Prediction): done = attempt(write_prediction, p, out, config, **options)
+    for (path,name),p in bar(predict_each(model, todo, **options), len(todo), progress):
+        done = attempt(write_prediction, p, out, config, **options) if out and isinstance(p, Prediction) else p
         if isinstance(done, str): failed.append((str(path), done))
         else: rows[name] = p.rows
-        if each and rows[name]: each(p)
     if out: write_tables(out, config)
     res = pd.DataFrame([r for o in rows.values() for r in o or ()])
     res.attrs['failed'] = failed
