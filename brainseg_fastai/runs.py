@@ -131,8 +131,8 @@ def model_card(c):
     what = dict(slice=f"axial slices of {s['size']}×{s['size']} pixels",
                 patch=f"patches of {times(s['patch'])} voxels",
                 volume='whole volumes')
-    mm = times(f'{o:g}' for o in c['spacing'] or [math.nan])
-    seen = f"{', '.join(c['channels'])}: {what[s['mode']]}; pixels of {mm} mm"
+    mm = times(f'{o:g} mm' for o in c['spacing'] or ())
+    seen = f"{', '.join(c['channels'])}: {what[s['mode']]}; pixels of {mm or 'unknown size'}"
     if c['slab']:
         lo,hi = c['slab']['below_top_mm']
         seen += f'; {lo:.0f} to {hi:.0f} mm below the top of the brain'
@@ -374,7 +374,9 @@ class InFloat32(Module):
 
 def onnx_session(file):
     ort = need_package('onnxruntime', 'onnx')
-    return ort.InferenceSession(str(file), providers=['CPUExecutionProvider'])
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return ort.InferenceSession(str(file), options, providers=['CPUExecutionProvider'])
 
 def export_onnx(model, path)->float:
     "Write a network as ONNX; the largest difference of scores from PyTorch's"

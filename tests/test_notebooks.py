@@ -50,6 +50,13 @@ def test_links_to_other_pages_lead_somewhere(notebook):
     links = [o.split('#')[0] for o in re.findall(r'\]\(([^)\s]+)\)', text) if '://' not in o]
     assert not [o for o in links if o and not (notebook.parent/o).exists()]
 
+@pytest.mark.parametrize('notebook', STORIES+ROOMS, ids=lambda o: o.stem)
+def test_outputs_are_those_that_teach(notebook):
+    "No warnings of a run, no place of the machine that it ran on"
+    outputs = [o for c in cells(notebook) for o in c.get('outputs', [])]
+    assert not [o for o in outputs if o.get('name')=='stderr']
+    assert 'site-packages' not in json.dumps(outputs)
+
 @pytest.mark.parametrize('command', ['nbdev_export', 'nbdev_clean'])
 def test_a_clean_export_changes_nothing(clone, command):
     if command=='nbdev_export':
