@@ -133,7 +133,8 @@ def list_slices(root, kinds=())->dict:
         subs = subfolders(root)
         names = f' (subfolders: {few([d.name for d in subs], 8)})' if subs else ''
         ok(any(root.iterdir()), 'an empty folder')
-        near = next((d for d in [root.parent, *subs] if (d/'mask').is_dir()
+        near = next((d for d in [root.parent, *subs]
+                     if (d/'mask').is_dir()
                      and kinds_in(d)), None)
         ok(False, f'no subfolder mask{names}',
            *([f'Did you mean {near}?'] if near else []))

@@ -23,13 +23,15 @@ from .report import SHOWN, TEXTS, piece, table_html
 from .runs import load_bundle
 
 # %% ../nbs/library/25_app.ipynb #c008x
-COLUMNS = dict(volume_ml='Volume (mL)', area_mm2='Area in one slice (mm²)',
+COLUMNS = dict(volume_ml='Volume (mL)',
+               area_mm2='Area in one slice (mm²)',
                area_px='Area in one slice (pixels)',
                ventricle_brain_ratio='Ventricle to brain', evans_index='Evans index')
 
 def measures_html(rows, colours):
     "Table of areas or volumes, with the colour of each structure"
-    cols = [c for c in COLUMNS if not all(missing(o.get(c)) for o in rows)]
+    cols = [c for c in COLUMNS
+            if not all(missing(o.get(c)) for o in rows)]
     if 'area_mm2' in cols: cols.remove('area_px')
     def row(o, colour): return piece('spot', colour, o['label']), *(measure_text(o.get(k)) for k in cols)
     return table_html(map(row, rows, colours.values()),
@@ -108,7 +110,8 @@ def draw(
 )->str:        # HTML
     "One slice with its mask"
     i = min(max(int(k)-1, 0), view['n']-1)
-    def load(name): return np.load(Path(view['folder'])/name, mmap_mode='r')[i]
+    def load(name): return np.load(Path(view['folder'])/name,
+                                   mmap_mode='r')[i]
     try: image,mask = load('image.npy'), load('mask.npy')
     except FileNotFoundError: return problem_html(TEXTS['app']['gone'])
     layers = [(mask, view['colours'], False)] if opacity else []
@@ -198,7 +201,8 @@ def nothing(gr, message, ask=False):
 def results(gr, v, ask, opacity):
     "The page with the results of `look_at`"
     first = v['start']+1
-    slider = gr.Slider(maximum=max(v['n'],2), value=first, visible=v['n']>1)
+    slider = gr.Slider(maximum=max(v['n'],2), value=first,
+                       visible=v['n']>1)
     return [v, '', gr.Row(visible=True), gr.Row(visible=ask),
             draw(v, first, opacity), slider,
             v['text'], gr.DownloadButton(value=v['mask'])]
@@ -214,8 +218,9 @@ def connect(gr, c, model):
     def show(path, spacing, opacity):
         if path is None: return [gr.skip()]*len(outputs)
         v,message = try_look(model, path, spacing or None)
-        if v is None: return nothing(gr, message, ask='spacing' in message)
-        return results(gr, v, v['spacing'] is None or bool(spacing), opacity)
+        if v is None: return nothing(gr, message, 'spacing' in message)
+        return results(gr, v, v['spacing'] is None or bool(spacing),
+                       opacity)
     def move(v, k, opacity): return draw(v, k, opacity) if v else gr.skip()
     def leave(request: gr.Request): forget(request.session_hash)
     outputs = [c.view, c.message, c.results, c.ask, c.picture, c.slice,
@@ -224,9 +229,8 @@ def connect(gr, c, model):
     one = dict(inputs=[c.path, c.spacing, c.opacity], outputs=outputs,
                concurrency_limit=1, concurrency_id='network', **own)
     quick = dict(show_progress='hidden', **own)
-    taken = c.scan.upload(take, c.scan,
-                          [c.scan, c.path, c.spacing, *outputs], queue=False,
-                          **quick)
+    taken = c.scan.upload(take, c.scan, [c.scan, c.path, c.spacing, *outputs],
+                          queue=False, **quick)
     taken.then(show, **one)
     c.again.click(show, **one)
     for o in (c.slice, c.opacity):

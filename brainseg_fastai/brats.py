@@ -48,7 +48,8 @@ def find_patients(root):
     "A `Patient` for each folder of sequences"
     found = {}
     for folder,files in list_niftis(root).items():
-        odd = next((p for stem,p in files.items() if stem.endswith('_Segm')),
+        odd = next((p for stem,p in files.items()
+                    if stem.endswith('_Segm')),
                    None)
         for stem,path in files.items():
             subject,_,what = stem.rpartition('_')

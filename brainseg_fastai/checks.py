@@ -23,7 +23,8 @@ TEXTS = tomllib.loads(asset('problems.toml')) # level, found, expected, remedy
 
 def problem(level:str, file, found:str, expected:str, remedy:str)->dict:
     "One problem"
-    return dict(level=level, file=str(file), found=found, expected=expected,
+    return dict(level=level, file=str(file), found=found,
+                expected=expected,
                 remedy=remedy)
 
 def known_problem(name, file, /, **words)->dict:
@@ -100,7 +101,8 @@ def file_table(rows, root, masks=(), progress=False)->pd.DataFrame:
     def row(path, is_mask):
         file = Path(path).relative_to(root).as_posix()
         case = cases.get((path, is_mask), dict(used=False))
-        return {**case, **facts[path, is_mask], 'file': file, 'path': path,
+        return {**case, **facts[path, is_mask], 'file': file,
+                'path': path,
                 'is_mask': is_mask}
     return pd.DataFrame([row(*o) for o in facts], columns=FILE_COLUMNS)
 
@@ -110,7 +112,8 @@ def damaged(
 ):
     "Files that cannot be read"
     for o in t[t.error.notna()].itertuples():
-        yield failure(o.error, 'error' if o.used else 'warning', file=o.file)
+        yield failure(o.error, 'error' if o.used else 'warning',
+                      file=o.file)
 
 def unequal_sizes(t):
     "Images with a mask of another size"
@@ -129,10 +132,12 @@ def duplicates(t):
     ok = t[t.error.isna() & ~t.is_mask & t.subject.notna() & (t.constant==False)]
     for _,g in ok.groupby(['inputs','sha'], sort=False):
         first,*more = g.itertuples()
-        stranger = next((o for o in more if o.subject!=first.subject), None)
+        stranger = next((o for o in more if o.subject!=first.subject),
+                        None)
         for o in more:
             other = first if o.subject!=first.subject else stranger
-            yield known_problem('twin_stranger' if other else 'twin', o.file,
+            yield known_problem('twin_stranger' if other else 'twin',
+                                o.file,
                                 other=(other or first).file)
 
 def too_few_subjects(where, subjects, what='with image and mask'):
@@ -160,7 +165,8 @@ def soft_edges(t, codes, odd):
     for o in t.itertuples():
         here = [c for c in o.codes if c in odd]
         pixels = plural(sum(o.codes[c] for c in here), 'pixel')
-        if here: yield known_problem('soft_edges', o.file, values=few(here),
+        if here: yield known_problem('soft_edges', o.file,
+                                     values=few(here),
                                      pixels=pixels, solid=solid)
 
 def mixed_codes(t, background):

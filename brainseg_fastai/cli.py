@@ -16,14 +16,16 @@ from .core import DataError, asset, few, need, plural
 from .settings import add_flags, from_flags
 
 # %% ../nbs/library/26_commands.ipynb #8dadbbcb
-LAYOUTS = dict(adni='ADNI', figshare='LAYOUT', brats='LAYOUT', ibsr='LAYOUT',
+LAYOUTS = dict(adni='ADNI', figshare='LAYOUT', brats='LAYOUT',
+               ibsr='LAYOUT',
                lgg='LAYOUT')
 
 def find_layout(name:str):
     "The layout of this name, from the module of this name"
     need(name in LAYOUTS, 'layout', repr(name), f'one of {few(LAYOUTS)}',
          'Correct the name.')
-    return getattr(import_module(f'brainseg_fastai.{name}'), LAYOUTS[name])
+    return getattr(import_module(f'brainseg_fastai.{name}'),
+                   LAYOUTS[name])
 
 # %% ../nbs/library/26_commands.ipynb #c008x
 def reader(read, ok, expected):
@@ -70,7 +72,8 @@ def training(a)->dict: # Arguments of `compare_variants` and `plan_variants`
 
 def results(a)->dict: # Arguments of `compare_variants`
     "What is done with the results"
-    return dict(external=a.external, resume=a.resume, overwrite=a.overwrite,
+    return dict(external=a.external, resume=a.resume,
+                overwrite=a.overwrite,
                 track=a.track,
                 command=shlex.join(['brainseg', *a.argv]))
 
@@ -104,7 +107,8 @@ def compare(a):
     from brainseg_fastai.comparison import compare_variants
     from brainseg_fastai.demo import demo_cohort
     a.data = a.data or demo_cohort()
-    how = dict(training(a), **results(a), margin=a.margin, control=a.control)
+    how = dict(training(a), **results(a), margin=a.margin,
+               control=a.control)
     variants = asked(a)
     r = compare_variants(a.data, a.out, variants, **how)
     simulated = 'Simulated cohort: these numbers say nothing about people.'
@@ -187,7 +191,8 @@ def parser()->argparse.ArgumentParser:
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--version', action='version',
                    version=f'brainseg {__version__}')
-    sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND')
+    sub = p.add_subparsers(dest='command', required=True,
+                           metavar='COMMAND')
     for name,groups in COMMANDS['commands'].items():
         run = globals()[name]
         example = next(o.split('  ')[0] for o in text.split('\n  ')

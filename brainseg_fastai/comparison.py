@@ -55,7 +55,8 @@ def named_variants(
          f'only images of the kind {", ".join(there)}',
          ' and '.join(texts),
          f'To train one model: brainseg train {root} --kind {"".join(there[:1])} --out DIR')
-    names = (o.removeprefix('inputs=') if k=={'inputs'} else o or 'as usual'
+    names = (o.removeprefix('inputs=') if k=={'inputs'} else o
+             or 'as usual'
              for o,k in zip(texts, (a, b)))
     return dict(zip(names, settings))
 
@@ -183,7 +184,8 @@ def trainings(
                          split=r.split, repeats=repeats,
                          others=others, external=r.external.get(k)))
     if control and repeats==1 and len(jobs)>1:
-        s = replace(jobs[0]['settings'], seed=jobs[0]['settings'].seed+500)
+        s = replace(jobs[0]['settings'],
+                    seed=jobs[0]['settings'].seed+500)
         jobs.append(jobs[0] | dict(settings=s,
                                    split=r.split.query('fold==0')))
     return jobs
@@ -193,7 +195,8 @@ def announcer(
     say=print
 ):
     "A function that says before each training which one it is and how much time is left"
-    total,at = sum(o['split']['fold'].nunique()*o['repeats'] for o in jobs), []
+    total,at = sum(o['split']['fold'].nunique()*o['repeats']
+                   for o in jobs), []
     def announce(name, fold, seed):
         at.append(time.time())
         n = len(at)
@@ -245,10 +248,12 @@ def gathered(r, parts:list)->AttrDict:
     r.control = both('scores', [parts[0], *parts[n:]]).query('fold==0') if parts[n:] else None
     write_csv(r.out/'curves.csv', r.curves)
     external = r.all_scores.query('tested_on=="external"')
-    for name,t in dict(scores=r.scores, control=r.control, external=external).items():
+    for name,t in dict(scores=r.scores, control=r.control,
+                       external=external).items():
         if t is not None and len(t): write_csv(r.out/f'{name}.csv', portable(t))
     for k,o in zip(r.variants, parts):
-        pool_bundle(o['runs'][0], r.out/'bundles'/file_name(k), o['scores'])
+        pool_bundle(o['runs'][0], r.out/'bundles'/file_name(k),
+                    o['scores'])
     return r
 
 # %% ../nbs/2_segmentation_on_full_skull.ipynb #fe82706a
@@ -338,7 +343,8 @@ def compare_inputs(
     **kwargs
 )->AttrDict: # comparison, report, and all tables
     "Do you have to strip the skull? `compare_variants` of both inputs"
-    return compare_variants(root, out, named_variants(root, base=settings),
+    return compare_variants(root, out,
+                            named_variants(root, base=settings),
                             **kwargs)
 
 @delegates(compare_variants, but='variants,control,margin')

@@ -175,7 +175,8 @@ def stamp(path)->tuple:
     "Absolute path, size and time of change: the key to what was learnt about a file"
     try: s = os.stat(path)
     except OSError as e:
-        raise DataError.of(path, f'no file that can be read ({e.strerror})',
+        raise DataError.of(path,
+                           f'no file that can be read ({e.strerror})',
                            'a file', 'Correct the path.') from e
     return os.path.abspath(path), s.st_size, s.st_mtime_ns
 

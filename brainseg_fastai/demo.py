@@ -148,7 +148,8 @@ def tissue_signal(m, s, c, texture):
     "T1 signal from the tissue maps, sharpened (the template is an average) and with wider sulci in atrophy"
     csf,gm,wm,detail,_,vent = m
     wide = s['atrophy']*np.exp(.5*texture[0])
-    w = np.stack([csf*np.where(vent>.05, 1, wide), gm*np.exp(.35*texture[1]),
+    w = np.stack([csf*np.where(vent>.05, 1, wide),
+                  gm*np.exp(.35*texture[1]),
                   wm])
     w = np.clip(w, 1e-3, None)**1.9
     return np.tensordot(c['mu'], w/w.sum(0), 1) + c['detail']*detail
@@ -187,7 +188,8 @@ def make_scan(s, c, t, size=256):
     pts,mm = slice_points(c, size)
     near = np.hypot(pts[0]/85, (pts[1]+18)/108)<1 # no brain reaches farther
     m = np.zeros((len(t.maps),size,size), np.float32)
-    m[:,near] = sample(t.maps, to_template(pts[:,near], s, t, c['growth']),
+    m[:,near] = sample(t.maps,
+                       to_template(pts[:,near], s, t, c['growth']),
                        t.origin)
     texture,bias = [sample(f, pts, noise_origin, 4)
                     for f in (s['texture'], c['bias'])]

@@ -50,7 +50,8 @@ def find_subjects(root):
         for s in sorted(names):
             forms = [(s, f'{s}_seg'),
                      (f'{s}_ana_strip', f'{s}_segTRI_fill_ana')]
-            image,mask = max(forms, key=lambda o: len(files.keys() & {*o})) # the first of equals
+            image,mask = max(forms,
+                             key=lambda o: len(files.keys() & {*o})) # the first of equals
             images = {'t1': files[image]} if image in files else {}
             if images or mask in files: res.append(Patient(s, folder, images, files.get(mask)))
     return sorted(res, key=lambda o: o.subject)
@@ -63,7 +64,8 @@ def ibsr_cases(
     **kwargs
 )->pd.DataFrame: # Case table whose images are `Pixels`; spacing in mm: row and column, or x, y and z
     "Slices or volumes of IBSR18"
-    return volume_cases(root, find_subjects, ['t1'], EXPECTED, inputs, unit,
+    return volume_cases(root, find_subjects, ['t1'], EXPECTED, inputs,
+                        unit,
                         **kwargs)
 
 def ibsr_check(root, inputs=None, progress=False)->pd.DataFrame:

@@ -71,7 +71,8 @@ def read_grey(path, mask=False):
     what = 'a mask' if mask else 'an image'
     a = decode(path, what)
     if a.ndim==3: # JPEG rounds equal channels to within two levels
-        need(np.ptp(a, axis=2).max()<=2*(not mask), path, 'a colour picture',
+        need(np.ptp(a, axis=2).max()<=2*(not mask), path,
+             'a colour picture',
              f'{what} in grey levels', 'Convert it to one grey channel.')
         a = a[...,0]
     if a.dtype.kind=='f':
@@ -88,7 +89,8 @@ def read_picture(path, channels=None, mask=False)->np.ndarray:
     if channels is None: return read_grey(path, mask)
     a = decode(path, keep=True)
     n,last = a.shape[2] if a.ndim==3 else 1, max(channels, default=0)
-    need(last<n, path, plural(n, 'channel'), f'at least {last+1} channels',
+    need(last<n, path, plural(n, 'channel'),
+         f'at least {last+1} channels',
          'Export the picture again.')
     if not channels: return a
     return a[...,channels[0]] if len(channels)==1 else a[...,list(channels)]
@@ -295,7 +297,8 @@ def open_voxels(path, index=None):
     "Voxels of a volume, or of one axial slice as a picture, the front of the head at the top; memory-mapped"
     a = np.asanyarray(open_volume(path).dataobj)
     if index is None: return a
-    need(0<=index<a.shape[2], os.fspath(path), plural(a.shape[2], 'slice'),
+    need(0<=index<a.shape[2], os.fspath(path),
+         plural(a.shape[2], 'slice'),
          f'a slice {index}', 'List the cases again.')
     return np.rot90(a[:,:,index])
 
@@ -400,7 +403,8 @@ def read_mask(
 def to_native(mask, affine, shape)->np.ndarray:
     "A mask in the orientation and shape of a file's own array"
     import nibabel.orientations as o
-    back = o.ornt_transform(o.axcodes2ornt('RAS'), o.io_orientation(affine))
+    back = o.ornt_transform(o.axcodes2ornt('RAS'),
+                            o.io_orientation(affine))
     res = o.apply_orientation(mask, back)
     fits = res.shape==tuple(shape[:3]) and res.size==np.prod(shape) # there may be a trailing axis of length 1
     need(fits, f'a mask of {times(mask.shape)} voxels in RAS+ orientation does not fit the file, '
@@ -411,7 +415,8 @@ def nifti_like(a, like):
     "NIfTI image of a mask in RAS+ orientation, in the geometry of a file or a nibabel image"
     import nibabel as nib
     if not hasattr(like, 'affine'): like = volume_header(like)
-    res = nib.Nifti1Image(to_native(a, like.affine, like.shape), like.affine,
+    res = nib.Nifti1Image(to_native(a, like.affine, like.shape),
+                          like.affine,
                           like.header)
     res.set_data_dtype(a.dtype)
     res.header.set_slope_inter(1, 0)
@@ -434,7 +439,8 @@ def write_mask(
     need(classes.max()<len(codes), path,
          f'class {classes.max()} in the prediction',
          f'at most {len(codes)-1}, for the codes {few(codes.tolist(), 20)}', 'Give the codes of the training.')
-    dtype = next((o for o in types if (codes.astype(o)==codes).all()), None)
+    dtype = next((o for o in types if (codes.astype(o)==codes).all()),
+                 None)
     need(dtype, path, f'the codes {few(codes.tolist())}',
          'codes that the format can hold', 'Write other codes.')
     a = codes.astype(dtype)[classes]

@@ -60,7 +60,8 @@ class Model:
     @property
     def codes(self): return self.frame.codes
     @property
-    def device(self): return next((p.device for p in self.net.parameters()),
+    def device(self): return next((p.device
+                                   for p in self.net.parameters()),
                                   torch.device('cpu'))
 
     def scores(self, x):
@@ -168,7 +169,8 @@ def predict_slices(model:Model, pics, fit:Fit, flips=True, bs=8)->Masks:
         if flips: scores.append(own_pixels(model.scores(x.flip(-1)).flip(-1),
                                            fit))
         res += map(both_ways, *scores)
-    return Masks(*(None if o[0] is None else np.stack(o) for o in zip(*res)))
+    return Masks(*(None if o[0] is None else np.stack(o)
+                   for o in zip(*res)))
 
 # %% ../nbs/library/15_inference.ipynb #59b1bde7
 def scaled(x, shape):

@@ -82,7 +82,8 @@ def subjects_needed(
     return 2+bisect_left(range(2, 2**53), True, key=enough)
 
 # %% ../nbs/library/07_intervals.ipynb #f92d3f03
-def simulate_coverage(draw, n_subjects=20, images=(1,4), n_sim=1000, seed=0,
+def simulate_coverage(draw, n_subjects=20, images=(1,4), n_sim=1000,
+                      seed=0,
                       n_boot=9999,
                       within=.5, level=.95)->dict:
     "How often the interval contains the true mean, and how often a difference is claimed that does not exist"

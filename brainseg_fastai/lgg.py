@@ -25,7 +25,8 @@ def draw_slice(centre, k, rng, shape=(64,64)):
     "Slice `k` (from 1) of a simulated head: channels and mask"
     brain,r = ellipsoid(shape, (0,0), (.85,.7))<1, .36-.09*abs(k-3.5)
     tumour = brain & (ellipsoid(shape, centre, (r,r*.9))<1) & (1<k<6)
-    image = np.stack([np.where(brain, b+t*tumour+rng.normal(0, 8, shape), 0)
+    image = np.stack([np.where(brain, b+t*tumour+rng.normal(0, 8, shape),
+                               0)
                       for b,t in LOOKS], -1)
     return image.clip(0, 255).astype(np.uint8), tumour.astype(np.uint8)*255
 
@@ -60,12 +61,14 @@ def find_slices(root):
                          image=files[folder,stem], mask=files.get((folder,f'{stem}_mask'))))
     alone = [files[d,s] for d,s in masks
              if (d,s.removesuffix('_mask')) not in files]
-    return sorted(rows, key=lambda o: (o['subject'], o['scan'], o['slice'])), sorted(alone)
+    return sorted(rows, key=lambda o: (o['subject'], o['scan'],
+                                       o['slice'])), sorted(alone)
 
 # %% ../nbs/6_lgg_networks_and_losses.ipynb #6d2f1c0b
 def read_findings(root):
     "The table `data.csv` by patient; empty without that file"
-    file = next((p for p in list_files(root, '.csv') if p.name=='data.csv'),
+    file = next((p for p in list_files(root, '.csv')
+                 if p.name=='data.csv'),
                 None)
     if file is None: return pd.DataFrame()
     again = 'Download it again or delete it.'
@@ -109,7 +112,8 @@ def without_mask(rows, root):
     "Slices without a mask, or their folder if none in it has one"
     some = {o['image'].parent for o in rows if o['mask']}
     bare = [o['image'] for o in rows if not o['mask']]
-    for p in dict.fromkeys(p if p.parent in some else p.parent for p in bare):
+    for p in dict.fromkeys(p if p.parent in some else p.parent
+                           for p in bare):
         yield no_mask(p.relative_to(root).as_posix(), p, root, 'mask')
 
 # %% ../nbs/6_lgg_networks_and_losses.ipynb #6d2f1c1s

@@ -59,7 +59,8 @@ def evans_index(a, mask, mm, ks)->dict:
     horns,k = widest[i]*mm[0], int(ks[i])
     skull = inner_width(a[:,:,k], mask[:,:,k], mm[:2])
     if not skull: return {}
-    return dict(index=horns/skull, slice=k, horns_mm=horns, skull_mm=skull)
+    return dict(index=horns/skull, slice=k, horns_mm=horns,
+                skull_mm=skull)
 
 # %% ../nbs/library/23_prediction.ipynb #d6e72497
 class Part(NamedTuple):
@@ -221,12 +222,15 @@ def predict_pictures(model, scans, flips=True)->list:
         groups.setdefault((s.image.shape, s.spacing), []).append(i)
     for (_,mm),ids in groups.items():
         start = time.time()
-        masks = predict(model, np.stack([scans[i].image for i in ids]), mm,
+        masks = predict(model, np.stack([scans[i].image for i in ids]),
+                        mm,
                         flips)
         seconds = (time.time()-start)/len(ids)
         for i,one in zip(ids, masks.each()):
-            skull = has_skull(scans[i].grey, mm or model.frame.spacing or 1.)
-            res[i] = assess(model, scans[i], one, Part(skull=skull), seconds)
+            skull = has_skull(scans[i].grey,
+                              mm or model.frame.spacing or 1.)
+            res[i] = assess(model, scans[i], one, Part(skull=skull),
+                            seconds)
     return res
 
 # %% ../nbs/library/23_prediction.ipynb #ad76e0ea
@@ -366,9 +370,11 @@ def attempt(f, *args, **kw):
     except (DataError, OSError) as e: return str(e)
     except Exception as e: return f'{type(e).__name__}: {e}'
 
-def predict_each(model, jobs, spacing=None, slab=None, flips=True, some=16):
+def predict_each(model, jobs, spacing=None, slab=None, flips=True,
+                 some=16):
     "Each job, a path and a name, with its `Prediction` or an error's text"
-    def read(job): return attempt(read_for, model, job[0], spacing, job[1])
+    def read(job): return attempt(read_for, model, job[0], spacing,
+                                  job[1])
     flat = [j for j in jobs if is_picture(j[0]) and j[0].is_file()]
     for i in range(0, len(flat), some):
         part = flat[i:i+some]
@@ -381,7 +387,8 @@ def predict_each(model, jobs, spacing=None, slab=None, flips=True, some=16):
     for job in jobs:
         if job in flat: continue
         s = read(job)
-        if isinstance(s, Scan): s = attempt(predict_volume, model, s, slab,
+        if isinstance(s, Scan): s = attempt(predict_volume, model, s,
+                                            slab,
                                             flips)
         yield job, s
 
@@ -408,11 +415,14 @@ def predict_scans(
     config,failed = config_of(model), []
     need(not Path(out or '').is_file(), out, 'a file', 'a folder', 'Name another.')
     options = checked_options(config, spacing, slab, flips)
-    paths = find_scans_to_predict(scans, config['channels'], config['inputs_all'])
+    paths = find_scans_to_predict(scans, config['channels'],
+                                  config['inputs_all'])
     jobs = list(zip(paths, scan_names(paths)))
-    rows = {n: rows_before(p, n, not overwrite and out, config, options) for p,n in jobs}
+    rows = {n: rows_before(p, n, not overwrite and out, config, options)
+            for p,n in jobs}
     todo = [j for j in jobs if rows[j[1]] is None]
-    for (path,name),p in bar(predict_each(model, todo, **options), len(todo), progress):
+    for (path,name),p in bar(predict_each(model, todo, **options),
+                             len(todo), progress):
         done = attempt(write_prediction, p, out, config, **options) if out and isinstance(p, Prediction) else p
         if isinstance(done, str): failed.append((str(path), done))
         else: rows[name] = p.rows

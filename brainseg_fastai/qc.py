@@ -32,7 +32,8 @@ def contour_uri(mask, colours, size)->str:
     return data_uri(Image.fromarray(rgba), 'PNG')
 
 # %% ../nbs/library/22_quality_page.ipynb #e049dfa4
-USUAL = dict(colours={}, names={}, measures={}, quality=None, predicted={},
+USUAL = dict(colours={}, names={}, measures={}, quality=None,
+             predicted={},
              flags=[], notes=[])
 
 def checked(
@@ -50,7 +51,8 @@ def checked(
          'a slice (h, w) or (h, w, 3) and a mask of equal size', 'Give the slice that is to be shown.')
     flags = [r['flags']] if isinstance(r['flags'], str) else r['flags']
     empty = [] if mask.any() else ['The mask of this picture is empty.']
-    return r | dict(name=str(r['name']), image=image, mask=mask, flags=flags,
+    return r | dict(name=str(r['name']), image=image, mask=mask,
+                    flags=flags,
                     notes=[*r['notes'], *empty])
 
 def class_name(r, c): return str(r['names'].get(c, f'class {c}'))
@@ -66,7 +68,8 @@ def scan_row(i, r, measures, px)->dict:
     "What the page shows of one scan, the `i`-th"
     mask,p = r['mask'], r['predicted']
     im = draw_case(r['image'], px=min(px, max(mask.shape)))
-    values = [(v, measure_text(v)) for v in map(r['measures'].get, measures)]
+    values = [(v, measure_text(v))
+              for v in map(r['measures'].get, measures)]
     return dict(
         i=i, name=r['name'], notes=r['notes'], flags=r['flags'], cells=values, quality=r['quality'], predicted=p,
         below=data_uri(im), above=contour_uri(mask, r['colours'], im.size), width=im.width, height=im.height,
@@ -118,7 +121,8 @@ def nifti_bytes(a, spacing):
 def label_map(mask, colours):
     "The colours of classes as NiiVue wants them; background is transparent"
     n = int(np.max(mask))+1
-    rgb = np.array([(0,0,0), *(rgb_of(colours.get(c)) for c in range(1, n))]).T.tolist()
+    rgb = np.array([(0,0,0),
+                    *(rgb_of(colours.get(c)) for c in range(1, n))]).T.tolist()
     ids = list(range(n))
     return dict(zip('RGB', rgb)) | dict(A=[0]+[255]*(n-1), I=ids,
                                         labels=[*map(str, ids)])

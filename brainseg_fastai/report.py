@@ -70,7 +70,8 @@ def interval(ci, digits=3, sign=False):
 def table_html(rows, heads=None, caption='', most=None)->Html:
     "A table with headers that screen readers understand; the first column heads its row"
     if heads is None: heads,rows = rows.columns, rows.itertuples(index=False, name=None)
-    return piece('table', list(rows), [str(o) for o in heads], caption, most)
+    return piece('table', list(rows), [str(o) for o in heads], caption,
+                 most)
 
 # %% ../nbs/library/21_report.ipynb #3a9301f6
 def with_columns(df, cols, what):
@@ -82,7 +83,8 @@ def with_columns(df, cols, what):
 
 def split_table(split):
     "How many subjects and images are on each side, and the share of images that was achieved"
-    s = with_columns(split, ['image','subject','split'], 'The split table')
+    s = with_columns(split, ['image','subject','split'],
+                     'The split table')
     part = s['split'].map(dict(train=0, valid=1, test=2)).fillna(3)
     s = s.assign(fold=s['fold'] if 'fold' in s else 0, part=part)
     t = s.groupby(['fold','part','split'])[['subject','image']].nunique().reset_index()
@@ -128,7 +130,8 @@ def swap_html(swap):
                                           for v in s.tested_on)])
 
 # %% ../nbs/library/21_report.ipynb #c021x
-STYLE = {'svg.fonttype':'none', 'svg.hashsalt':'brainseg', 'figure.dpi':90,
+STYLE = {'svg.fonttype':'none', 'svg.hashsalt':'brainseg',
+         'figure.dpi':90,
          'axes.spines.top':False, 'axes.spines.right':False, 'axes.edgecolor':GREY,
          'axes.titlesize':11, 'grid.color':GREY, 'grid.alpha':.25, 'font.size':10,
          **dict.fromkeys(['text.color','axes.labelcolor','xtick.color','ytick.color'], INK)}
@@ -165,7 +168,8 @@ def svg(fig, alt)->Html:
 # %% ../nbs/library/21_report.ipynb #1f2f5229
 def per_subject(scores):
     "Mean Dice of each subject, a column for each variant"
-    s = with_columns(scores, ['variant','subject','dice'], 'The score table')
+    s = with_columns(scores, ['variant','subject','dice'],
+                     'The score table')
     return s.groupby(['subject','variant']).dice.mean().unstack()
 
 def pairs(scores, variants):
@@ -181,7 +185,8 @@ def draw_subjects(ax, per, cols, better):
     for x,v in enumerate(per): ax.scatter([x]*len(per), per[v],
                                           color=cols[v], s=16, zorder=3,
                                           lw=0)
-    ax.set(xticks=[0,1], xticklabels=map(variant_name, per), xlim=(-.3,1.3))
+    ax.set(xticks=[0,1], xticklabels=map(variant_name, per),
+           xlim=(-.3,1.3))
     ax.set_title('Each subject', loc='left')
     ax.grid(axis='y')
 
@@ -189,7 +194,8 @@ def draw_differences(ax, d, c, better):
     "Sorted differences `d`, with what the comparison `c` says about them below"
     bars = [('mean, 95 %', c, INK)]
     if k := c['control']:
-        bars.append((f'control: {lower_name(k["variant"])},\ntwo seeds', k,
+        bars.append((f'control: {lower_name(k["variant"])},\ntwo seeds',
+                     k,
                      GREY))
     gap,margin = max(1.6, len(d)*.085), c['margin']
     ys = [-gap*(i+1) for i in range(len(bars))]
@@ -227,7 +233,8 @@ def paired_plot(scores, comparison):
 # %% ../nbs/library/21_report.ipynb #90c36e67
 def curves_plot(curves):
     "Validation Dice by epoch: a thin line per training, a thick one for the mean, the last third enlarged"
-    c = with_columns(curves, ['variant','fold','seed','epoch','valid_dice'],
+    c = with_columns(curves,
+                     ['variant','fold','seed','epoch','valid_dice'],
                      'The curve table')
     c = c.assign(epoch=c.epoch+(c.epoch.min()==0)) # people count from one
     start = max(c.epoch.max()-max(2, round(np.ptp(c.epoch)/3)),
@@ -239,7 +246,8 @@ def curves_plot(curves):
                                            values='valid_dice')
         for ax,t in zip(axs, (each, each.loc[start:])):
             ax.plot(t, color=col, lw=.8, alpha=.45)
-            ax.plot(t.mean(axis=1), color=col, lw=2.2, label=variant_name(v),
+            ax.plot(t.mean(axis=1), color=col, lw=2.2,
+                    label=variant_name(v),
                     marker='o', ms=3.5)
     for ax,title in zip(axs, ('All epochs', f'From epoch {start}')):
         ax.set_title(title, loc='left')
@@ -265,7 +273,8 @@ def worst_first(scores, n=None):
 def tile(r, out, px)->dict:
     "A case (row of a score table) with its Dice, and a link to the predicted mask"
     which = ' '.join(str(r[k]) for k in ('scan','slice') if r.get(k)) or 'prediction'
-    res = dict(dice=num(r['dice']), subject=str(r['subject']), which=which,
+    res = dict(dice=num(r['dice']), subject=str(r['subject']),
+               which=which,
                px=px,
                href=quote(r['prediction']), title=Path(str(r['image'])).name)
     try: return res | dict(src=data_uri(case_tile(r['image'], r['mask'], Path(out)/r['prediction'], px)))

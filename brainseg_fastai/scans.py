@@ -56,7 +56,8 @@ class Scan:
 def pictures(self:Scan, ks=slice(None)):
     "Axial slices (N,H,W), front of the head at the top; a slice as the only one"
     if not self.is_volume: return self.image[None]
-    return np.ascontiguousarray(np.moveaxis(np.rot90(self.image[:,:,ks]), 2,
+    return np.ascontiguousarray(np.moveaxis(np.rot90(self.image[:,:,ks]),
+                                            2,
                                             0))
 
 @patch
@@ -79,7 +80,8 @@ def canonical(self:Scan, mask):
 def to_native(self:Scan, mask):
     "Classes of the image as an array like that of the file"
     if not self.is_volume: return mask
-    return to_native(self.canonical(mask), self.like.affine, self.like.shape)
+    return to_native(self.canonical(mask), self.like.affine,
+                     self.like.shape)
 
 # %% ../nbs/library/17_scans.ipynb #f2997b95
 def is_dicom(path):
@@ -145,7 +147,8 @@ def dicom_affine(heads)->tuple:
         gaps = np.diff(at@normal)
         lo,hi = gaps.min(), gaps.max()
         found = f'slices {lo:g} to {hi:g} mm apart' if lo>=1e-3 else 'two images at one place'
-        need(lo>=1e-3 and hi-lo<=.1*np.median(gaps), files[0].parent, found,
+        need(lo>=1e-3 and hi-lo<=.1*np.median(gaps), files[0].parent,
+             found,
              'one slice after the other at equal distances', 'Is one missing, or are there two volumes?')
         step = (at[-1]-at[0])/len(gaps)
     dy,dx = map(float, h.PixelSpacing)
@@ -157,7 +160,8 @@ def load_dicom(folder)->tuple:
     heads = dicom_series(folder)
     files,affine = dicom_affine(heads)
     n = len(files)*heads[files[0]].Rows*heads[files[0]].Columns
-    need(n<=MOST_VOXELS, folder, f'{n:,} voxels', f'at most {MOST_VOXELS:,}',
+    need(n<=MOST_VOXELS, folder, f'{n:,} voxels',
+         f'at most {MOST_VOXELS:,}',
          'Choose one series.')
     a = np.stack(in_threads(read_dicom, files), -1)
     need(np.isfinite(a).all(), folder, 'values that are not numbers',
@@ -185,7 +189,8 @@ def volume_files(path, channels):
         return [path]
     found = sequence_files(files_in(path), channels)
     lost = ' or _'.join(c for c in channels if c not in found)
-    need(not many or not lost, path, f'no volume that ends in _{lost}', each,
+    need(not many or not lost, path, f'no volume that ends in _{lost}',
+         each,
          'Add what is missing, or use a model for fewer sequences.')
     return list(found.values())
 
@@ -228,7 +233,8 @@ def read_volume_scan(path, name, channels)->Scan:
         notes.append(f'tilted by {tilt:.0f} degrees: predicted upright, the mask resampled back')
     image = np.ascontiguousarray(np.stack(a, -1) if len(a)>1 else a[0])
     mm = tuple(voxel_sizes(affine).round(4).tolist())
-    return Scan(name, path, image, mm, like, upright, oriented, tuple(files),
+    return Scan(name, path, image, mm, like, upright, oriented,
+                tuple(files),
                 notes)
 
 # %% ../nbs/library/17_scans.ipynb #2c28ac95
@@ -259,7 +265,8 @@ def read_scan(path, spacing=None, channels=(), packed=(), name=None)->Scan:
     "Read a scan and turn it to the frame that models know"
     path,channels = Path(path), tuple(channels)
     name = name or stem_of(path)
-    need(path.exists(), path, 'no such file', 'a scan', 'Correct the path.')
+    need(path.exists(), path, 'no such file', 'a scan',
+         'Correct the path.')
     if path.is_dir() or is_volume(path): return read_volume_scan(path, name, channels)
     if is_picture(path): return read_picture_scan(path, name, channels, tuple(packed), spacing)
     need(not is_dicom(path), path, 'a single DICOM file',
@@ -363,4 +370,5 @@ def slab_slices(top, n, mm, slab)->tuple:
     below = (top-np.arange(n))*mm
     lo,hi = slab
     inside = (below>=lo-mm/2) & (below<=hi+mm/2)
-    return np.flatnonzero(inside), bool(below.min()<=lo and below.max()>=hi)
+    return np.flatnonzero(inside), bool(below.min()<=lo
+                                        and below.max()>=hi)

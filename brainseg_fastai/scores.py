@@ -54,7 +54,8 @@ def surface_scores(pred, truth, spacing, tolerance=None)->dict:
            for e in get_mask_edges(*masks, crop=False))
     far = [np.percentile(KDTree(p).query(q)[0], 95)
            for p,q in ((a,b), (b,a))]
-    both = [torch.from_numpy(m[None,None].astype(np.float32)) for m in masks]
+    both = [torch.from_numpy(m[None,None].astype(np.float32))
+            for m in masks]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning) # MONAI's, of its own argument
         nsd = compute_surface_dice(*both, [tol], include_background=True,

@@ -44,7 +44,8 @@ class SubjectSplitter:
     ):
         store_attr()
         self.parts = [(p,pct)
-                      for p,pct in (('test',test_pct), ('valid',valid_pct))
+                      for p,pct in (('test',test_pct),
+                                    ('valid',valid_pct))
                       if pct]
 
     def known(self):
@@ -153,7 +154,8 @@ def fold_parts(subjects, home, f, valid_pct, seed, old, groups):
          f'fold {f+1} of {max(home.values())+1} would leave one subject for training and validation; '
                            'use more folds or add subjects')
     stay = None if old is None else old[old['split']!='test']
-    return by_group(SubjectSplitter(valid_pct, 0, seed+f, stay).assign, rest,
+    return by_group(SubjectSplitter(valid_pct, 0, seed+f, stay).assign,
+                    rest,
                     groups) | {s: 'test' for s,g in home.items() if g==f}
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #06dde312
@@ -303,7 +305,8 @@ def save_prediction(classes, case, folder, codes)->Path:
     "Write a predicted mask below `folder`, named as its case"
     path,_,k = (Path(folder)/case_name(case)).as_posix().partition('#')
     name = stem_of(path) + (f'-{k}' if k else '') + ('.png' if classes.ndim==2 else '.nii.gz')
-    return write_mask(classes, Path(path).with_name(name), codes, case.image)
+    return write_mask(classes, Path(path).with_name(name), codes,
+                      case.image)
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #92b7e96a
 def score_cases(

@@ -22,7 +22,8 @@ RECIPES = dict(
     published=dict(rgb=True, loss='ce', bs=16, lr=5e-5, wd=None, cycle={},
                    epochs=16)) # half of them frozen, half unfrozen
 BY_NAME = dict(bs=4, lr=3e-3, views=840) # of networks without a ResNet encoder
-CHOICES = dict(recipe=tuple(RECIPES), mode=('slice','patch','volume'), schedule=('one-cycle','cosine'),
+CHOICES = dict(recipe=tuple(RECIPES), mode=('slice','patch','volume'),
+               schedule=('one-cycle','cosine'),
                sampling=('uniform','foreground','label'), pick=('last','best'))
 
 # %% ../nbs/library/10_settings.ipynb #c007x
@@ -61,7 +62,8 @@ class Settings:
         make_steps(self.steps)
         if self.loss: parse_loss(self.loss)
         if self.dims==2 or not self.resnet:
-            check_size(self.arch, self.shape or 128, self.dims, self.depth, self.width)
+            check_size(self.arch, self.shape or 128, self.dims,
+                       self.depth, self.width)
 
 # %% ../nbs/library/10_settings.ipynb #c009x
 @patch(as_prop=True)
@@ -85,7 +87,8 @@ def filled(self:Settings, n):
     s = self if self.dims==2 or not self.resnet else replace(self, arch='unet3d')
     how = s.how
     seen = n - n%min(how['bs'], n) # an epoch leaves out the last, incomplete batch
-    epochs = how.get('epochs') or max(how['min_epochs'], round(how['views']/seen))
+    epochs = how.get('epochs') or max(how['min_epochs'],
+                                      round(how['views']/seen))
     bs = dict(slice=how['bs'], patch=2, volume=1)[s.mode]
     if s.dims==3: epochs = 60
     return replace(s, bs=min(s.bs or bs, n), epochs=s.epochs or epochs)
@@ -99,7 +102,8 @@ def read_value(name, text):
     kind = {f.name: f.type for f in fields(Settings)}[name]
     if kind is bool: return text.lower() in ('true','yes','1')
     if kind is str: return '' if text=='none' else text
-    ns = [int(o) if o.isascii() and o.isdigit() else -1 for o in text.split(',')]
+    ns = [int(o) if o.isascii() and o.isdigit() else -1
+          for o in text.split(',')]
     n,what = 1,'a whole number from 1 up'
     if kind is tuple: n,what = 3,'three whole numbers, such as 64,64,64'
     ok = len(ns)==n and min(ns)>=(name!='seed')
@@ -120,7 +124,8 @@ def parse_settings(
     known,res = [f.name for f in fields(Settings)], {}
     for o in text.split():
         k,eq,v = o.partition('=')
-        need(eq and k in known, f'{o!r}: expected NAME=VALUE with one of the names '
+        need(eq and k in known,
+             f'{o!r}: expected NAME=VALUE with one of the names '
                                 + ', '.join(known))
         res[k] = read_value(k, v)
     return replace(base or Settings(), **res)
@@ -143,7 +148,8 @@ def add_flags(parser):
     for f in fields(Settings):
         about = helps[f.name] or '' # there is none in a notebook
         if f.type is bool:
-            parser.add_argument(f'--no-{f.name}', dest=f.name, action='store_false',
+            parser.add_argument(f'--no-{f.name}', dest=f.name,
+                                action='store_false',
                                 help=about)
             continue
         names = [f'--{f.name}', *['--kind']*(f.name=='inputs')] # a kind: a folder of slices
@@ -151,7 +157,8 @@ def add_flags(parser):
         how = dict(type=reader(f.name))
         how['metavar'] = {int: 'N', tuple: 'X,Y,Z', str: 'NAME'}[f.type]
         if f.name in CHOICES: how = dict(choices=CHOICES[f.name])
-        parser.add_argument(*names, default=f.default, help=about+usual, **how)
+        parser.add_argument(*names, default=f.default, help=about+usual,
+                            **how)
 
 def from_flags(args)->Settings:
     "The settings that the parsed flags of a command stand for"

@@ -70,7 +70,8 @@ def check_subject_rule(subject):
     "Refuse what is no regular expression with one group"
     try: n = re.compile(subject or '()').groups
     except re.error as e: n = e
-    need(n==1, 'subject', f'{subject!r} ({n} groups)' if isinstance(n, int)
+    need(n==1, 'subject', f'{subject!r} ({n} groups)'
+         if isinstance(n, int)
          else f'{subject!r} ({n})',
          'a regular expression with one group in parentheses', r"For example '(sub-\d+)'.")
 
@@ -120,7 +121,8 @@ def load_scan(scan, labels)->dict:
     brain,mask = brain>int(by_hand),np.isin(seg, labels)
     need(brain.any(), scan['brain'], 'no voxel above 0', 'the brain',
          'Look at the skull stripping of this scan.')
-    need(mask.any(), scan['mask'], f'none of the labels {few(labels, 99)}',
+    need(mask.any(), scan['mask'],
+         f'none of the labels {few(labels, 99)}',
          'some voxels of the structure',
          'Check that these are the labels of aseg.mgz.')
     return dict(orig=to_bytes(t1), brain=brain, mask=mask,
@@ -136,7 +138,8 @@ def say_rule(rule, height, n, gap):
                  fraction=f"at {height} of the brain's extent from bottom to top")[rule]
     return f'the axial slice {which}' if n==1 else f'{n} axial slices {gap:g} mm apart, around the one {which}'
 
-def choose_slices(brain, mask, mm, rule='largest', height=None, n=1, gap=5.)->tuple:
+def choose_slices(brain, mask, mm, rule='largest', height=None, n=1,
+                  gap=5.)->tuple:
     "Axial slices of one scan"
     area = brain.sum((0,1))*mm[0]*mm[1]
     zs = np.flatnonzero(area>=min(100, area.max()))
@@ -166,7 +169,8 @@ def slice_scan(scan, out, labels, **rule)->list:
     for z in map(int, zs):
         orig,brain,mask = (np.rot90(v[k][...,z])
                            for k in ('orig','brain','mask'))
-        for k,a in dict(orig=orig, brain=orig*brain, mask=mask*np.uint8(255)).items():
+        for k,a in dict(orig=orig, brain=orig*brain,
+                        mask=mask*np.uint8(255)).items():
             name = f"{scan['subject']}-{scan['scan']}-{k}-z{z:03d}.png"
             Image.fromarray(np.ascontiguousarray(a)).save(out/k/name)
         rows.append(dict(
@@ -230,7 +234,8 @@ def write_slices(scans, out, labels, rule, skip=False, workers=None,
     return t
 
 # %% ../nbs/library/18_slices.ipynb #098a3ff6
-def make_slices(subjects_dir, out, rule='largest', height=None, n=1, gap=5.,
+def make_slices(subjects_dir, out, rule='largest', height=None, n=1,
+                gap=5.,
                 choroid=False,
                 labels=None, subject=None, folders='*', names=NAMES, skip=False, workers=None,
                 progress=False)->pd.DataFrame:

@@ -108,7 +108,8 @@ def fill_folds(counts:dict, groups:dict, folds:int, order, home=None)->dict:
 def by_group(assign, subjects, groups)->dict:
     "`assign` within each group of subjects, or over all where groups are too small for it"
     kinds = subjects.map(groups)
-    try: parts = [assign(subjects[kinds==g]) for g in sorted(kinds.unique())]
+    try: parts = [assign(subjects[kinds==g])
+                  for g in sorted(kinds.unique())]
     except DataError: return assign(subjects)
     return {s: p for part in parts for s,p in part.items()}
 

@@ -28,7 +28,8 @@ def keyed(scores, metric='dice')->pd.DataFrame:
          f'the columns {list(scores)}',
          f"'subject' and {metric!r} among them", 'Add them.')
     variants = scores['variant'].unique() if 'variant' in scores else ()
-    need(len(variants)<2, 'A score table', f'the variants {few(variants)}',
+    need(len(variants)<2, 'A score table',
+         f'the variants {few(variants)}',
          'one', 'Select its rows.')
     bad = scores.subject[~np.isfinite(scores[metric].astype(float))]
     need(bad.empty, 'A score table',
@@ -93,7 +94,8 @@ def verdict_sentence(c)->str:
     one,two = c.names
     about = 'For this kind of input' if c.what=='input' else 'For data like these'
     if len(c.by_training)==1: about = 'For these two trained models'
-    mean,low,high = (num(o, 4, sign=True) for o in (c.difference, *c.ci95))
+    mean,low,high = (num(o, 4, sign=True)
+                     for o in (c.difference, *c.ci95))
     facts = (f'mean difference in per-{c.case} Dice ({one} − {two}) {mean}, 95 % interval '
              f'{low} to {high}, {plural(c.n_subjects, "test subject")}.')
     if c.verdict=='equivalent':
@@ -209,7 +211,8 @@ def paired_means(scores, diff)->dict:
 
 def units(*tables):
     "Units of the distances in score tables"
-    return sorted({u for t in tables if 'unit' in t for u in t.unit.unique()})
+    return sorted({u for t in tables if 'unit' in t
+                   for u in t.unit.unique()})
 
 def cautions(tables, diff)->list:
     "What to know beside the verdict"

@@ -166,7 +166,8 @@ class N4(Step):
         bright = brain & (x>np.percentile(x[brain], 99)/10) # the logarithm of the dark is mostly noise
         image,mask = (sitk.GetImageFromArray(o)
                       for o in (x, bright.astype(np.uint8)))
-        k = [max(1, min(int(self.shrink), n//16)) for n in image.GetSize()]
+        k = [max(1, min(int(self.shrink), n//16))
+             for n in image.GetSize()]
         small = sitk.Shrink(mask, k)
         if not sitk.GetArrayViewFromImage(small).any(): return x
         f = sitk.N4BiasFieldCorrectionImageFilter()
@@ -226,7 +227,8 @@ class Nyul(Step):
                         np.interp(v, [0,*x], [0,*y])).astype(np.float32)
 
 # %% ../nbs/library/11_preprocessing.ipynb #c028x
-STEPS = {o.name: o for o in (Clip, ZScore, Equalise, Clahe, Match, Nyul, N4)}
+STEPS = {o.name: o for o in (Clip, ZScore, Equalise, Clahe, Match, Nyul,
+                             N4)}
 
 def parse_step(text):
     "One step from text such as `clahe:clip_limit=0.02`"
@@ -309,7 +311,8 @@ def fit(self:Steps,
 @patch
 def state(self:Steps)->dict:
     "Everything needed to do the same to new images"
-    def plain(d): return {k: [*map(list, v)] if isinstance(v, tuple) else v
+    def plain(d): return {k: [*map(list, v)] if isinstance(v, tuple)
+                          else v
                           for k,v in d.items()}
     return dict(version=1,
                 steps=[dict(name=s.name, **plain(asdict(s)))

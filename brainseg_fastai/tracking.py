@@ -37,7 +37,8 @@ SECRET = re.compile('TOKEN|PASSW|SECRET|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY|MLF
 def hide_secrets(text)->str:
     "`text` without the credentials of this environment and without those inside addresses"
     address = urlsplit(os.environ.get('MLFLOW_TRACKING_URI', ''))
-    values = [unquote(o or '') for o in (address.username, address.password)]
+    values = [unquote(o or '')
+              for o in (address.username, address.password)]
     values += [v for k,v in os.environ.items() if SECRET.search(k)]
     values = {v for v in values if len(v)>=6} # shorter ones would be found by chance
     for v in tuple(values): # as they stand in addresses, pages and JSON
@@ -210,4 +211,5 @@ def log_run(track, out, name=None, uri=None, experiment=None)->dict:
         raise DataError(f'MLflow at {shown}: {why}. The results in {out} are complete; '
             f"to log them later: log_run('mlflow', {out.name!r}).") from None # the original may show the password
     look = f'See {shown}' if uri.startswith('http') else f'To see it: mlflow ui --backend-store-uri {shown}'
-    return dict(run_id=run_id, experiment=experiment, uri=shown, look=look)
+    return dict(run_id=run_id, experiment=experiment, uri=shown,
+                look=look)

@@ -123,12 +123,14 @@ class Bend:
     def before_call(self, x):
         n = len(x)
         some = self.size*torch.randn(n,2,5,5)*(torch.rand(n,1,1,1)<self.p)
-        self.shifts = F.interpolate(some, size=x.shape[-2:], mode='bicubic',
+        self.shifts = F.interpolate(some, size=x.shape[-2:],
+                                    mode='bicubic',
                                     align_corners=True).movedim(1, -1).to(x.device)
     def __call__(self, coords): return coords + self.shifts
 
 @delegates(aug_transforms)
-def augment_tfms(max_rotate=8., min_zoom=.9, max_lighting=.15, max_warp=0.,
+def augment_tfms(max_rotate=8., min_zoom=.9, max_lighting=.15,
+                 max_warp=0.,
                  bend=0., **kwargs):
     "fastai's `aug_transforms` with what heads do, and `Bend` of this size"
     more = [AffineCoordTfm(coord_fs=Bend(bend))] if bend else None
@@ -138,7 +140,8 @@ def augment_tfms(max_rotate=8., min_zoom=.9, max_lighting=.15, max_warp=0.,
 
 # %% ../nbs/library/13_training.ipynb #c018x
 FEW_IMAGES = 16 # training images; below, heads are bent, scaled and lit more than they are likely to differ
-STRONGER = dict(max_rotate=15., min_zoom=.8, max_zoom=1.25, max_lighting=.3,
+STRONGER = dict(max_rotate=15., min_zoom=.8, max_zoom=1.25,
+                max_lighting=.3,
                 bend=.1)
 
 def augmentation(recipe, n_train):
@@ -184,7 +187,8 @@ class FastBatches(Callback):
 # %% ../nbs/library/13_training.ipynb #fbe53979
 def plain_state(o):
     "Nested dicts and lists with tensors and Python's own numbers"
-    if isinstance(o, dict): return {k: plain_state(v) for k,v in o.items()}
+    if isinstance(o, dict): return {k: plain_state(v)
+                                    for k,v in o.items()}
     if isinstance(o, (list, tuple, L)): return [plain_state(v) for v in o]
     return o.tolist() if isinstance(o, (np.generic, np.ndarray)) else o
 
@@ -223,7 +227,8 @@ class Checkpoint(Callback):
     def start_epoch(self): return 0 if self.state is None else self.state['epoch']+1
 
     def before_fit(self):
-        self.began = time.time() - (self.curve[-1]['seconds'] if self.curve
+        self.began = time.time() - (self.curve[-1]['seconds']
+                                    if self.curve
                                     else 0)
         if self.state is None: return
         s = self.state
@@ -298,7 +303,8 @@ def plot_curves(
                             lw=1)
         line.set_label(variant)
     ax.legend(loc='lower right')
-    ax.set(xlabel='epoch', ylabel='per-image Dice, validation', ylim=(0,1))
+    ax.set(xlabel='epoch', ylabel='per-image Dice, validation',
+           ylim=(0,1))
     return ax
 
 # %% ../nbs/library/13_training.ipynb #87fe4297

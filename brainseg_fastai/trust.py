@@ -70,7 +70,8 @@ def rim_of(g, content, shells=12, width=.03)->float:
     radius = math.sqrt(n/math.pi) if g.ndim==2 else (n*.75/math.pi)**(1/3)
     depth = ndi.distance_transform_edt(np.pad(content, 1))[(slice(1,-1),)*g.ndim]
     shell = np.where(content, depth/(width*radius), 99).astype(int)
-    v = [np.median(g[shell==i]) for i in range(shells) if (shell==i).any()]
+    v = [np.median(g[shell==i]) for i in range(shells)
+         if (shell==i).any()]
     return float(max((o-min(v[i:]) for i,o in enumerate(v)), default=0))
 
 def likeness(g, content)->float:
@@ -106,7 +107,8 @@ def scan_features(image, spacing=None, dims=None)->dict:
                      np.percentile(c[content], [25,50,75]).tolist()))
         d |= dict(rim=rim_of(c, content), alike=likeness(c, content))
         res |= {f'{k}_{i+1}' if i else k: v for k,v in d.items()}
-    mm = np.broadcast_to(np.asarray(np.nan if spacing is None else spacing,
+    mm = np.broadcast_to(np.asarray(np.nan if spacing is None
+                                    else spacing,
                                     float), g.ndim)
     if not (np.isfinite(mm)&(mm>0)).all(): return res
     full = np.array(np.shape(image)[:g.ndim])
@@ -116,7 +118,8 @@ def scan_features(image, spacing=None, dims=None)->dict:
                       content_mm=float((box*mm).max()))
 
 # %% ../nbs/library/16_trust.ipynb #40672344
-LEAST = dict(empty=.5, share=.1, edge=.05, inverted=.15, dark=.1, middle=.1,
+LEAST = dict(empty=.5, share=.1, edge=.05, inverted=.15, dark=.1,
+             middle=.1,
              bright=.1, rim=.1, alike=.1)
 LEAST_MM = .2          # smallest margin of numbers in mm, as a share of the median; of others, `LEAST`
 MARGINS = (2, 3, 5, 8) # multiples of the MAD
@@ -155,7 +158,8 @@ def fit_reference(features, subjects=None)->dict:
     for margin in MARGINS if n>1 else ():
         rate = own_rate(t, groups, margin)
         if rate<=MAX_OWN_RATE: break
-    return dict(margin=margin, own_rate=rate, n_images=len(t), n_subjects=n,
+    return dict(margin=margin, own_rate=rate, n_images=len(t),
+                n_subjects=n,
                 features=limits(t, margin).T.to_dict())
 
 # %% ../nbs/library/16_trust.ipynb #c026x
@@ -184,7 +188,8 @@ def find_flags(features, reference)->list:
     if features.get('empty'): return [TEXTS['empty']]
     flags = {k: flag(k, features.get(k), lim)
              for k,lim in reference['features'].items()}
-    found = [(k.partition('_')[0], text) for k,text in flags.items() if text]
+    found = [(k.partition('_')[0], text) for k,text in flags.items()
+             if text]
     explained = ' '.join(TEXTS['explains'].get(b, '') for b,_ in found).split()
     found.sort(key=lambda o: list(TEXTS['words']).index(o[0]))
     return [text for b,text in found if b not in explained]

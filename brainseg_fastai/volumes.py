@@ -96,7 +96,8 @@ def epoch_order(counts, keep=1, rng=None)->list:
               for v,n in enumerate(counts)]
     if rng is None: return sum(tokens, [])
     tokens = rng.sample(tokens, len(tokens))
-    parts = [sum(tokens[i:i+keep], []) for i in range(0, len(tokens), keep)]
+    parts = [sum(tokens[i:i+keep], [])
+             for i in range(0, len(tokens), keep)]
     return [o for p in parts for o in rng.sample(p, len(p))]
 
 # %% ../nbs/library/14_volumes.ipynb #c029x
@@ -106,7 +107,8 @@ def middle(shape, inner):
 
 class VolumeItems:
     "Volumes, or patches of them: made when a token (volume, number, seed) asks for them, and kept for a while"
-    def __init__(self, cases:pd.DataFrame, codes, patch=None, sampler=None,
+    def __init__(self, cases:pd.DataFrame, codes, patch=None,
+                 sampler=None,
                  n=8, augment=False,
                  steps=None, multiple=16):
         self.cases,self.codes,self.steps = list(cases.itertuples()),codes,steps
@@ -137,7 +139,8 @@ def cut(self:VolumeItems, v, seed):
         torch.default_generator.manual_seed(seed)
         if self.patch is None: return [tio.EnsureShapeMultiple(self.multiple)(s)]
         outer = np.array(self.patch)+2*self.margin
-        s = tio.CropOrPad(np.maximum(np.add(s.spatial_shape, 2*self.margin),
+        s = tio.CropOrPad(np.maximum(np.add(s.spatial_shape,
+                                            2*self.margin),
                                      outer).tolist())(s)
         if not self.sampler: return tio.GridSampler(s, self.patch)
         return list(patch_sampler(s, outer.tolist(), self.sampler)(s, self.n))
@@ -171,8 +174,10 @@ class VolumeLoader(DataLoader):
     def get_idxs(self): return self.dataset.order(self.rng if self.shuffle else None)
     def create_batch(self, b):
         shape = np.max([y.shape for _,y in b], axis=0).tolist()
-        x = [widened(x, shape, x.amin((1,2,3), keepdim=True)) for x,_ in b]
-        return torch.stack(x), torch.stack([widened(y, shape) for _,y in b])
+        x = [widened(x, shape, x.amin((1,2,3), keepdim=True))
+             for x,_ in b]
+        return torch.stack(x), torch.stack([widened(y, shape)
+                                            for _,y in b])
 
 def volume_dls(cases:pd.DataFrame, codes, patch=(64,64,64),
                sampler='uniform',
@@ -184,7 +189,8 @@ def volume_dls(cases:pd.DataFrame, codes, patch=(64,64,64),
     for name,t in parts.items():
         need(len(t), f'case table: no rows whose split is {name!r}; expected some, as `with_split` marks them')
         lost = [o.image for o in t.itertuples() if missing(o.mask)]
-        need(not lost, *lost[:1], 'no mask', f'a mask for every {name} case',
+        need(not lost, *lost[:1], 'no mask',
+             f'a mask for every {name} case',
              'Leave such cases to prediction.')
     train = VolumeItems(parts['train'], codes, patch, sampler,
                         samples_per_volume, augment, steps)
@@ -199,7 +205,8 @@ def slices_to_volume(preds, cases:pd.DataFrame)->np.ndarray:
     "The volume that slices of one scan were cut from; slices that are not in the table are background"
     images = list(cases['image'])
     index = {o.index for o in images}
-    need(images and None not in index, images[0] if images else 'case table',
+    need(images and None not in index,
+         images[0] if images else 'case table',
          'no slice of a volume',
          'slices of a volume', "Make the case table with unit='slice'.")
     need(len({o.files for o in images})==1 and len(index)==len(images),
