@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'measures_html', 'trust_html', 'store', 'gradio_folder', 'visitor_folder', 'forget', 'draw', 'problem_html',
-           'say', 'try_look', 'private_gradio', 'about', 'parts_of_page', 'nothing', 'results', 'connect', 'launch_app']
+           'say', 'try_look', 'private_gradio', 'about', 'nothing', 'results', 'launch_app']
 
 # %% ../nbs/library/25_app.ipynb #c003x
 import hashlib, os, shutil, signal, tempfile, threading, traceback, uuid

@@ -60,7 +60,6 @@ def named_variants(
              for o,k in zip(texts, (a, b)))
     return dict(zip(names, settings))
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #10bf154a
 def differs_in(
     variants:dict # `Settings` by name
 )->list: # Names of settings
@@ -83,7 +82,6 @@ def checked_tables(root, variants:dict, layout, progress=False, **options)->tupl
     if len(tables)==2 and len({*units})==1: tables = pair_cases(*tables)
     return dict(zip(variants, tables)), problems
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #ea6bd4af
 def other_people(root, r, **options)->dict:
     "Cases of subjects that are not in the training folder, to score the models on"
     there = kinds_in(root) if r.layout.crossed else []

@@ -87,7 +87,6 @@ def sample(vols, pts, origin, step=1.):
     return np.stack([ndi.map_coordinates(v, ijk, order=1, mode='nearest')
                      for v in vols])
 
-# %% ../nbs/library/05_demo.ipynb #d49b3f14
 def smooth_noise(rng, n, sigma, step=4.):
     "Random fields over the slab that vary smoothly in space"
     shape = [int(s/step) for s in (208,248,100)]
@@ -182,7 +181,6 @@ def slice_tag(z):
     "Name of a slice by its height, in steps of 3.6 mm from 5 mm upwards"
     return f'ax{min(max(int((z-5)/3.6), 0), 4)+1}'
 
-# %% ../nbs/library/05_demo.ipynb #f14568fc
 def make_scan(s, c, t, size=256):
     "The three pictures of one scan"
     pts,mm = slice_points(c, size)

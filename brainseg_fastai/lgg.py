@@ -116,7 +116,6 @@ def without_mask(rows, root):
                            for p in bare):
         yield no_mask(p.relative_to(root).as_posix(), p, root, 'mask')
 
-# %% ../nbs/6_lgg_networks_and_losses.ipynb #6d2f1c1s
 @as_problem
 def lgg_check(root, inputs=None, progress=False)->pd.DataFrame:
     "All that is wrong, doubtful or noteworthy in a folder of the LGG set"

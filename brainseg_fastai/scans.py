@@ -300,7 +300,6 @@ def scans_below(root, channels, all_inputs)->list:
     return sum([scans_among(o, channels, all_inputs)
                 for o in folders.values()], [])
 
-# %% ../nbs/library/17_scans.ipynb #8b5c2d19
 def find_scans_to_predict(paths, channels=(), all_inputs=())->list:
     "All scans in files and folders, in order and each once"
     res = {}

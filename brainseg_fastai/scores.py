@@ -41,7 +41,6 @@ TOLERANCE_POLICY = (
     f'NSD counts outline points within {NSD_TOLERANCE:g} mm of the other outline as correct, '
     f'or within {NSD_TOLERANCE:g} px where the pixel spacing is unknown.')
 
-# %% ../nbs/library/08_scores.ipynb #db3578b8
 def surface_scores(pred, truth, spacing, tolerance=None)->dict:
     "95th percentile Hausdorff distance and normalised surface Dice"
     import torch

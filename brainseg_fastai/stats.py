@@ -88,7 +88,6 @@ def what_would_help(c)->str:
                 'as large as the margin.')
     return f'About {n} test subjects would bring the half-width of the interval down to {c.margin:g}.'
 
-# %% ../nbs/library/09_statistics.ipynb #eed7f24d
 def verdict_sentence(c)->str:
     "The verdict of a `Comparison` for people"
     one,two = c.names

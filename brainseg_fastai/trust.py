@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'LEAST_MM', 'MARGINS', 'MAX_OWN_RATE', 'agreement', 'channels', 'grey_levels', 'place', 'scan_features',
-           'limits', 'own_rate', 'fit_reference', 'flag', 'find_flags', 'calibrate', 'predicted_dice', 'n_flags',
-           'review_list']
+           'limits', 'flag', 'find_flags', 'calibrate', 'predicted_dice', 'n_flags', 'review_list']
 
 # %% ../nbs/library/16_trust.ipynb #c002x
 import hashlib, math, tomllib
