@@ -23,7 +23,7 @@ from .scores import score_mask
 from .settings import Settings
 from .splits import by_group, closest_but, closest_subset, fill_folds, read_split, split_table
 from .training import (
-    FastBatches, InMemory, ReadImage, ReadMask, SquarePad, TensorScan, adamw, augment_tfms,
+    AverageWeights, FastBatches, InMemory, ReadImage, ReadMask, SquarePad, TensorScan, adamw, augment_tfms,
     dice_per_image, normaliser)
 from .trust import agreement
 from .volumes import slices_to_volume
@@ -237,7 +237,7 @@ def brainseg_learner(
     if s.recipe=='light': usual['opt_func'] = adamw
     learn = Learner(dls, net.to(dls.device), **usual | kwargs)
     learn.pretrained,learn.settings,learn.frame = net.pretrained, s, frame
-    if s.recipe=='light': learn.add_cb(FastBatches(window=.75 if light else 1.))
+    if s.recipe=='light': learn.add_cbs([FastBatches(window=.75 if light else 1.), AverageWeights()])
     return learn
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #353196ff

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from fastai.vision.all import *
 from PIL import Image
+from torch.optim.swa_utils import AveragedModel
 
 from .core import stamp, written
 from .images import pixels_of, read_image, read_mask
@@ -184,6 +185,45 @@ class FastBatches(Callback):
             x,y = x[at], [o[at] for o in y]
         self.learn.xb,self.learn.yb = (plain_batch(x),), tuple(y)
 
+# %% ../nbs/library/13_training.ipynb #avg2
+class AverageWeights(Callback):
+    "Validate and keep a running average of the weights, good long before they come to rest themselves"
+    order = 60
+    def __init__(self, decay=.97): # share of the average that stays at each step, lower in the first steps
+        self.decay,self.mean = decay,None # does the model hold the average? None: no training is going on
+
+    def before_fit(self):
+        def mean(avg, new, n):
+            share = 1-min(self.decay, (1+float(n))/(10+float(n)))
+            return torch.lerp(avg, new, share) if avg.is_floating_point() else new
+        self.average = AveragedModel(self.model, avg_fn=mean, use_buffers=True)
+        self.mean = False
+
+    def after_batch(self):
+        if self.training: self.average.update_parameters(self.model)
+
+    def before_validate(self): self.show(mean=True)
+    def before_train(self): self.show(mean=False)
+    def after_fit(self):
+        self.show(mean=True)
+        self.mean = None
+
+    def show(self, mean):
+        "Let the model hold the average, or the weights that are trained"
+        if self.mean in (None, mean): return
+        self.mean = mean
+        states = (o.state_dict().values() for o in (self.average.module, self.model))
+        with torch.no_grad():
+            for a,b in zip(*states):
+                kept = a.clone()
+                a.copy_(b)
+                b.copy_(kept)
+
+    def state(self): return dict(self.average.state_dict(), mean=self.mean)
+    def load(self, state):
+        self.mean = state.pop('mean')
+        self.average.load_state_dict(state)
+
 # %% ../nbs/library/13_training.ipynb #fbe53979
 def plain_state(o):
     "Nested dicts and lists with tensors and Python's own numbers"
@@ -234,6 +274,7 @@ class Checkpoint(Callback):
         s = self.state
         self.learn.model.load_state_dict(s['model'])
         self.learn.opt.load_state_dict(s['opt'])
+        if s['average']: self.learn.average_weights.load(s['average'])
         smooth = self.recorder.smooth_loss
         smooth.count,smooth.val = s['smooth'][0], tensor(s['smooth'][1])
         set_random_state(self.dls, s['random'])
@@ -250,7 +291,8 @@ class Checkpoint(Callback):
 
     def save(self):
         smooth = self.recorder.smooth_loss
-        d = dict(model=self.learn.model.state_dict(),
+        mean = getattr(self.learn, 'average_weights', None)
+        d = dict(average=mean and mean.state(), model=self.learn.model.state_dict(),
                  opt=plain_state(self.learn.opt.state_dict()),
                  epoch=self.epoch, phase=self.phase, curve=self.curve, random=random_state(self.dls),
                  smooth=(smooth.count, float(smooth.val)))

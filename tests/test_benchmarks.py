@@ -243,7 +243,7 @@ def test_every_change_of_ours_trains(tmp_path, monkeypatch):
         if name=='ours-compile': continue # minutes, and only with a compiler; run where there is time
         s,got = losses(name)
         assert np.isfinite(got).all() and len(got)==2, name
-        if name=='ours-reading': # it changes what is done, not what is learnt
+        if name in ('ours-last','ours-reading'): # they change what is done, not what is learnt
             assert got==pytest.approx(usual, rel=1e-3), name
         else: assert got!=usual, name
 
