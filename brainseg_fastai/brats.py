@@ -66,15 +66,18 @@ def brats_cases(
     **kwargs
 )->pd.DataFrame: # Case table whose images are `Pixels`; spacing in mm: row and column, or x, y and z
     "Slices or volumes of BraTS 2020"
-    return volume_cases(root, find_patients, SEQUENCES, EXPECTED, inputs,
+    return volume_cases(root, find_patients, SEQUENCES, EXPECTED,
+                        inputs,
                         unit, **kwargs)
 
 # %% ../nbs/4_brats_regions.ipynb #4b7a1c0a
 def brats_check(root, inputs=None, progress=False)->pd.DataFrame:
     "All that is wrong, doubtful or noteworthy in a folder of BraTS 2020"
-    return check_volumes(root, find_patients, SEQUENCES, EXPECTED, LABELS,
+    return check_volumes(root, find_patients, SEQUENCES, EXPECTED,
+                         LABELS,
                          inputs, progress)
 
-LAYOUT = Layout('brats', brats_cases, brats_check, brats_standin, LABELS,
+LAYOUT = Layout('brats', brats_cases, brats_check, brats_standin,
+                LABELS,
                 inputs=SEQUENCES, per='volume', whole=True,
                 regions={'ET':(4,), 'TC':(1,4), 'WT':(1,2,4)}, question=('inputs=flair','inputs=flair+t1+t1ce+t2'))

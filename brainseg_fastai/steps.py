@@ -276,7 +276,8 @@ def look_all(step, before, images, channels):
     seen = None
     for im in images:
         a = read_image(im)
-        xs = planes(a, has_channels(a) if channels is None else channels)
+        xs = planes(a, has_channels(a) if channels is None
+                    else channels)
         seen = seen or [[] for _ in xs]
         need(len(seen)==len(xs), im, f'{len(xs)} channels',
              f'{len(seen)}, as in the image before',

@@ -102,7 +102,8 @@ def score_means(scores)->dict:
         holes = [m for m in METRICS if m in g
                  and not np.isfinite(g[m]).all()] # undefined somewhere: no mean
         t = summarise_scores(g.drop(columns=holes))
-        res[variant] = dict(subjects=g['subject'].nunique(), **t['mean'],
+        res[variant] = dict(subjects=g['subject'].nunique(),
+                            **t['mean'],
                             **t['low'].add_suffix('_low'),
                             **t['high'].add_suffix('_high'))
     return res

@@ -81,7 +81,8 @@ class SquarePad(DisplayedTransform):
 
     def encodes(self, x:TensorScan):
         if x.shape[-2:]==(self.size,)*2: return x
-        res = F.pad(x.as_subclass(torch.Tensor), self.pads(*x.shape[-2:]))
+        res = F.pad(x.as_subclass(torch.Tensor),
+                    self.pads(*x.shape[-2:]))
         if res.shape[-1]!=self.size:
             res = F.interpolate(res[None].float(), size=(self.size,)*2,
                                 mode='bilinear', antialias=True)[0]
@@ -196,7 +197,8 @@ class AverageWeights(Callback):
         def mean(avg, new, n):
             share = 1-min(self.decay, (1+float(n))/(10+float(n)))
             return torch.lerp(avg, new, share) if avg.is_floating_point() else new
-        self.average = AveragedModel(self.model, avg_fn=mean, use_buffers=True)
+        self.average = AveragedModel(self.model, avg_fn=mean,
+                                     use_buffers=True)
         self.mean = False
 
     def after_batch(self):
@@ -212,14 +214,16 @@ class AverageWeights(Callback):
         "Let the model hold the average, or the weights that are trained"
         if self.mean in (None, mean): return
         self.mean = mean
-        states = (o.state_dict().values() for o in (self.average.module, self.model))
+        states = (o.state_dict().values()
+                  for o in (self.average.module, self.model))
         with torch.no_grad():
             for a,b in zip(*states):
                 kept = a.clone()
                 a.copy_(b)
                 b.copy_(kept)
 
-    def state(self): return dict(self.average.state_dict(), mean=self.mean)
+    def state(self): return dict(self.average.state_dict(),
+                                 mean=self.mean)
     def load(self, state):
         self.mean = state.pop('mean')
         self.average.load_state_dict(state)
@@ -287,12 +291,14 @@ class Checkpoint(Callback):
             save_weights(self.model, self.best)
         self.curve.append(dict(epoch=len(self.curve),
                                seconds=round(time.time()-self.began, 2), **row))
-        if self.path and (time.time()-self.saved>self.every or self.best): self.save()
+        if self.path and (time.time()-self.saved>self.every
+                          or self.best): self.save()
 
     def save(self):
         smooth = self.recorder.smooth_loss
         mean = getattr(self.learn, 'average_weights', None)
-        d = dict(average=mean and mean.state(), model=self.learn.model.state_dict(),
+        d = dict(average=mean and mean.state(),
+                 model=self.learn.model.state_dict(),
                  opt=plain_state(self.learn.opt.state_dict()),
                  epoch=self.epoch, phase=self.phase, curve=self.curve, random=random_state(self.dls),
                  smooth=(smooth.count, float(smooth.val)))
@@ -341,7 +347,8 @@ def plot_curves(
     ax = ax or plt.subplots(figsize=(6,3))[1]
     for i,(variant,t) in enumerate(curves.groupby('variant', sort=False)):
         for _,g in t.groupby(['fold','seed']):
-            line, = ax.plot(g['epoch']+1, g['valid_dice'], color=f'C{i}',
+            line, = ax.plot(g['epoch']+1, g['valid_dice'],
+                            color=f'C{i}',
                             lw=1)
         line.set_label(variant)
     ax.legend(loc='lower right')

@@ -78,7 +78,8 @@ def augment_subject(s, seed=0, kinds=KINDS):
     cell = np.array(s.spatial_shape)*s.spacing/4 # mm between control points; nothing folds below half of it
     most = tuple(np.minimum(5, .45*cell).tolist())
     tfm = tio.Compose([
-        tio.RandomFlip(axes=0, flip_probability=1, p=kinds.get('flip', 0)),
+        tio.RandomFlip(axes=0, flip_probability=1,
+                       p=kinds.get('flip', 0)),
         tio.RandomAffine(scales=.1, degrees=10, translation=4,
                          default_pad_value=0, p=kinds.get('affine', 0)),
         tio.RandomElasticDeformation(max_displacement=most,
@@ -103,7 +104,8 @@ def epoch_order(counts, keep=1, rng=None)->list:
 # %% ../nbs/library/14_volumes.ipynb #c029x
 def middle(shape, inner):
     "Where a box of size `inner` lies in the middle of a larger one, as slices"
-    return tuple(slice((n-i)//2, (n-i)//2+i) for n,i in zip(shape, inner))
+    return tuple(slice((n-i)//2, (n-i)//2+i)
+                 for n,i in zip(shape, inner))
 
 class VolumeItems:
     "Volumes, or patches of them: made when a token (volume, number, seed) asks for them, and kept for a while"
@@ -158,7 +160,8 @@ def __getitem__(self:VolumeItems, token)->tuple: # Image (C,X,Y,Z) float32, clas
     v,i,seed = token
     s = self.items(v, seed)[i]
     if self.augment: s = augment_subject(s, seed+i+1)
-    inner = (..., *middle(s.spatial_shape, self.patch or s.spatial_shape))
+    inner = (..., *middle(s.spatial_shape,
+                          self.patch or s.spatial_shape))
     x = s.image.data[inner]+s['floor']
     return x.float(), s.mask.data[0][inner].long().contiguous()
 
