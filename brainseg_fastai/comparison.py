@@ -54,7 +54,7 @@ def named_variants(
     need(not there or not lost, root,
          f'only images of the kind {", ".join(there)}',
          ' and '.join(texts),
-         f'To train one model: brainseg train {root} --kind {"".join(there[:1])} --out DIR')
+         f'To train one model: brainseg train {root} --inputs {"".join(there[:1])} --out DIR')
     names = (o.removeprefix('inputs=') if k=={'inputs'} else o
              or 'as usual'
              for o,k in zip(texts, (a, b)))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['otsu', 'largest_part', 'foreground', 'unpack_volume', 'open_volume', 'open_voxels', 'Pixels', 'pixels_of',
-           'read_image', 'image_size', 'raw_mask', 'read_mask', 'write_mask', 'sha_of_picture', 'look']
+           'read_image', 'image_size', 'raw_mask', 'read_mask', 'write_mask']
 
 # %% ../nbs/library/01_images.ipynb #912bae9f
 import gzip, hashlib, json, os

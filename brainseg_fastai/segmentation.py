@@ -6,7 +6,7 @@
 __all__ = ['ENOUGH_SUBJECTS', 'SubjectSplitter', 'PrefixSplitter', 'split_cases', 'brainseg_block', 'brainseg_learner',
            'whole_scan', 'scored_cases', 'predict_scans', 'save_prediction', 'score_cases']
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #17906aec
+# %% ../nbs/1_segmentation_on_brain.ipynb #c003x
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from .inference import Frame, Masks, fit_of, model_of, predict, training_field, 
 from .networks import RESNETS, build_model, class_shares, light_splitter, make_loss
 from .scores import score_mask
 from .settings import Settings
-from .splits import by_group, closest_but, closest_subset, fill_folds, read_split, split_table
+from .splits import (
+    by_group, closest_but, closest_subset, old_fold, read_split, split_table, tested_folds)
 from .training import (
     AverageWeights, FastBatches, InMemory, ReadImage, ReadMask, SquarePad, TensorScan, adamw, augment_tfms,
     dice_per_image, normaliser)
@@ -127,26 +128,7 @@ def split_cases(
                        [fold_parts(subjects, home, f, valid_pct, seed,
                                    old_fold(old, f, folds), groups) for f in range(folds)])
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #e6a7630e
-def old_fold(old, f, folds):
-    "What an earlier split says of one fold"
-    if old is None: return None
-    have = sorted(old['fold'].unique())
-    need(have==list(range(folds)),
-         f'the earlier split has the folds {few(have)}, asked for are {folds}; keep to the same number of folds')
-    return old[old['fold']==f]
-
-def tested_folds(subjects, folds, seed, old, groups):
-    "The fold in which each subject is tested"
-    counts = subjects.value_counts().sort_index().to_dict()
-    need(len(counts)>=max(3, folds),
-         f'{len(counts)} subjects cannot fill {folds} folds; expected at least {max(3, folds)}')
-    home = {} if old is None else dict(old.loc[old['split']=='test', ['subject','fold']].itertuples(index=False))
-    home = {s: f for s,f in home.items() if s in counts}
-    new = np.random.default_rng(seed).permutation([s for s in counts if s not in home])
-    return fill_folds(counts, groups, folds,
-                      sorted(new, key=lambda s: -counts[s]), home) # the largest first
-
+# %% ../nbs/1_segmentation_on_brain.ipynb #c022x
 def fold_parts(subjects, home, f, valid_pct, seed, old, groups):
     "Part of each subject in one fold"
     rest = subjects[subjects.map(home)!=f]

@@ -91,7 +91,7 @@ def same_split(cases:pd.DataFrame, split:pd.DataFrame)->pd.DataFrame:
              for _,g in split.groupby('fold')]
     return split_table(cases, folds)
 
-# %% ../nbs/library/19_splits.ipynb #f7e1b232
+# %% ../nbs/library/19_splits.ipynb #c012x
 def fill_folds(counts:dict, groups:dict, folds:int, order, home=None)->dict:
     "Folds with as many images, and as many of each group, as whole subjects allow"
     home,load = dict(home or {}), {}
@@ -101,8 +101,8 @@ def fill_folds(counts:dict, groups:dict, folds:int, order, home=None)->dict:
             images,subjects = load.get(k, (0,0))
             load[k] = images+counts[s], subjects+1
     for s,f in list(home.items()): put(s, f)
-    for s in order: put(s,
-                        min(range(folds), key=lambda f: load.get((f, groups[s]), (0,0)) + load.get(f, (0,0))))
+    def full(s, f): return load.get((f, groups[s]), (0,0)) + load.get(f, (0,0))
+    for s in order: put(s, min(range(folds), key=lambda f: full(s, f)))
     return home
 
 def by_group(assign, subjects, groups)->dict:
@@ -112,6 +112,26 @@ def by_group(assign, subjects, groups)->dict:
                   for g in sorted(kinds.unique())]
     except DataError: return assign(subjects)
     return {s: p for part in parts for s,p in part.items()}
+
+# %% ../nbs/library/19_splits.ipynb #c015x
+def old_fold(old, f, folds):
+    "What an earlier split says of one fold"
+    if old is None: return None
+    have = sorted(old['fold'].unique())
+    need(have==list(range(folds)),
+         f'the earlier split has the folds {few(have)}, asked for are {folds}; keep to the same number of folds')
+    return old[old['fold']==f]
+
+def tested_folds(subjects, folds, seed, old, groups):
+    "The fold in which each subject is tested"
+    counts = subjects.value_counts().sort_index().to_dict()
+    need(len(counts)>=max(3, folds),
+         f'{len(counts)} subjects cannot fill {folds} folds; expected at least {max(3, folds)}')
+    home = {} if old is None else dict(old.loc[old['split']=='test', ['subject','fold']].itertuples(index=False))
+    home = {s: f for s,f in home.items() if s in counts}
+    new = np.random.default_rng(seed).permutation([s for s in counts if s not in home])
+    return fill_folds(counts, groups, folds,
+                      sorted(new, key=lambda s: -counts[s]), home) # the largest first
 
 # %% ../nbs/library/19_splits.ipynb #a6fa156a
 def image_split(

@@ -166,7 +166,7 @@ def test_one_kind_alone_is_told_about_train(tmp_path, capsys):
     root = make_folder(tmp_path/'d', 4, 1, kinds=('brain',))
     assert main(['compare', str(root), '--out', str(tmp_path/'o')])==2
     err = capsys.readouterr().err
-    assert 'brainseg train' in err and '--kind brain' in err and not (tmp_path/'o').exists()
+    assert 'brainseg train' in err and '--inputs brain' in err and not (tmp_path/'o').exists()
     assert main(['train', str(root), '--inputs', 'orig', '--out', str(tmp_path/'o')])==2
     assert 'brain' in capsys.readouterr().err
 

@@ -36,6 +36,10 @@ def test_variants_from_text(root):
         with pytest.raises(DataError, match='expected'): named_variants(root, a=text)
     with pytest.raises(DataError, match='two that differ'): named_variants(root, a='arch=unet', b='arch=unet')
 
+def test_yes_and_no_are_read_as_such():
+    assert parse_settings('pretrained=no').pretrained is False and parse_settings('pretrained=true').pretrained
+    with pytest.raises(DataError, match='pretrained=maybe: expected true or false'): parse_settings('pretrained=maybe')
+
 def test_every_layout_asks_a_question_of_its_own():
     needs_extras()
     for layout in map(find_layout, LAYOUTS):
@@ -50,7 +54,7 @@ def test_what_both_variants_decide_is_not_passed_over_in_silence(root):
     assert {s.inputs for s in v.values()}=={'orig'}
 
 def test_one_kind_alone(tmp_path):
-    with pytest.raises(DataError, match='brainseg train.*--kind orig'):
+    with pytest.raises(DataError, match='brainseg train.*--inputs orig'):
         named_variants(make_folder(tmp_path/'o', 3, 1, kinds=('orig',)))
     with pytest.raises(DataError, match='nowhere'): prepare(tmp_path/'nowhere', named_variants(tmp_path/'nowhere'))
 

@@ -343,6 +343,13 @@ def refused(b, *words):
     with pytest.raises(DataError) as e: load_bundle(b)
     for o in words: assert o in str(e.value), (o, str(e.value))
 
+@pytest.mark.parametrize('told', [None, 'abc', [], {}])
+def test_a_config_without_its_hashes_is_refused(bundle, tmp_path, told):
+    b = copy(bundle, tmp_path)
+    c = json.loads((b/'config.json').read_text(encoding='utf-8'))
+    (b/'config.json').write_text(json.dumps(c | dict(sha256=told)), encoding='utf-8')
+    refused(b, 'SHA-256')
+
 def test_tampered_files_are_refused(bundle, tmp_path):
     b = copy(bundle, tmp_path); f = b/'model.safetensors'
     a = bytearray(f.read_bytes()); a[-5] ^= 1; f.write_bytes(a)
@@ -382,7 +389,7 @@ def test_a_pickle_is_never_opened(bundle, tmp_path, how):
 def test_other_folders_are_not_replaced(bundle, tmp_path):
     (tmp_path/'x').mkdir(); (tmp_path/'x'/'thesis.txt').write_text('mine')
     run = bundle[1]
-    with pytest.raises(OSError): pool_bundle(run, tmp_path/'x', run.scores)
+    with pytest.raises(DataError, match='no bundle'): pool_bundle(run, tmp_path/'x', run.scores)
     assert [o.name for o in (tmp_path/'x').iterdir()]==['thesis.txt']
     with pytest.raises(KeyError): pool_bundle(run, tmp_path/'y', run.scores.drop(columns='unit'))
     assert not (tmp_path/'y').exists() and not [o for o in tmp_path.iterdir() if o.name.startswith('.')]

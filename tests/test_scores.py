@@ -121,6 +121,7 @@ def test_pooled_dice_and_summary_weigh_differently():
     out = summarise_scores(many)
     assert out.loc['dice', 'mean'] == .5 and out.loc['dice', 'n'] == 2 and np.isnan(out.loc['pooled_dice', 'low'])
     with pytest.raises(DataError, match='rows'): summarise_scores(s.iloc[:0])
+    with pytest.raises(DataError, match="no column 'site'"): summarise_scores(s, by='site')
 
 def test_intervals_stay_where_scores_can_be():
     s = pd.DataFrame(dict(subject=list('abcde'), dice=[.01,.99,.99,1,1], jaccard=.5, hd95=[90,1,1,1,0.], nsd=[0,1,1,1,1.], dice_WT=[np.nan]*4+[.5]))

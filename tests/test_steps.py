@@ -312,6 +312,7 @@ def test_no_training_rows(table):
     for t in (table.assign(split='test'), table.iloc[:0], table.assign(split=None)):
         for spec in ('nyul','clip'):
             with pytest.raises(DataError, match='training scans only'): make_steps(spec).fit(t)
+    with pytest.raises(DataError, match='column image'): make_steps('nyul').fit(table.drop(columns='image'))
 
 def test_before_fit(table):
     s = make_steps('clip,nyul')
