@@ -24,8 +24,8 @@ def subject_id(path)->str:
     "The part of the file name before the first dash"
     subject,dash,_ = Path(path).name.partition('-')
     need(subject and dash, path, 'a name without a subject',
-         'SUBJECT-SCAN-KIND-SLICE.png',
-         'Rename the file, or say with --subject where the subject is in the name.')
+        'SUBJECT-SCAN-KIND-SLICE.png',
+        'Rename the file, or say with --subject where the subject is in the name.')
     return subject
 
 def adni_parts(stem, kind):
@@ -43,33 +43,33 @@ def swap_kind(stem, kind, to=''):
 def stem_in(path, folder=''):
     "Path of a file below `folder` without its ending"
     rel = Path(path).as_posix()[len(Path(folder).as_posix()) if folder
-                                else 0:]
+        else 0:]
     return rel.lstrip('/').removesuffix(Path(path).suffix)
 
 # %% ../nbs/library/06_adni.ipynb #93b4952b
 def csv_rule(file, kinds):
     "Subjects from a CSV file with the columns `image` and `subject`; one row serves every kind of the same image"
     try: t = pd.read_csv(file, dtype=str, encoding='utf-8-sig',
-                         keep_default_na=False)
+        keep_default_na=False)
     except (OSError, ValueError) as e:
         raise DataError.of(file, str(e),
-                           'a CSV file with the columns image, subject',
-                           'Correct --subject.') from e
+            'a CSV file with the columns image, subject',
+            'Correct --subject.') from e
     need({'image','subject'}<=set(t.columns), file,
-         f'the columns {", ".join(t.columns)}',
-         'the columns image, subject', 'Rename the columns.')
+        f'the columns {", ".join(t.columns)}',
+        'the columns image, subject', 'Rename the columns.')
     def key(image, kinds):
         "What an image of any kind is called without its kind"
         stem = stem_in(image)
         return next((o for o in (swap_kind(stem, k) for k in kinds)
-                     if o!=stem.strip('-_/ ')), stem)
+                if o!=stem.strip('-_/ ')), stem)
     subjects = {}
     for image,s in zip(t['image'], t['subject'].str.strip()):
         top,_,rest = image.replace('\\', '/').removeprefix('./').partition('/')
         k = key(rest, [top]) if top in kinds else key(f'{top}/{rest}'.rstrip('/'), kinds)
         need(subjects.setdefault(k, s)==s, file,
-             f'{image} under two subjects, {subjects[k]} and {s}',
-             'one subject per image', 'Correct the CSV file.')
+            f'{image} under two subjects, {subjects[k]} and {s}',
+            'one subject per image', 'Correct the CSV file.')
     return lambda rel,kind: subjects.get(key(rel, [kind])) or None
 
 # %% ../nbs/library/06_adni.ipynb #93b4951s
@@ -78,9 +78,9 @@ def regex_rule(pattern):
     try: r = re.compile(pattern)
     except re.error as e:
         raise DataError.of('--subject', f'{pattern!r} ({e})',
-                           'a regular expression', 'Correct it.') from e
+            'a regular expression', 'Correct it.') from e
     need(r.groups==1, '--subject', f'{pattern!r} with {r.groups} groups',
-         'a regular expression with one group in parentheses, the subject', r"For example --subject '(sub-\d+)'.")
+        'a regular expression with one group in parentheses, the subject', r"For example --subject '(sub-\d+)'.")
     def rule(rel, kind):
         m = r.search(rel)
         return m and m[1] or None
@@ -109,15 +109,15 @@ def scan_and_slice(stem, kind, subject):
 
 # %% ../nbs/library/06_adni.ipynb #4083e494
 def subfolders(root): return sorted(d for d in Path(root).iterdir()
-                                    if d.is_dir() and not d.name.startswith('.'))
+    if d.is_dir() and not d.name.startswith('.'))
 
 def list_kinds(root)->dict:
     "Images by kind, `brain` and `orig` first"
     if not Path(root).is_dir(): return {}
     images = {d.name: list_files(d, IMAGE_SUFFIXES)
-              for d in subfolders(root) if d.name!='mask'}
+        for d in subfolders(root) if d.name!='mask'}
     return {k: images[k] for k in sorted(images,
-                                         key=lambda k: (k!='brain', k!='orig', k)) if images[k]}
+            key=lambda k: (k!='brain', k!='orig', k)) if images[k]}
 
 def kinds_in(root)->list:
     "The kinds of image in a data folder: its subfolders with images, `mask` apart"
@@ -127,15 +127,15 @@ def list_slices(root, kinds=())->dict:
     "Images of a folder in this layout, or a `DataError` that says what is wrong with it"
     def ok(good, found, remedy='Give the path of the data folder.'):
         need(good, root, found,
-             'a folder with the subfolders mask and brain or orig (or both), full of images', remedy)
+            'a folder with the subfolders mask and brain or orig (or both), full of images', remedy)
     ok(root.is_dir(), 'a file' if root.exists() else 'no such folder')
     if not (root/'mask').is_dir():
         subs = subfolders(root)
         names = f' (subfolders: {few([d.name for d in subs], 8)})' if subs else ''
         ok(any(root.iterdir()), 'an empty folder')
         near = next((d for d in [root.parent, *subs]
-                     if (d/'mask').is_dir()
-                     and kinds_in(d)), None)
+                if (d/'mask').is_dir()
+                and kinds_in(d)), None)
         ok(False, f'no subfolder mask{names}',
            *([f'Did you mean {near}?'] if near else []))
     ok(list_files(root/'mask', IMAGE_SUFFIXES), 'no image in mask',
@@ -152,30 +152,30 @@ def list_slices(root, kinds=())->dict:
 def match_masks(root, images, kinds, rule):
     "One row per image, with its mask where there is one; `subject` is None for a name that tells nothing"
     masks = {stem_in(p, root/'mask'): p
-             for p in reversed(list_files(root/'mask', IMAGE_SUFFIXES))}
+        for p in reversed(list_files(root/'mask', IMAGE_SUFFIXES))}
     def row(p, kind):
         rel = p.as_posix()[len((root/kind).as_posix())+1:]
         stem,subject = stem_in(rel), rule(rel, kind)
         every = re.sub(rf'(?<![A-Za-z0-9]){re.escape(kind)}(?![A-Za-z0-9])',
-                       'mask', stem)
+            'mask', stem)
         names = swap_kind(stem, kind, 'mask'), every, f'{stem}_mask', f'{stem}-mask', stem
         scan,slice = scan_and_slice(stem, kind, subject)
         mask = next((masks[o] for o in names if o in masks), None)
         return dict(subject=subject, scan=scan, slice=slice, inputs=kind,
-                    image=p, mask=mask)
+            image=p, mask=mask)
     return [row(p, k) for k in kinds for p in images[k]]
 
 def add_cohort(rows, root):
     "Add what `cohort.json` knows: spacing (NaN if nothing), and `below_top` where it is told"
     known = cohort(root)
     scans = {(o.get('subject'), o.get('scan')): o
-             for o in known.get('scans', [])}
+        for o in known.get('scans', [])}
     def fact(o, name):
         v = scans.get((o['subject'], o['scan']), {}).get(name) or known.get(name)
         if isinstance(v, dict): v = v.get(o['slice'])
         return float('nan' if v is None else v)
     names = ['spacing'] + ['below_top']*any('below_top' in o
-                                            for o in [known, *scans.values()])
+        for o in [known, *scans.values()])
     return [{**o, **{k: fact(o, k) for k in names}} for o in rows], names[1:]
 
 # %% ../nbs/library/06_adni.ipynb #c276491s
@@ -191,14 +191,14 @@ def adni_cases(
     images = list_slices(root, [kind])
     rule,expected = subject_rule(subject, list(images))
     rows = [o for o in match_masks(root, images, [kind], rule)
-            if o['subject'] and o['mask']]
+        if o['subject'] and o['mask']]
     need(rows, root/kind, 'no image whose name tells a subject and that has a mask',
-         f'{expected.replace("{kind}", kind)} and the same name in mask',
-         'See `brainseg check`, and --subject for other ways of naming.')
+        f'{expected.replace("{kind}", kind)} and the same name in mask',
+        'See `brainseg check`, and --subject for other ways of naming.')
     rows,more = add_cohort(rows, root)
     df = case_table(rows, root, '', more=more)
     return df.sort_values(['subject','scan','slice'], kind='stable',
-                          ignore_index=True)
+        ignore_index=True)
 
 # %% ../nbs/library/06_adni.ipynb #c025x
 def bad_names(rows, file, expected):
@@ -206,7 +206,7 @@ def bad_names(rows, file, expected):
     seen = {}
     for o in rows:
         f,key = file(o['image']), (o['inputs'], o['subject'], o['scan'],
-                                   o['slice'])
+            o['slice'])
         if not o['subject']: yield known_problem('no_subject', f, expected=expected.replace('{kind}', o['inputs']))
         elif (first := seen.setdefault(key, f))!=f: yield known_problem('same_case', f, first=first)
 
@@ -231,20 +231,20 @@ def bare_masks(t, kinds):
 def few_subjects(rows, kinds):
     "Too few subjects in one kind, or in all of them together"
     subjects = [{o['subject'] for o in rows if o['inputs']==k
-                 and o['subject'] and o['mask']} for k in kinds]
+            and o['subject'] and o['mask']} for k in kinds]
     alone = [p for k,s in zip(kinds, subjects)
-             for p in too_few_subjects(k, s)]
+        for p in too_few_subjects(k, s)]
     return alone or too_few_subjects(', '.join(kinds),
-                                     set.intersection(*subjects),
-                                     'with images in every kind')
+        set.intersection(*subjects),
+        'with images in every kind')
 
 def other_files(root, kinds):
     "Files in the folders that are no images"
     for d in [*kinds, 'mask']:
         names = [p.name for p in list_files(root/d) if not is_picture(p)]
         if names: yield known_problem('other_files', d,
-                                      files=plural(len(names), 'file'),
-                                      names=few(names, 3))
+            files=plural(len(names), 'file'),
+            names=few(names, 3))
 
 # %% ../nbs/library/06_adni.ipynb #9e4d229c
 def check_cases(
@@ -262,18 +262,18 @@ def check_cases(
     rows = match_masks(root, images, named or images, rule)
     used = {o['inputs'] for o in rows if o['mask']}
     strange = [k for k in images if not named and used
-               and k not in used | {'brain','orig'}]
+        and k not in used | {'brain','orig'}]
     kinds = [k for k in named or images if k not in strange]
     rows = [o for o in rows if o['inputs'] in kinds]
     t = file_table(rows, root, list_files(root/'mask', IMAGE_SUFFIXES),
-                   progress)
+        progress)
     def file(p): return p.relative_to(root).as_posix()
     odd = [known_problem('no_kind', k) for k in strange]
     return problem_table([*bad_names(rows, file, expected),
-                          *no_partner(rows, file, kinds),
-                          *bare_masks(t, kinds),
-                          *damaged(t), *unequal_sizes(t), *odd_masks(t), *duplicates(t),
-                          *few_subjects(rows, kinds), *other_files(root, kinds), *odd])
+            *no_partner(rows, file, kinds),
+            *bare_masks(t, kinds),
+            *damaged(t), *unequal_sizes(t), *odd_masks(t), *duplicates(t),
+            *few_subjects(rows, kinds), *other_files(root, kinds), *odd])
 
 # %% ../nbs/library/06_adni.ipynb #68bf5295
 def adni_standin(folder, n, rng):
@@ -287,5 +287,5 @@ def adni_demo():
     return demo_cohort()
 
 ADNI = Layout('adni', adni_cases, check_cases, adni_standin,
-              structure='ventricles', inputs=('brain','orig'),
-              question=('inputs=brain','inputs=orig'), crossed=True, demo=adni_demo)
+    structure='ventricles', inputs=('brain','orig'),
+    question=('inputs=brain','inputs=orig'), crossed=True, demo=adni_demo)

@@ -23,24 +23,24 @@ from .runs import load_bundle
 
 # %% ../nbs/library/25_app.ipynb #c008x
 COLUMNS = dict(volume_ml='Volume (mL)',
-               area_mm2='Area in one slice (mm²)',
-               area_px='Area in one slice (pixels)',
-               ventricle_brain_ratio='Ventricle to brain', evans_index='Evans index')
+    area_mm2='Area in one slice (mm²)',
+    area_px='Area in one slice (pixels)',
+    ventricle_brain_ratio='Ventricle to brain', evans_index='Evans index')
 
 def measures_html(rows, colours):
     "Table of areas or volumes, with the colour of each structure"
     cols = [c for c in COLUMNS
-            if not all(missing(o.get(c)) for o in rows)]
+        if not all(missing(o.get(c)) for o in rows)]
     if 'area_mm2' in cols: cols.remove('area_px')
     def row(o, colour): return piece('spot', colour, o['label']), *(measure_text(o.get(k)) for k in cols)
     return table_html(map(row, rows, colours.values()),
-                      ['Structure', *map(COLUMNS.get, cols)])
+        ['Structure', *map(COLUMNS.get, cols)])
 
 def trust_html(quality, predicted, flags, notes):
     "How far to trust a mask"
     agreement = '' if missing(quality) else num(quality, 2)
     return piece('trust', flags, predicted.get('text'), agreement, notes,
-                 TEXTS['app']['unknown'])
+        TEXTS['app']['unknown'])
 
 # %% ../nbs/library/25_app.ipynb #421fde6b
 @lru_cache(maxsize=None)
@@ -68,14 +68,14 @@ def take_upload(file, session)->Path:
     forget(session)
     try:
         need(file.name.lower().endswith(ACCEPTED), file.name,
-             f'a file of the type {file.suffix or "without a suffix"}', f'one of {", ".join(ACCEPTED)}',
-             'Drop a PNG or TIFF slice, or a NIfTI or MGZ volume.')
+            f'a file of the type {file.suffix or "without a suffix"}', f'one of {", ".join(ACCEPTED)}',
+            'Drop a PNG or TIFF slice, or a NIfTI or MGZ volume.')
         folder = visitor_folder(session)/uuid.uuid4().hex[:8]
         folder.mkdir(parents=True)
         return Path(shutil.move(file, folder/file.name))
     except FileNotFoundError as e: # the very same file, uploaded at the same moment, was taken
         raise DataError.of(file.name, 'no upload any more', 'a file',
-                           'Drop it once more.') from e
+            'Drop it once more.') from e
     finally: file.unlink(missing_ok=True)
 
 # %% ../nbs/library/25_app.ipynb #c017x
@@ -83,7 +83,7 @@ def look_at(model, path, spacing=None)->dict:
     "Predict a scan and lay out the slices beside it"
     path = Path(path)
     need(spacing is None or 0<spacing<100,
-         f'spacing {spacing}: expected mm per pixel, such as 0.94')
+        f'spacing {spacing}: expected mm per pixel, such as 0.94')
     p = predict_scan(model, path, spacing=spacing)
     images,masks = p.scan.pictures(), replace(p.scan, image=p.mask).pictures()
     if images.ndim==4: images = images[..., images.shape[-1]//2]
@@ -91,14 +91,14 @@ def look_at(model, path, spacing=None)->dict:
     np.save(path.parent/'mask.npy', masks)
     seen,(h,w) = (masks!=0).sum((1,2)), p.scan.pixel or (1,1)
     colours = {i: o['colour']
-               for i,o in enumerate(model.config['labels'], 1)}
+        for i,o in enumerate(model.config['labels'], 1)}
     notes = [o.replace('give --spacing (mm per pixel)',
-                       'give the pixel spacing') for o in p.notes]
+            'give the pixel spacing') for o in p.notes]
     text = measures_html(p.rows, colours) + trust_html(p.quality, p.predicted, p.flags, notes)
     return dict(
         folder=str(path.parent), name=path.name, mask=str(write_prediction(p, path.parent/'mask')),
         n=len(images), start=int(seen.argmax() if seen.any()
-                                 else len(seen)//2), volume=p.scan.is_volume,
+            else len(seen)//2), volume=p.scan.is_volume,
         aspect=float(h/w), spacing=p.scan.spacing, colours=colours, text=str(text))
 
 # %% ../nbs/library/25_app.ipynb #c019x
@@ -110,7 +110,7 @@ def draw(
     "One slice with its mask"
     i = min(max(int(k)-1, 0), view['n']-1)
     def load(name): return np.load(Path(view['folder'])/name,
-                                   mmap_mode='r')[i]
+        mmap_mode='r')[i]
     try: image,mask = load('image.npy'), load('mask.npy')
     except FileNotFoundError: return problem_html(TEXTS['app']['gone'])
     layers = [(mask, view['colours'], False)] if opacity else []
@@ -134,21 +134,21 @@ def say(
         return str(e).replace(str(path), path.name).replace(str(path.parent), '')
     traceback.print_exception(e)
     return TEXTS['app']['failed'].format(file=path.name,
-                                         error=type(e).__name__)
+        error=type(e).__name__)
 
 def try_look(model, path, spacing=None):
     "`look_at` that never raises: the view or None, and a message or ''"
     try: return look_at(model, path, spacing), ''
     except Exception as e:
         return None, problem_html(say(e, path) if Path(path).exists()
-                                  else TEXTS['app']['gone'])
+            else TEXTS['app']['gone'])
 
 # %% ../nbs/library/25_app.ipynb #c846b4f5
 def private_gradio():
     "Gradio with its statistics off and its files in our folder"
     os.environ.update(GRADIO_ANALYTICS_ENABLED='False',
-                      HF_HUB_DISABLE_TELEMETRY='1',
-                      GRADIO_SERVER_NAME='127.0.0.1', GRADIO_TEMP_DIR=str(gradio_folder()))
+        HF_HUB_DISABLE_TELEMETRY='1',
+        GRADIO_SERVER_NAME='127.0.0.1', GRADIO_TEMP_DIR=str(gradio_folder()))
     for k in ('NO_PROXY','no_proxy'):
         known = filter(None, os.environ.get(k, '').split(','))
         os.environ[k] = ','.join(dict.fromkeys([*known, '127.0.0.1', 'localhost']))
@@ -162,8 +162,8 @@ def about(
     names = ', '.join(o['name'] for o in config['labels'])
     skull = SHOWN.get(config['settings']['inputs'], '').lower()
     return TEXTS['app']['about'].format(names=names,
-                                        skull=skull and f'{skull} ',
-                                        max_mb=max_mb)
+        skull=skull and f'{skull} ',
+        max_mb=max_mb)
 
 # %% ../nbs/library/25_app.ipynb #c846b41s
 def parts_of_page(gr, text):
@@ -175,36 +175,36 @@ def parts_of_page(gr, text):
     part(gr.HTML, 'message')
     with gr.Row(visible=False) as c.ask:
         part(gr.Number, 'spacing', label='Pixel spacing in mm',
-             info='The file does not say it. Areas in mm² need it.')
+            info='The file does not say it. Areas in mm² need it.')
         part(gr.Button, 'again', 'Measure again')
     with gr.Row(visible=False) as c.results:
         with gr.Column(scale=3):
             part(gr.HTML, 'picture')
             part(gr.Slider, 'slice', 1, 2, 1, step=1, label='Slice',
-                 buttons=[])
+                buttons=[])
             part(gr.Slider, 'opacity', 0, 1, .4, step=.05,
-                 label='Opacity of the mask', buttons=[])
+                label='Opacity of the mask', buttons=[])
         with gr.Column(scale=2):
             part(gr.HTML, 'text')
             part(gr.DownloadButton, 'download', 'Download the mask',
-                 variant='primary')
+                variant='primary')
     return c
 
 # %% ../nbs/library/25_app.ipynb #86033677
 def nothing(gr, message, ask=False):
     "The page without results"
     return [None, message, gr.Row(visible=False), gr.Row(visible=ask), '',
-            gr.skip(), '',
-            gr.DownloadButton(value=None)]
+        gr.skip(), '',
+        gr.DownloadButton(value=None)]
 
 def results(gr, v, ask, opacity):
     "The page with the results of `look_at`"
     first = v['start']+1
     slider = gr.Slider(maximum=max(v['n'],2), value=first,
-                       visible=v['n']>1)
+        visible=v['n']>1)
     return [v, '', gr.Row(visible=True), gr.Row(visible=ask),
-            draw(v, first, opacity), slider,
-            v['text'], gr.DownloadButton(value=v['mask'])]
+        draw(v, first, opacity), slider,
+        v['text'], gr.DownloadButton(value=v['mask'])]
 
 # %% ../nbs/library/25_app.ipynb #c028x
 def connect(gr, c, model):
@@ -219,23 +219,23 @@ def connect(gr, c, model):
         v,message = try_look(model, path, spacing or None)
         if v is None: return nothing(gr, message, 'spacing' in message)
         return results(gr, v, v['spacing'] is None or bool(spacing),
-                       opacity)
+            opacity)
     def move(v, k, opacity): return draw(v, k, opacity) if v else gr.skip()
     def leave(request: gr.Request): forget(request.session_hash)
     outputs = [c.view, c.message, c.results, c.ask, c.picture, c.slice,
-               c.text, c.download]
+        c.text, c.download]
     own = dict(api_visibility='private')
     one = dict(inputs=[c.path, c.spacing, c.opacity], outputs=outputs,
-               concurrency_limit=1, concurrency_id='network', **own)
+        concurrency_limit=1, concurrency_id='network', **own)
     quick = dict(show_progress='hidden', **own)
     taken = c.scan.upload(take, c.scan, [c.scan, c.path, c.spacing, *outputs],
-                          queue=False, **quick)
+        queue=False, **quick)
     taken.then(show, **one)
     c.again.click(show, **one)
     for o in (c.slice, c.opacity):
         o.input(move, [c.view, c.slice, c.opacity], c.picture,
-                trigger_mode='always_last',
-                concurrency_limit=4, **quick)
+            trigger_mode='always_last',
+            concurrency_limit=4, **quick)
     return leave
 
 # %% ../nbs/library/25_app.ipynb #f61c44f2
@@ -243,8 +243,8 @@ def need_one_file(path, config):
     "Refuse a model that one file is not enough for"
     names = config['channels']
     need(len(names)<2 or config['packed'], path,
-         f'a model of the sequences {", ".join(names)}',
-         'a model of one image', 'Use `brainseg predict` with the folder of a case.')
+        f'a model of the sequences {", ".join(names)}',
+        'a model of one image', 'Use `brainseg predict` with the folder of a case.')
 
 def make_app(bundle_path, max_mb=MAX_MB):
     "The page for a model"
@@ -252,9 +252,9 @@ def make_app(bundle_path, max_mb=MAX_MB):
     model = load_bundle(bundle_path)
     need_one_file(bundle_path, model.config)
     with gr.Blocks(title='brainseg', analytics_enabled=False,
-                   delete_cache=(60,600)) as app:
+        delete_cache=(60,600)) as app:
         app.unload(connect(gr,
-                           parts_of_page(gr, about(model.config, max_mb)), model))
+                parts_of_page(gr, about(model.config, max_mb)), model))
     return app.queue(max_size=32, api_open=False)
 
 # %% ../nbs/library/25_app.ipynb #a00a3860
@@ -269,12 +269,12 @@ def launch_app(
     app,gr = make_app(bundle_path, max_mb), private_gradio()
     def font(*names): return [gr.themes.Font(o) for o in names] # a plain text would be looked for as a file
     theme = gr.themes.Default(font=font('system-ui','sans-serif'),
-                              font_mono=font('ui-monospace','monospace'))
+        font_mono=font('ui-monospace','monospace'))
     off = 'share','run_history','show_error','enable_monitoring','mcp_server','ssr_mode','pwa'
     app.launch(server_name='127.0.0.1', server_port=port, inline=inline,
-               inbrowser=open_browser and not inline,
-               quiet=True, prevent_thread_lock=True, max_file_size=f'{max_mb}mb', theme=theme,
-               css=asset('app.css'), footer_links=[], height=1000, **dict.fromkeys(off, False))
+        inbrowser=open_browser and not inline,
+        quiet=True, prevent_thread_lock=True, max_file_size=f'{max_mb}mb', theme=theme,
+        css=asset('app.css'), footer_links=[], height=1000, **dict.fromkeys(off, False))
     if inline: return app
     print(f'The app is at {app.local_url} (Ctrl+C ends it)', flush=True)
     if threading.current_thread() is threading.main_thread():

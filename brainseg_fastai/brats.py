@@ -15,9 +15,9 @@ from .checks import check_volumes
 
 # %% ../nbs/4_brats_regions.ipynb #4b7a1c05
 LABELS = {0:'background', 1:'necrotic core', 2:'oedema',
-          4:'enhancing tumour'}
+    4:'enhancing tumour'}
 LOOKS = dict(flair=(300,420,600,520), t1=(400,260,330,300),
-             t1ce=(400,240,330,900), t2=(300,560,520,480)) # brain, 1, 2, 4
+    t1ce=(400,240,330,900), t2=(300,560,520,480)) # brain, 1, 2, 4
 SEQUENCES = tuple(LOOKS)
 
 def draw_patient(rng, shape=(48,48,32)):
@@ -26,7 +26,7 @@ def draw_patient(rng, shape=(48,48,32)):
     brain,tumour = ellipsoid(shape, (0,0,0), (.8,.9,.85))<1, ellipsoid(shape, centre, (r,r,r))
     part = np.select([tumour<.2, tumour<.45, tumour<1], [1, 3, 2])*brain
     images = {k: (np.take(v, part)+rng.normal(0, 25, shape)).clip(1)*brain
-              for k,v in LOOKS.items()}
+        for k,v in LOOKS.items()}
     return np.take([*LABELS], part).astype(np.uint8), images
 
 def brats_standin(folder, n, rng):
@@ -49,14 +49,14 @@ def find_patients(root):
     found = {}
     for folder,files in list_niftis(root).items():
         odd = next((p for stem,p in files.items()
-                    if stem.endswith('_Segm')),
-                   None)
+                if stem.endswith('_Segm')),
+            None)
         for stem,path in files.items():
             subject,_,what = stem.rpartition('_')
             if subject and what.lower() in (*SEQUENCES,'seg'):
                 found.setdefault((subject,folder), dict(seg=odd))[what.lower()] = path
     return [Patient(*who, mask=files.pop('seg'), images=files)
-            for who,files in sorted(found.items())]
+        for who,files in sorted(found.items())]
 
 @delegates(volume_cases)
 def brats_cases(
@@ -67,17 +67,17 @@ def brats_cases(
 )->pd.DataFrame: # Case table whose images are `Pixels`; spacing in mm: row and column, or x, y and z
     "Slices or volumes of BraTS 2020"
     return volume_cases(root, find_patients, SEQUENCES, EXPECTED,
-                        inputs,
-                        unit, **kwargs)
+        inputs,
+        unit, **kwargs)
 
 # %% ../nbs/4_brats_regions.ipynb #4b7a1c0a
 def brats_check(root, inputs=None, progress=False)->pd.DataFrame:
     "All that is wrong, doubtful or noteworthy in a folder of BraTS 2020"
     return check_volumes(root, find_patients, SEQUENCES, EXPECTED,
-                         LABELS,
-                         inputs, progress)
+        LABELS,
+        inputs, progress)
 
 LAYOUT = Layout('brats', brats_cases, brats_check, brats_standin,
-                LABELS,
-                inputs=SEQUENCES, per='volume', whole=True,
-                regions={'ET':(4,), 'TC':(1,4), 'WT':(1,2,4)}, question=('inputs=flair','inputs=flair+t1+t1ce+t2'))
+    LABELS,
+    inputs=SEQUENCES, per='volume', whole=True,
+    regions={'ET':(4,), 'TC':(1,4), 'WT':(1,2,4)}, question=('inputs=flair','inputs=flair+t1+t1ce+t2'))

@@ -22,14 +22,14 @@ def case_table(rows:list, root, what:str, labelled=True, more=())->pd.DataFrame:
     "The rows as a case table; a `DataError` if there are none"
     remedy = 'See `brainseg check`.' if labelled else 'Every case here has a mask: leave out labelled=False.'
     need(rows, root, f'no case {"with" if labelled else "without"} a mask',
-         what, remedy)
+        what, remedy)
     return pd.DataFrame(rows, columns=[*COLUMNS, *more])
 
 def case_name(case)->str:
     "Path of a case's image from the folder of its inputs on"
     parts = str(case.image).replace(os.sep, '/').split('/')
     start = max((i for i,o in enumerate(parts[:-1]) if o==case.inputs),
-                default=len(parts)-1)
+        default=len(parts)-1)
     return '/'.join(parts[start:])
 
 # %% ../nbs/library/02_cases.ipynb #3f80a754
@@ -42,11 +42,11 @@ def pair_cases(
     for t in (a, b):
         again = t['image'][t.duplicated(on)]
         need(again.empty, again.get(again.first_valid_index()),
-             'a second image of the same subject, scan and slice',
-             'one image per case', 'Delete or rename one of them.')
+            'a second image of the same subject, scan and slice',
+            'one image per case', 'Delete or rename one of them.')
     both = a[on].merge(b[on], on=on).sort_values(on)
     return tuple(both.merge(t, on=on, how='left')[list(t.columns)]
-                 for t in (a, b))
+        for t in (a, b))
 
 # %% ../nbs/library/02_cases.ipynb #326eab12
 @dataclass(frozen=True)
@@ -92,10 +92,10 @@ def standin(
         except DataError: return False
     def make(folder):
         layout.standin(folder, n,
-                       np.random.default_rng([n, *layout.name.encode()]))
+            np.random.default_rng([n, *layout.name.encode()]))
         write_json(folder/'cohort.json', {**cohort(folder), **want})
     return made_once(root or cache_dir()/f'standin-{layout.name}-v1-{n}',
-                     complete, make)
+        complete, make)
 
 def data_folder(
     default:str,  # Subfolder to use where `BRAINSEG_DATA` names a folder of data sets
@@ -110,7 +110,7 @@ def data_folder(
 def ellipsoid(shape, centre, radii)->np.ndarray:
     "A body to draw simulated data with"
     axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape),
-                       indexing='ij', sparse=True)
+        indexing='ij', sparse=True)
     return sum(((x-c)/r)**2 for x,c,r in zip(axes, centre, radii))
 
 def write_nifti(a, affine, path):
@@ -132,8 +132,8 @@ def data_root(root, what):
     "An existing data folder as an absolute path, or a `DataError`"
     root = Path(root).expanduser().resolve()
     need(root.is_dir(), root,
-         'a file' if root.exists() else 'no such folder', what,
-         'Give the path of the data folder.')
+        'a file' if root.exists() else 'no such folder', what,
+        'Give the path of the data folder.')
     return root
 
 def list_niftis(root)->dict:
@@ -146,32 +146,32 @@ def choose_inputs(inputs, choices)->tuple:
     "Names of inputs from None (all), 'flair+t1' or a list"
     if inputs is None: return tuple(choices)
     names = tuple(re.split('[+,]', inputs) if isinstance(inputs, str)
-                  else inputs)
+        else inputs)
     known = names and set(names)<=set(choices) and len(set(names))==len(names)
     need(known, 'inputs', few(names) or 'none',
-         f'one or more of {", ".join(choices)}, each once',
-         "For example 'flair+t1'.")
+        f'one or more of {", ".join(choices)}, each once',
+        "For example 'flair+t1'.")
     return names
 
 def one_unit(unit, choices=('slice','volume')):
     "Refuse a unit that the data set does not have"
     need(unit in choices, 'unit', repr(unit),
-         ' or '.join(map(repr, choices)), 'Ask for one of them.')
+        ' or '.join(map(repr, choices)), 'Ask for one of them.')
 
 # %% ../nbs/library/02_cases.ipynb #e5b978e6
 def patient_rows(p:Patient, names, unit, skip_empty)->list:
     "Rows of one patient: one, or one for each slice"
     lost = [k for k in names if k not in p.images]
     need(not lost, p.folder,
-         f'no {", ".join(lost)} (there is {few(p.images) or "no image"})',
-         f'the sequences {", ".join(names)}', 'Add the file, or ask for other inputs.')
+        f'no {", ".join(lost)} (there is {few(p.images) or "no image"})',
+        f'the sequences {", ".join(names)}', 'Add the file, or ask for other inputs.')
     files = [p.images[k] for k in names]
     f = volume_facts(files[0])
     x,y,z = f['spacing']
     def row(slice, index, spacing):
         return dict(subject=p.subject, scan='-', slice=slice,
-                    inputs='+'.join(names), image=Pixels(files, index),
-                    mask=p.mask and Pixels(p.mask, index), spacing=spacing)
+            inputs='+'.join(names), image=Pixels(files, index),
+            mask=p.mask and Pixels(p.mask, index), spacing=spacing)
     if unit=='volume': return [row('', None, (x,y,z))]
     ks = f['slices'] if skip_empty else range(f['shape'][2])
     return [row(f'z{k:03d}', k, (y,x)) for k in ks]
@@ -191,5 +191,5 @@ def volume_cases(
     root,names = data_root(root, what), choose_inputs(inputs, choices)
     patients = [p for p in find(root) if bool(p.mask)==bool(labelled)]
     rows = in_threads(lambda p: patient_rows(p, names, unit, skip_empty),
-                      patients)
+        patients)
     return case_table(sum(rows, []), root, what, labelled)

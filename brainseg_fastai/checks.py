@@ -6,7 +6,7 @@
 __all__ = ['refuse_errors', 'format_problems', 'mask_codes']
 
 # %% ../nbs/library/04_checks.ipynb #9caa2f22
-import os, re, tomllib
+import os, re
 from collections import Counter
 from functools import wraps
 from pathlib import Path
@@ -14,23 +14,23 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from .cases import choose_inputs, data_root
-from .core import DataError, asset, few, missing, need, plural, times
+from .core import MESSAGES, DataError, few, known, missing, need, plural, times
 from .images import facts_of
 
 # %% ../nbs/library/04_checks.ipynb #c005x
 LEVELS = 'error','warning','note'
-TEXTS = tomllib.loads(asset('problems.toml')) # level, found, expected, remedy
+
 
 def problem(level:str, file, found:str, expected:str, remedy:str)->dict:
     "One problem"
     return dict(level=level, file=str(file), found=found,
-                expected=expected,
-                remedy=remedy)
+        expected=expected,
+        remedy=remedy)
 
 def known_problem(name, file, /, **words)->dict:
-    "One of `problems.toml`"
-    level,*texts = TEXTS[name]
-    return problem(level, file, *(o.format(**words) for o in texts))
+    "One of the `checks` in `messages.toml`"
+    name = f'checks.{name}'
+    return problem(MESSAGES[name][0], **known(name, file, **words).parts)
 
 def failure(e:DataError, level='error', **more)->dict:
     "The problem that a `DataError` tells of"
@@ -40,10 +40,10 @@ def failure(e:DataError, level='error', **more)->dict:
 def problem_table(rows)->pd.DataFrame:
     "Problems, errors first"
     df = pd.DataFrame(list(rows),
-                      columns=['level','file','found','expected','remedy'],
-                      dtype=object)
+        columns=['level','file','found','expected','remedy'],
+        dtype=object)
     return df.sort_values('level', key=lambda s: s.map(LEVELS.index),
-                          kind='stable', ignore_index=True)
+        kind='stable', ignore_index=True)
 
 def as_problem(check):
     "A check whose own `DataError`, such as that of a folder that is none, becomes the only problem in its table"
@@ -63,7 +63,7 @@ def refuse_errors(
     first = ''.join(line(o) for o in es.head(3).itertuples())
     more = f'  … and {len(es)-3} more\n' if len(es)>3 else ''
     need(es.empty, f'training on this folder would be wrong: {plural(len(es), "error")}\n{first}{more}'
-                   'See them all with `brainseg check`.')
+        'See them all with `brainseg check`.')
 
 def format_problems(
     problems:pd.DataFrame, # From a check
@@ -75,35 +75,35 @@ def format_problems(
     res = [', '.join(plural(levels.count(l), l) for l in LEVELS)]
     for (level,remedy),g in problems.groupby(['level','remedy'], sort=False):
         res += ['', level.upper() + (f' ({len(g)} times)' if len(g)>1
-                                     else '')]
+                else '')]
         for o in g.head(n).itertuples():
             res += [f'  {o.file}', f'    found {o.found}',
-                    f'    expected {o.expected}']
+                f'    expected {o.expected}']
         if len(g)>n: res.append(f'  … and {len(g)-n} more')
         res.append(f'  -> {remedy}')
     return '\n'.join(res)
 
 # %% ../nbs/library/04_checks.ipynb #97cfdd7f
 FILE_COLUMNS = ['file','path','is_mask','used','subject','scan','slice','inputs','mask',
-                'error','shape','sha','constant','codes','inside','affine']
+    'error','shape','sha','constant','codes','inside','affine']
 
 def file_table(rows, root, masks=(), progress=False)->pd.DataFrame:
     "What is known of every file"
     if isinstance(rows, pd.DataFrame): rows = rows.to_dict('records')
     facts = facts_of([o['image'] for o in rows],
-                     [*(o['mask'] for o in rows), *masks], progress)
+        [*(o['mask'] for o in rows), *masks], progress)
     cases = {}
     for o in rows:
         used = not missing(o['mask'])
         cases[os.fspath(o['image']), False] = dict(o, used=used)
         if used: cases.setdefault((os.fspath(o['mask']), True),
-                                  dict(o, used=True))
+            dict(o, used=True))
     def row(path, is_mask):
         file = Path(path).relative_to(root).as_posix()
         case = cases.get((path, is_mask), dict(used=False))
         return {**case, **facts[path, is_mask], 'file': file,
-                'path': path,
-                'is_mask': is_mask}
+            'path': path,
+            'is_mask': is_mask}
     return pd.DataFrame([row(*o) for o in facts], columns=FILE_COLUMNS)
 
 # %% ../nbs/library/04_checks.ipynb #c012x
@@ -113,7 +113,7 @@ def damaged(
     "Files that cannot be read"
     for o in t[t.error.notna()].itertuples():
         yield failure(o.error, 'error' if o.used else 'warning',
-                      file=o.file)
+            file=o.file)
 
 def unequal_sizes(t):
     "Images with a mask of another size"
@@ -123,8 +123,8 @@ def unequal_sizes(t):
         m = size.get(os.fspath(o.mask))
         if m and o.shape[:len(m)]!=m:
             yield known_problem('unequal_size', o.file,
-                                image=times(o.shape[1::-1]),
-                                mask=times(m[::-1]))
+                image=times(o.shape[1::-1]),
+                mask=times(m[::-1]))
 
 # %% ../nbs/library/04_checks.ipynb #c014x
 def duplicates(t):
@@ -133,18 +133,18 @@ def duplicates(t):
     for _,g in ok.groupby(['inputs','sha'], sort=False):
         first,*more = g.itertuples()
         stranger = next((o for o in more if o.subject!=first.subject),
-                        None)
+            None)
         for o in more:
             other = first if o.subject!=first.subject else stranger
             yield known_problem('twin_stranger' if other else 'twin',
-                                o.file,
-                                other=(other or first).file)
+                o.file,
+                other=(other or first).file)
 
 def too_few_subjects(where, subjects, what='with image and mask'):
     "Fewer subjects than a split into three parts takes"
     n = len(set(subjects))
     if n<3: yield known_problem('few_subjects', where,
-                                n=plural(n, 'subject'), what=what)
+        n=plural(n, 'subject'), what=what)
 
 # %% ../nbs/library/04_checks.ipynb #c016x
 def odd_codes(t):
@@ -166,8 +166,8 @@ def soft_edges(t, codes, odd):
         here = [c for c in o.codes if c in odd]
         pixels = plural(sum(o.codes[c] for c in here), 'pixel')
         if here: yield known_problem('soft_edges', o.file,
-                                     values=few(here),
-                                     pixels=pixels, solid=solid)
+            values=few(here),
+            pixels=pixels, solid=solid)
 
 def mixed_codes(t, background):
     "Masks whose only foreground code is another than in most"
@@ -184,10 +184,10 @@ def mask_codes(
     "The raw codes that occur in any of the masks; a `DataError` if they are those of smoothed or mixed masks"
     facts = facts_of((), masks, strict=True)
     need(facts, 'mask', 'no mask', 'at least one mask',
-         'Give the masks of a case table.')
+        'Give the masks of a case table.')
     t = pd.DataFrame([dict(d, file=f) for (f,_),d in facts.items()])
     for p in odd_codes(t): raise DataError.of(p['file'], p['found'],
-                                              p['expected'], p['remedy'])
+        p['expected'], p['remedy'])
     return tuple(sorted(set().union(*t.codes)))
 
 # %% ../nbs/library/04_checks.ipynb #c020x
@@ -200,7 +200,7 @@ def odd_masks(t):
     empty = masks.file[[set(o)=={background} for o in masks.codes]].tolist()
     if len(empty)==len(masks): yield known_problem('all_empty', 'mask', n=len(empty))
     elif empty: yield known_problem('some_empty', empty[0], n=len(empty),
-                                    all=len(masks), names=few(empty, 3))
+        all=len(masks), names=few(empty, 3))
 
 def unknown_labels(t, labels:dict):
     "Codes that the data set does not have"
@@ -208,22 +208,22 @@ def unknown_labels(t, labels:dict):
     for o in t[t.is_mask & t.error.isna()].itertuples():
         odd = sorted(set(o.codes)-set(labels))
         if odd: yield known_problem('unknown_labels', o.file,
-                                    labels='label'+'s'*(len(odd)>1),
-                                    odd=few(odd), known=known)
+            labels='label'+'s'*(len(odd)>1),
+            odd=few(odd), known=known)
 
 # %% ../nbs/library/04_checks.ipynb #c025x
 def off_grid(t):
     "Volumes that do not lie on the grid of the first image beside them"
     ok = t[t.error.isna()]
     for _,g in ok.groupby([ok.subject, ok.path.map(os.path.dirname)],
-                          sort=False):
+        sort=False):
         first,*more = g.itertuples()
         name = Path(first.path).name
         corners = np.stack(np.meshgrid(*((0,n-1) for n in first.shape))).reshape(3, -1)
         for o in more:
             if o.shape!=first.shape:
                 yield known_problem('other_shape', o.file,
-                                    shape=times(o.shape), first=times(first.shape), name=name)
+                    shape=times(o.shape), first=times(first.shape), name=name)
                 continue
             mm = (np.array(first.affine)-o.affine)[:3] @ np.vstack([corners, np.ones(8)])
             if abs(mm).max()>.1: yield known_problem('other_place', o.file, mm=abs(mm).max(), name=name)
@@ -233,13 +233,13 @@ def no_mask(where, path, root, what='segmentation'):
     name = Path(Path(root).name, Path(path).relative_to(root)).as_posix()
     later = re.search('(?<![a-z])(valid|test)', name, re.I) and not re.search('train', name, re.I)
     return known_problem('unlabelled' if later else 'no_labels', where,
-                         what=what)
+        what=what)
 
 def nothing_here(root, what):
     "The table of problems of a folder without a patient"
     found = 'no patient' if any(Path(root).iterdir()) else 'an empty folder'
     return problem_table([known_problem('no_patient', root, found=found,
-                                        what=what)])
+                what=what)])
 
 # %% ../nbs/library/04_checks.ipynb #c027x
 def patient_problems(patients, names, choices, root):
@@ -251,23 +251,23 @@ def patient_problems(patients, names, choices, root):
         file = f'{p.subject}{"_"+lost[0] if lost and len(choices)>1 else ""}.nii.gz'
         there = few(p.images) or 'no image'
         if lost: yield known_problem('lost_channel', where,
-                                     lost=', '.join(lost), there=there,
-                                     file=file)
+            lost=', '.join(lost), there=there,
+            file=file)
         if not p.mask: yield no_mask(where, p.folder/p.subject, root)
         one = first.setdefault(p.subject, where)
         if one!=where: yield known_problem('second_folder', where,
-                                           subject=p.subject, one=one)
+            subject=p.subject, one=one)
 
 @as_problem
 def check_volumes(root, find, choices, what, labels:dict, inputs=None,
-                  progress=False)->pd.DataFrame:
+    progress=False)->pd.DataFrame:
     "Check a data set of volumes"
     root,names = data_root(root, what), choose_inputs(inputs, choices)
     patients = find(root)
     if not patients: return nothing_here(root, what)
     rows = [dict(subject=p.subject, scan='-', slice='', inputs=k, image=f,
-                 mask=p.mask)
-            for p in patients for k,f in p.images.items()]
+            mask=p.mask)
+        for p in patients for k,f in p.images.items()]
     t = file_table(rows, root, [p.mask for p in patients], progress)
     return problem_table([
         *patient_problems(patients, names, choices, root), *off_grid(t), *damaged(t.assign(used=True)),

@@ -16,15 +16,15 @@ from .settings import add_flags, from_flags
 
 # %% ../nbs/library/26_commands.ipynb #8dadbbcb
 LAYOUTS = dict(adni='ADNI', figshare='LAYOUT', brats='LAYOUT',
-               ibsr='LAYOUT',
-               lgg='LAYOUT')
+    ibsr='LAYOUT',
+    lgg='LAYOUT')
 
 def find_layout(name:str):
     "The layout of this name, from the module of this name"
     need(name in LAYOUTS, 'layout', repr(name), f'one of {few(LAYOUTS)}',
-         'Correct the name.')
+        'Correct the name.')
     return getattr(import_module(f'brainseg_fastai.{name}'),
-                   LAYOUTS[name])
+        LAYOUTS[name])
 
 # %% ../nbs/library/26_commands.ipynb #c008x
 def reader(read, ok, expected):
@@ -44,9 +44,9 @@ TYPES = dict(path=Path, float=float,
     above=reader(float, lambda x: 0<x<1e6, 'a number above 0'),
     port=reader(int, lambda n: 0<n<2**16, 'a port from 1 to 65535'),
     mm=reader(numbers, lambda o: len(o)<3 and 0<min(o) and max(o)<1000,
-              'mm per pixel, above 0, such as 0.94'),
+        'mm per pixel, above 0, such as 0.94'),
     slab=reader(numbers, lambda o: len(o)==2 and 0<=o[0]<=o[1]<1000,
-                'two numbers, mm below the top of the brain, the smaller one first, such as 55,70'))
+        'two numbers, mm below the top of the brain, the smaller one first, such as 55,70'))
 
 COMMANDS = tomllib.loads(asset('commands.toml').replace('LAYOUTS', few(LAYOUTS)))
 
@@ -67,14 +67,14 @@ def training(a)->dict: # Arguments of `compare_variants` and `plan_variants`
         torch.set_num_threads(a.threads)
     options = dict(subject=a.subject) if a.subject else {}
     return dict(layout=a.layout, folds=a.folds, repeats=a.repeats,
-                previous=a.split, **options)
+        previous=a.split, **options)
 
 def results(a)->dict: # Arguments of `compare_variants`
     "What is done with the results"
     return dict(external=a.external, resume=a.resume,
-                overwrite=a.overwrite,
-                track=a.track,
-                command=shlex.join(['brainseg', *a.argv]))
+        overwrite=a.overwrite,
+        track=a.track,
+        command=shlex.join(['brainseg', *a.argv]))
 
 def asked(a)->dict: # `Settings` by name
     "The two variants that the flags of a command stand for"
@@ -87,15 +87,15 @@ def finish(r, *lines):
     tables = ', '.join(sorted(o.name for o in r.out.glob('*.[cj]s*')))
     bundles = ', '.join(map(str, sorted((r.out/'bundles').iterdir())))
     print(*lines, f'Report: {r.out/"report.html"}',
-          f'Numbers: {tables} beside it',
-          f'Models: {bundles}', 'Next: brainseg predict MODEL SCANS --out DIR', sep='\n')
+        f'Numbers: {tables} beside it',
+        f'Models: {bundles}', 'Next: brainseg predict MODEL SCANS --out DIR', sep='\n')
 
 def check(a):
     "Is a folder fit for training? Exit code 1 if not"
     from brainseg_fastai.checks import format_problems
     options = dict(subject=a.subject) if a.subject else {}
     problems = a.layout.check(a.data, progress=sys.stderr.isatty(),
-                              **options)
+        **options)
     print(format_problems(problems))
     return int((problems['level']=='error').any())
 
@@ -106,7 +106,7 @@ def compare(a):
     from brainseg_fastai.demo import demo_cohort
     a.data = a.data or demo_cohort()
     how = dict(training(a), **results(a), margin=a.margin,
-               control=a.control)
+        control=a.control)
     variants = asked(a)
     r = compare_variants(a.data, a.out, variants, **how)
     simulated = 'Simulated cohort: these numbers say nothing about people.'
@@ -115,7 +115,7 @@ def compare(a):
 def demo(a):
     "The whole job on the simulated demo cohort"
     vars(a).update(data=None, layout=find_layout('adni'), subject=None,
-                   a=None, b=None, control=True, margin=.01)
+        a=None, b=None, control=True, margin=.01)
     return compare(a)
 
 # %% ../nbs/library/26_commands.ipynb #c015x
@@ -130,7 +130,7 @@ def train(a):
     r = train_input(a.data, a.out, settings, **training(a), **results(a))
     m,case = r.summary.loc['dice'], 'volume' if (r.scores['slice']=='').all() else 'image'
     finish(r, f'Mean per-{case} Dice on {plural(int(m["n"]), "unseen subject")}: {m["mean"]:.3f} '
-              f'(95 % interval {m["low"]:.3f} to {m["high"]:.3f})')
+        f'(95 % interval {m["low"]:.3f} to {m["high"]:.3f})')
 
 def plan(a):
     "How long compare, or train with --inputs, would take here, and how much memory. Nothing is written"
@@ -139,7 +139,7 @@ def plan(a):
     show = sys.stderr.isatty()
     if show: print('Measuring a few batches …', file=sys.stderr)
     t = plan_variants(a.data, variants, control=a.control, progress=show,
-                      **training(a))
+        **training(a))
     print('\n'.join(advice(t, a.minutes, a.memory)))
 
 # %% ../nbs/library/26_commands.ipynb #14b6ff45
@@ -147,8 +147,8 @@ def slices(a):
     "Mid-axial slices from FreeSurfer subject folders or NIfTI triples, in the layout that compare reads"
     from brainseg_fastai.slices import make_slices
     t = make_slices(a.subjects, a.out, a.rule, a.height, a.n, a.gap,
-                    a.choroid, subject=a.subject,
-                    names=tuple(a.names), skip=a.skip, progress=sys.stderr.isatty())
+        a.choroid, subject=a.subject,
+        names=tuple(a.names), skip=a.skip, progress=sys.stderr.isatty())
     print(f'{len(t)} slices of {plural(t["subject"].nunique(), "subject")} in {a.out}')
     print(f'Next: brainseg check {a.out}')
 
@@ -158,11 +158,11 @@ def predict(a):
     from brainseg_fastai.runs import load_bundle, with_onnx
     model = with_onnx(load_bundle(a.bundle, 'cpu')) if a.onnx else a.bundle
     t = predict_scans(model, a.scans, a.out, a.spacing, a.slab, a.flips,
-                      progress=sys.stderr.isatty(), overwrite=a.overwrite)
+        progress=sys.stderr.isatty(), overwrite=a.overwrite)
     failed,n = t.attrs['failed'], t['name'].nunique() if len(t) else 0
     if n: print(f'{plural(n, "scan")} in {a.out}',
-                'Numbers: volumes.csv beside the masks',
-                f'To look at: {a.out/"qc.html"}', sep='\n')
+        'Numbers: volumes.csv beside the masks',
+        f'To look at: {a.out/"qc.html"}', sep='\n')
     for _,why in failed: print(f'brainseg: {why}', file=sys.stderr)
     names = ', '.join(f for f,_ in failed)
     if failed: print(f'{len(failed)} of {n+len(failed)} scans failed: {names}', file=sys.stderr)
@@ -184,20 +184,20 @@ def parser()->argparse.ArgumentParser:
     "The command line of `brainseg`"
     text = COMMANDS['examples'].strip()
     p = argparse.ArgumentParser(prog='brainseg',
-                                description=COMMANDS['description'],
-                                epilog=text,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=COMMANDS['description'],
+        epilog=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--version', action='version',
-                   version=f'brainseg {__version__}')
+        version=f'brainseg {__version__}')
     sub = p.add_subparsers(dest='command', required=True,
-                           metavar='COMMAND')
+        metavar='COMMAND')
     for name,groups in COMMANDS['commands'].items():
         run = globals()[name]
         example = next(o.split('  ')[0] for o in text.split('\n  ')
-                       if o.startswith(f'brainseg {name}'))
+            if o.startswith(f'brainseg {name}'))
         q = sub.add_parser(name, help=run.__doc__,
-                           description=f'{run.__doc__}.',
-                           epilog=f'example: {example}')
+            description=f'{run.__doc__}.',
+            epilog=f'example: {example}')
         q.set_defaults(run=run)
         for g in groups: add_group(q, g)
     return p
@@ -206,7 +206,7 @@ def parser()->argparse.ArgumentParser:
 def say_warning(message, category, *args, **kwargs):
     "Our own warnings in one line, without those of other libraries about their future"
     if category is UserWarning: print(f'brainseg: {message}',
-                                      file=sys.stderr)
+        file=sys.stderr)
 
 def stopped(a):
     "Say after Ctrl+C how to go on"
@@ -214,7 +214,7 @@ def stopped(a):
     if a.command!='predict': again.append('--resume')
     go_on = f' To go on: brainseg {shlex.join(again)}'
     print('\nStopped.' + go_on*(a.command not in ('check','app','plan')),
-          file=sys.stderr)
+        file=sys.stderr)
 
 def main(argv=None)->int: # Exit code
     "The command `brainseg`"

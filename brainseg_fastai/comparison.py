@@ -44,20 +44,20 @@ def named_variants(
     settings = [parse_settings(o, base) for o in texts]
     a,b = ({*re.findall(r'(\w+)=', o)} for o in texts)
     need(settings[0]!=settings[1],
-         f'both variants are {texts[0]!r}; expected two that differ, '
-         'such as --a arch=unet --b arch=attention_unet')
+        f'both variants are {texts[0]!r}; expected two that differ, '
+        'such as --a arch=unet --b arch=attention_unet')
     for k in a & b:
         need(getattr(base, k)==getattr(usual, k),
-             f'--{k} would not be used: the comparison is of {" and ".join(texts)}. '
-             'Leave it out, or say with --a and --b what to compare.')
+            f'--{k} would not be used: the comparison is of {" and ".join(texts)}. '
+            'Leave it out, or say with --a and --b what to compare.')
     lost = {s.inputs for s in settings} - {None, *there}
     need(not there or not lost, root,
-         f'only images of the kind {", ".join(there)}',
-         ' and '.join(texts),
-         f'To train one model: brainseg train {root} --inputs {"".join(there[:1])} --out DIR')
+        f'only images of the kind {", ".join(there)}',
+        ' and '.join(texts),
+        f'To train one model: brainseg train {root} --inputs {"".join(there[:1])} --out DIR')
     names = (o.removeprefix('inputs=') if k=={'inputs'} else o
-             or 'as usual'
-             for o,k in zip(texts, (a, b)))
+        or 'as usual'
+        for o,k in zip(texts, (a, b)))
     return dict(zip(names, settings))
 
 def differs_in(
@@ -71,14 +71,14 @@ def differs_in(
 def checked_tables(root, variants:dict, layout, progress=False, **options)->tuple:
     "The cases of every variant"
     inputs = [o for s in variants.values()
-              for o in (s.inputs or '').split('+')]
+        for o in (s.inputs or '').split('+')]
     used = [*dict.fromkeys(inputs)] if all(inputs) else None
     problems = layout.check(root, used, progress=progress, **options)
     refuse_errors(problems)
     units = ['slice' if s.mode=='slice' else 'volume'
-             for s in variants.values()]
+        for s in variants.values()]
     tables = [layout.cases(root, s.inputs, unit=u, **options)
-              for s,u in zip(variants.values(), units)]
+        for s,u in zip(variants.values(), units)]
     if len(tables)==2 and len({*units})==1: tables = pair_cases(*tables)
     return dict(zip(variants, tables)), problems
 
@@ -86,17 +86,17 @@ def other_people(root, r, **options)->dict:
     "Cases of subjects that are not in the training folder, to score the models on"
     there = kinds_in(root) if r.layout.crossed else []
     like = {k: replace(s, inputs=there[0]) if there
-            and s.inputs not in there else s
-            for k,s in r.variants.items()}
+        and s.inputs not in there else s
+        for k,s in r.variants.items()}
     tables,_ = checked_tables(root, like, r.layout, **options)
     for k,t in tables.items():
         tables[k] = t = t[~t['subject'].isin(r.split['subject'])].reset_index(drop=True)
         need(len(t), root, 'only subjects that are also in the training folder',
-             'other people', 'Name another folder.')
+            'other people', 'Name another folder.')
         odd = sorted({*mask_codes(t['mask'])} - {*r.codes})
         need(not odd, root, f'masks with the values {odd}',
-             f'only {list(r.codes)}',
-             'Write them with the same codes as in the training folder.')
+            f'only {list(r.codes)}',
+            'Write them with the same codes as in the training folder.')
     return tables
 
 # %% ../nbs/2_segmentation_on_full_skull.ipynb #0c743c5c
@@ -112,33 +112,33 @@ def prepare(
 )->AttrDict: # variants, layout, tables, split, codes, problems, external, about, what, crossed, few
     "Check a folder, pair the cases of all variants, and split their subjects once"
     tables,problems = checked_tables(root, variants, layout, progress,
-                                     **options)
+        **options)
     first,seed = next(iter(tables.values())), next(iter(variants.values())).seed
     one = split_cases(first, folds, seed=seed, previous=previous,
-                      stratify=layout.stratify)
+        stratify=layout.stratify)
     split = pd.concat([same_split(t, one) for t in tables.values()])
     r = AttrDict(variants=variants, layout=layout, tables=tables,
-                 problems=problems)
+        problems=problems)
     r.split = split.drop_duplicates(ignore_index=True)
     r.codes = tuple(layout.labels or mask_codes(first['mask']))
     r.what = 'input' if differs_in(variants)==['inputs'] else 'setting'
     r.crossed = layout.crossed and r.what=='input'
     r.few = folds is None and one['fold'].nunique()>1
     r.about = dict(name=Path(root).resolve().name,
-                   simulated=is_simulated(root))
+        simulated=is_simulated(root))
     r.external = other_people(external, r, **options) if external else {}
     return r
 
 # %% ../nbs/2_segmentation_on_full_skull.ipynb #17a53ab2
 RESULTS = ('settings.json','split.csv','scores.csv','curves.csv','swap.csv','external.csv',
-           'control.csv','comparison.json','summary.json','report.html','runs','bundles')
+    'control.csv','comparison.json','summary.json','report.html','runs','bundles')
 
 def check_out(out, again=False):
     "Refuse a folder that cannot take the results; writes nothing"
     out = Path(out)
     def ok(good, found, remedy=''):
         need(good, out, found, 'a new or empty folder for the results',
-             f'Choose another --out{remedy}.')
+            f'Choose another --out{remedy}.')
     ok(not out.is_file(), 'a file')
     if not out.exists() or not any(out.iterdir()): return
     ok((out/'settings.json').exists(), 'a folder with other things in it')
@@ -160,10 +160,10 @@ def result_folder(
         else: (out/o).unlink(missing_ok=True)
     old = read_json(mine) if mine.exists() else asked
     changes = [f'{k}: {old.get(k)}, now {v}' for k,v in asked.items()
-               if old.get(k)!=v]
+        if old.get(k)!=v]
     need(not changes, out,
-         f'a run that was begun with other settings ({", ".join(changes[:3])})',
-         'the same ones', 'Resume with them, or start anew with --overwrite.')
+        f'a run that was begun with other settings ({", ".join(changes[:3])})',
+        'the same ones', 'Resume with them, or start anew with --overwrite.')
     write_json(mine, asked)
     return out
 
@@ -177,15 +177,15 @@ def trainings(
     jobs = []
     for k,s in r.variants.items():
         others = {r.variants[o].inputs: t for o,t in r.tables.items()
-                  if r.crossed and o!=k}
+            if r.crossed and o!=k}
         jobs.append(dict(name=k, cases=r.tables[k], settings=s,
-                         split=r.split, repeats=repeats,
-                         others=others, external=r.external.get(k)))
+                split=r.split, repeats=repeats,
+                others=others, external=r.external.get(k)))
     if control and repeats==1 and len(jobs)>1:
         s = replace(jobs[0]['settings'],
-                    seed=jobs[0]['settings'].seed+500)
+            seed=jobs[0]['settings'].seed+500)
         jobs.append(jobs[0] | dict(settings=s,
-                                   split=r.split.query('fold==0')))
+                split=r.split.query('fold==0')))
     return jobs
 
 def announcer(
@@ -194,7 +194,7 @@ def announcer(
 ):
     "A function that says before each training which one it is and how much time is left"
     total,at = sum(o['split']['fold'].nunique()*o['repeats']
-                   for o in jobs), []
+        for o in jobs), []
     def announce(name, fold, seed):
         at.append(time.time())
         n = len(at)
@@ -204,7 +204,7 @@ def announcer(
 
 # %% ../nbs/2_segmentation_on_full_skull.ipynb #4b88de96
 FEW = (f'One split would test fewer than {ENOUGH_SUBJECTS} subjects, too few for a verdict: '
-       'every subject is tested once, in three folds.')
+    'every subject is tested once, in three folds.')
 
 @delegates(prepare)
 def train_variants(
@@ -223,16 +223,16 @@ def train_variants(
     jobs = trainings(r, repeats, control)
     external = kwargs.get('external') and Path(kwargs['external']).resolve().name
     r.asked = dict(data=r.about['name'], layout=r.layout.name,
-                   variants={k: str(s) for k,s in variants.items()},
-                   folds=r.split['fold'].nunique(), repeats=repeats,
-                   control=len(jobs)>len(variants), external=external,
-                   fingerprint={k: data_fingerprint(t) for k,t in r.tables.items()})
+        variants={k: str(s) for k,s in variants.items()},
+        folds=r.split['fold'].nunique(), repeats=repeats,
+        control=len(jobs)>len(variants), external=external,
+        fingerprint={k: data_fingerprint(t) for k,t in r.tables.items()})
     say = announcer(jobs)
     r.out = result_folder(out, r.asked, overwrite, resume)
     write_csv(r.out/'split.csv', r.split)
     if r.few: print(FEW)
     same = dict(out=r.out, layout=r.layout, codes=r.codes, about=r.about,
-                announce=say)
+        announce=say)
     return gathered(r, [train_folds(**job, **same) for job in jobs])
 
 # %% ../nbs/2_segmentation_on_full_skull.ipynb #82071a15
@@ -241,17 +241,17 @@ def gathered(r, parts:list)->AttrDict:
     n = len(r.variants)
     def both(k, parts=parts[:n]): return pd.concat([o[k] for o in parts], ignore_index=True)
     r.update(scores=both('scores'), all_scores=both('all_scores'),
-             curves=both('curves'))
+        curves=both('curves'))
     r.runs = [run for o in parts[:n] for run in o['runs']]
     r.control = both('scores', [parts[0], *parts[n:]]).query('fold==0') if parts[n:] else None
     write_csv(r.out/'curves.csv', r.curves)
     external = r.all_scores.query('tested_on=="external"')
     for name,t in dict(scores=r.scores, control=r.control,
-                       external=external).items():
+        external=external).items():
         if t is not None and len(t): write_csv(r.out/f'{name}.csv', portable(t))
     for k,o in zip(r.variants, parts):
         pool_bundle(o['runs'][0], r.out/'bundles'/file_name(k),
-                    o['scores'])
+            o['scores'])
     return r
 
 # %% ../nbs/2_segmentation_on_full_skull.ipynb #fe82706a
@@ -261,7 +261,7 @@ def swap_table(scores:pd.DataFrame)->pd.DataFrame:
     for (trained,tested),g in scores.groupby(['variant','tested_on']):
         m = summarise_scores(g).loc['dice']
         rows.append([trained, tested, int(m['n']), m['mean'], m['low'],
-                     m['high']])
+                m['high']])
     names = ['trained_on','tested_on','n_subjects','dice','low','high']
     return pd.DataFrame(rows, columns=names)
 
@@ -272,14 +272,14 @@ def shown(
     "What reports of both kinds show"
     last = r.runs[-1].config
     info = dict(r.asked, **about, design=FEW if r.few else 'as asked for',
-                epochs_trained=sorted({o.settings.epochs for o in r.runs}),
-                encoder_weights='ImageNet' if last['imagenet'] else 'random',
-                environment=last['versions'], training_longer=training_longer(r.curves),
-                definitions={'Empty masks': EMPTY_POLICY, 'Surface tolerance': TOLERANCE_POLICY})
+        epochs_trained=sorted({o.settings.epochs for o in r.runs}),
+        encoder_weights='ImageNet' if last['imagenet'] else 'random',
+        environment=last['versions'], training_longer=training_longer(r.curves),
+        definitions={'Empty masks': EMPTY_POLICY, 'Surface tolerance': TOLERANCE_POLICY})
     external = swap_table(r.all_scores.query('tested_on=="external"')).drop(columns='tested_on')
     return dict(scores=r.scores, curves=r.curves, split=r.split,
-                external=external,
-                problems=r.problems, info=info, out=r.out)
+        external=external,
+        problems=r.problems, info=info, out=r.out)
 
 # %% ../nbs/2_segmentation_on_full_skull.ipynb #fdcc7984
 @delegates(train_variants)
@@ -307,15 +307,15 @@ def compare_variants(
 
 # %% ../nbs/2_segmentation_on_full_skull.ipynb #cf04b644
 CHANCE = ('Two trainings of the same {1} differ by {0:+.4f} Dice, at least as much as the two '
-          '{1}s do: chance in training alone can make such a difference. Train more often '
-          '(--repeats, --folds) before you believe it.')
+    '{1}s do: chance in training alone can make such a difference. Train more often '
+    '(--repeats, --folds) before you believe it.')
 
 def judged(r, margin, facts):
     "Compare two variants: adds `comparison`, `swap` and `report`"
     a,b = (r.scores.query('variant==@k') for k in r.variants)
     c = compare_scores(a, b, margin=margin, names=tuple(r.variants),
-                       control=r.control,
-                       simulated=r.about['simulated'], what=r.what)
+        control=r.control,
+        simulated=r.about['simulated'], what=r.what)
     r.comparison = c
     if c.control and c.verdict!='equivalent' and abs(c.control['difference'])>=abs(c.difference):
         c.warnings.append(CHANCE.format(c.control['difference'], r.what))
@@ -329,7 +329,7 @@ def summed_up(r, facts):
     r.summary,simulated = summarise_scores(r.scores), r.about['simulated']
     what = dict(variant=[*r.variants][0], simulated=simulated)
     write_json(r.out/'summary.json',
-               dict(what, scores=r.summary.to_dict('index')))
+        dict(what, scores=r.summary.to_dict('index')))
     r.report = train_report(simulated=simulated, **facts)
 
 # %% ../nbs/2_segmentation_on_full_skull.ipynb #10854d6a
@@ -342,8 +342,8 @@ def compare_inputs(
 )->AttrDict: # comparison, report, and all tables
     "Do you have to strip the skull? `compare_variants` of both inputs"
     return compare_variants(root, out,
-                            named_variants(root, base=settings),
-                            **kwargs)
+        named_variants(root, base=settings),
+        **kwargs)
 
 @delegates(compare_variants, but='variants,control,margin')
 def train_input(root, out, settings=None, **kwargs)->AttrDict:

@@ -37,9 +37,9 @@ def mni_maps():
 def ventricle_label(t1, csf, origin):
     "Flood the template's T1 from seeds in the ventricles and from seeds in everything that must not be one"
     x,y,z = [a+o for a,o in zip(np.ogrid[tuple(slice(n) for n in t1.shape)],
-                                origin)]
+            origin)]
     box = tuple(slice(int(a-o), int(b-o))
-                for a,b,o in zip((-41,-64,z_lo), (42,36,40), origin))
+        for a,b,o in zip((-41,-64,z_lo), (42,36,40), origin))
     seed = np.zeros(t1.shape, np.int16)
     def within(v, lo, hi): return (v>lo) & (v<hi)
     def mark(label, where, side, front, height):
@@ -56,7 +56,7 @@ def ventricle_label(t1, csf, origin):
     res = np.zeros(t1.shape, bool)
     grey = np.ascontiguousarray((np.clip(t1[box], 0, 1)*255).astype(np.uint8))
     res[box] = ndi.watershed_ift(grey, np.ascontiguousarray(seed[box]),
-                                 structure=np.ones((3,3,3)))==2
+        structure=np.ones((3,3,3)))==2
     return res
 
 # %% ../nbs/library/05_demo.ipynb #25776fd9
@@ -78,14 +78,14 @@ def load_template():
     soft = ndi.gaussian_filter(label.astype(np.float32), .6)
     maps = np.concatenate([tissue, np.stack([detail, brain, soft])])
     return Template(maps.astype(np.float32),
-                    outward_flow(label).astype(np.float32), origin)
+        outward_flow(label).astype(np.float32), origin)
 
 # %% ../nbs/library/05_demo.ipynb #6817144b
 def sample(vols, pts, origin, step=1.):
     "Linear interpolation of each volume at `pts`, by nearest edge outside"
     ijk = (pts-np.reshape(origin, (3,)+(1,)*(pts.ndim-1)))/step
     return np.stack([ndi.map_coordinates(v, ijk, order=1, mode='nearest')
-                     for v in vols])
+            for v in vols])
 
 def smooth_noise(rng, n, sigma, step=4.):
     "Random fields over the slab that vary smoothly in space"
@@ -109,7 +109,7 @@ def draw_subject(i, seed=42):
         scale=r.normal([.97,.96,.98], [.03,.035,.03]),
         coarse=3.*smooth_noise(r, 3, 22), fine=1.3*smooth_noise(r, 3, 7),
         texture=np.concatenate([smooth_noise(r, 2, 5),
-                                smooth_noise(r, 4, 25)]),
+                smooth_noise(r, 4, 25)]),
         gap=r.uniform(.6,1.5)+1.2*age, diploe=r.uniform(1.,3.5), fat=r.uniform(2.5,6.5),
         rate=r.uniform(.05,.35), n_scans=int(r.choice(4, p=[.15,.3,.3,.25]))+1, z=r.uniform(6.5,21.5))
 
@@ -148,8 +148,8 @@ def tissue_signal(m, s, c, texture):
     csf,gm,wm,detail,_,vent = m
     wide = s['atrophy']*np.exp(.5*texture[0])
     w = np.stack([csf*np.where(vent>.05, 1, wide),
-                  gm*np.exp(.35*texture[1]),
-                  wm])
+            gm*np.exp(.35*texture[1]),
+            wm])
     w = np.clip(w, 1e-3, None)**1.9
     return np.tensordot(c['mu'], w/w.sum(0), 1) + c['detail']*detail
 
@@ -161,9 +161,9 @@ def head_layers(pts, s, c, texture)->list:
     muscle = 8*np.exp(-((angle-58)/20)**2)/(1+np.exp((z-20)/6))
     marrow = np.clip(.4+.1*f[4]+.13*f[0], .1, None)
     return [(c['mu'][0], thick(s['gap'], .3*f[2], .4)), (.38, .9),
-            (.07, np.clip(2+.3*f[3], 1.2, None)),
-            (marrow, thick(s['diploe'], .5*f[3], .3)), (.06, 1.9), (.5, muscle),
-            (1.1+.1*f[4]+.06*f[1], thick(s['fat'], .35*f[5], 1.5)), (.55, 1.4)]
+        (.07, np.clip(2+.3*f[3], 1.2, None)),
+        (marrow, thick(s['diploe'], .5*f[3], .3)), (.06, 1.9), (.5, muscle),
+        (1.1+.1*f[4]+.06*f[1], thick(s['fat'], .35*f[5], 1.5)), (.55, 1.4)]
 
 def head_signal(brain, layers, mm):
     "Signal of everything around the brain, and of the air"
@@ -187,10 +187,10 @@ def make_scan(s, c, t, size=256):
     near = np.hypot(pts[0]/85, (pts[1]+18)/108)<1 # no brain reaches farther
     m = np.zeros((len(t.maps),size,size), np.float32)
     m[:,near] = sample(t.maps,
-                       to_template(pts[:,near], s, t, c['growth']),
-                       t.origin)
+        to_template(pts[:,near], s, t, c['growth']),
+        t.origin)
     texture,bias = [sample(f, pts, noise_origin, 4)
-                    for f in (s['texture'], c['bias'])]
+        for f in (s['texture'], c['bias'])]
     brain,mask = m[4]>.5, m[5]>.5
     around = head_signal(brain, head_layers(pts, s, c, texture), mm)
     sig = np.where(brain, tissue_signal(m, s, c, texture), around)
@@ -200,19 +200,19 @@ def make_scan(s, c, t, size=256):
     g *= c['noise']/g.std()
     orig = np.clip(c['white']*np.hypot(sig+g[0], g[1]), 0, 255).round().astype(np.uint8)
     return dict(brain=orig*brain, orig=orig,
-                mask=(mask*255).astype(np.uint8)), mm
+        mask=(mask*255).astype(np.uint8)), mm
 
 # %% ../nbs/library/05_demo.ipynb #65f9f52f
 def wanted(n_subjects, seed, size):
     "What `cohort.json` must say for a folder to be this cohort"
     for name,v,lo,hi in (('n_subjects',n_subjects,1,9000),
-                         ('seed',seed,0,2**63), ('size',size,64,1024)):
+        ('seed',seed,0,2**63), ('size',size,64,1024)):
         whole = isinstance(v, int) and not isinstance(v, bool)
         need(whole and lo<=v<=hi,
-             f'demo cohort: {name} is {v!r}; expected a whole number from {lo} to {hi}. Ask for another one.')
+            f'demo cohort: {name} is {v!r}; expected a whole number from {lo} to {hi}. Ask for another one.')
     return dict(simulated=True, version=version, seed=seed,
-                n_subjects=n_subjects, size=size,
-                source='MNI152 template (ICBM 2009a nonlinear symmetric) bundled with nilearn')
+        n_subjects=n_subjects, size=size,
+        source='MNI152 template (ICBM 2009a nonlinear symmetric) bundled with nilearn')
 
 def png_name(row, kind): return f"{kind}/{row['subject']}-{row['scan']}-{kind}-{row['slice']}.png"
 
@@ -221,7 +221,7 @@ def is_complete(path, want)->bool:
     try: got = json.loads((Path(path)/'cohort.json').read_text(encoding='utf-8'))
     except (OSError, ValueError): return False
     files = [Path(path)/png_name(r, k) for r in got.get('scans', [])
-             for k in ('brain','orig','mask')]
+        for k in ('brain','orig','mask')]
     return want.items()<=got.items() and all(f.is_file() for f in files)
 
 # %% ../nbs/library/05_demo.ipynb #a35b5f02
@@ -233,9 +233,9 @@ def make_subject(i, want, t, out)->list:
         ims,mm = make_scan(s, c, t, want['size'])
         top = (brain_top-12)*s['scale'][2]+12
         r = dict(subject=s['subject'], scan=c['scan'],
-                 slice=slice_tag(c['z']), spacing=round(mm, 4),
-                 z=round(c['z'], 1), below_top=round(top-c['z'], 1), growth=round(c['growth'], 2),
-                 ventricle_px=int((ims['mask']>0).sum()))
+            slice=slice_tag(c['z']), spacing=round(mm, 4),
+            z=round(c['z'], 1), below_top=round(top-c['z'], 1), growth=round(c['growth'], 2),
+            ventricle_px=int((ims['mask']>0).sum()))
         for kind,a in ims.items(): Image.fromarray(a).save(Path(out)/png_name(r, kind))
         rows.append(r)
     return rows
@@ -247,7 +247,7 @@ def write_cohort(out, want, progress=True, workers=None):
     def make(i): return make_subject(i, want, t, out)
     rows = in_threads(make, range(want['n_subjects']), progress, workers)
     write_text(out/'cohort.json',
-               json.dumps({**want, 'scans': sum(rows, [])}, indent=1))
+        json.dumps({**want, 'scans': sum(rows, [])}, indent=1))
 
 # %% ../nbs/library/05_demo.ipynb #e6818021
 def demo_cohort(
@@ -262,4 +262,4 @@ def demo_cohort(
     want = wanted(n_subjects, seed, size)
     path = path or cache_dir()/f'demo-v{version}-{n_subjects}-{seed}-{size}'
     return made_once(path, lambda d: is_complete(d, want),
-                     lambda d: write_cohort(d, want, progress, workers))
+        lambda d: write_cohort(d, want, progress, workers))

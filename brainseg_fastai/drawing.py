@@ -80,10 +80,10 @@ def middle_slice(image, *masks, channel=None)->tuple:
     "One channel, and of a volume the axial slice with most to see"
     nd = masks[0].ndim
     need(all(o.shape==image.shape[:nd] for o in masks),
-         f'The image is {image.shape}, the masks {[o.shape for o in masks]}; expected one size.')
+        f'The image is {image.shape}, the masks {[o.shape for o in masks]}; expected one size.')
     if image.ndim>nd:
         image = image[..., image.shape[-1]//2 if channel is None
-                      else channel]
+            else channel]
     if nd==2: return image, *masks
     seen = sum((o>0).sum((0,1)) for o in masks)
     k = seen.argmax() if seen.any() else len(seen)//2
@@ -118,18 +118,18 @@ def show_cases(
     at = np.linspace(0, len(cases)-1, min(n, len(cases))).round().astype(int)
     shown = [*cases.iloc[at].itertuples()]
     masks = [np.zeros(image_size(o.image), int) if missing(o.mask)
-             else raw_mask(o.mask) for o in shown]
+        else raw_mask(o.mask) for o in shown]
     codes = np.unique(np.concatenate([np.unique(m[m>0]) for m in masks])).tolist()
     colours = {c: PALETTE[i%len(PALETTE)] for i,c in enumerate(codes)}
     fig,axs = plt.subplots(1, len(shown), figsize=(2*len(shown), 2.4),
-                           squeeze=False, layout='constrained')
+        squeeze=False, layout='constrained')
     for ax,o,m in zip(axs[0], shown, masks):
         names = str(o.inputs).split('+')
         flair = names.index('flair') if 'flair' in names else None
         im,m = middle_slice(read_image(o.image), m, channel=flair)
         mm = o.spacing if isinstance(o.spacing, tuple) and len(o.spacing)==2 else (1,1)
         ax.imshow(draw_case(im, [(m, colours, False)], px=300),
-                  aspect=mm[0]/mm[1])
+            aspect=mm[0]/mm[1])
         ax.set_title(f'{o.subject}\n{o.scan} {o.slice}', fontsize=7)
         ax.axis('off')
     plt.close(fig)

@@ -31,9 +31,9 @@ def write_mat(
 ):
     "A struct `cjdata` in a MATLAB v7.3 file: HDF5 behind a header of 512 bytes, arrays column by column"
     fields = dict(PID=np.array([[ord(c)] for c in pid], np.uint16),
-                  label=[[float(label)]],
-                  image=np.asarray(image, np.int16).T, tumorMask=np.asarray(mask, np.uint8).T,
-                  tumorBorder=np.asarray(border, float)[None])
+        label=[[float(label)]],
+        image=np.asarray(image, np.int16).T, tumorMask=np.asarray(mask, np.uint8).T,
+        tumorBorder=np.asarray(border, float)[None])
     with need_package('h5py', 'mat').File(path, 'w', userblock_size=512) as f:
         g = f.create_group('cjdata')
         for k,a in fields.items(): g.create_dataset(k, data=a)
@@ -50,7 +50,7 @@ def draw_slice(label, rng, size=128):
     tumour = ellipsoid((size,size), (cy,cx), (ry,rx)) < 1
     head,middle = ellipsoid((size,size), (0,0), (.9,.75)), ellipsoid((size,size), (-.1,0), (.3,.12))
     image = np.where(head<1,
-                     900 + 600*(head>.85) - 200*middle.clip(0, 1) + 1100*tumour, 40)
+        900 + 600*(head>.85) - 200*middle.clip(0, 1) + 1100*tumour, 40)
     turn = np.linspace(0, 2*np.pi, 40)
     outline = np.stack([cx+rx*np.cos(turn), cy+ry*np.sin(turn)], 1)
     return (image+rng.normal(0, 60, image.shape)).clip(0), tumour, ((outline+1)*(size-1)/2+1).ravel()
@@ -61,9 +61,9 @@ def figshare_standin(folder, n, rng):
         s,label = k//3, k//3%3+1
         image,mask,outline = draw_slice(label, rng)
         write_mat(folder/f'{k+1}.mat', image, mask, f'10{s:04d}', label,
-                  outline)
+            outline)
     with need_package('h5py', 'mat').File(folder/'cvind.mat', 'w',
-                                          userblock_size=512) as f:
+        userblock_size=512) as f:
         f['cvind'] = [[k//3%5+1. for k in range(3*n)]]
 
 # %% ../nbs/3_figshare_tumours.ipynb #5a1e3c0a
@@ -78,15 +78,15 @@ def open_mat(path):
     except DataError: raise
     except Exception as e:
         raise DataError.of(path,
-                           f'a file that cannot be read ({type(e).__name__}: {e})',
-                           'a MATLAB v7.3 file of the figshare tumour set', AGAIN) from e
+            f'a file that cannot be read ({type(e).__name__}: {e})',
+            'a MATLAB v7.3 file of the figshare tumour set', AGAIN) from e
 
 def on_edge(mask, border):
     "Share of the outline's points with tumour on one side only"
     if len(border)<6 or len(border)%2: return 0
     (h,w),(x,y) = mask.shape, np.round(border.reshape(-1,2).T).astype(int)-1
     near = [mask[(y+j).clip(0, h-1), (x+i).clip(0, w-1)] for i in (-2,0,2)
-            for j in (-2,0,2)]
+        for j in (-2,0,2)]
     return (np.any(near, 0) & ~np.all(near, 0)).mean()
 
 class MatSlice(Pixels):
@@ -97,10 +97,10 @@ class MatSlice(Pixels):
             g = f['cjdata']
             image,tumour,border = g['image'][()], g['tumorMask'][()]>0, np.ravel(g.get('tumorBorder', ()))
         need(image.shape==tumour.shape, self,
-             f'an image of {times(image.shape)} with a mask of {times(tumour.shape)}',
-             'image and mask of the same size', AGAIN)
+            f'an image of {times(image.shape)} with a mask of {times(tumour.shape)}',
+            'image and mask of the same size', AGAIN)
         need(np.isfinite(image).all(), self, 'values that are not numbers',
-             'finite grey levels', AGAIN)
+            'finite grey levels', AGAIN)
         a = tumour.astype(np.uint8) if mask else image
         return a if on_edge(tumour, border) > on_edge(tumour.T, border) else a.T
 
@@ -116,7 +116,7 @@ def mat_files(root):
     "Slices in the order of their numbers: 9.mat before 10.mat"
     need_package('h5py', 'mat')
     files = [p for p in list_files(root, '.mat')
-             if p.name.lower()!='cvind.mat']
+        if p.name.lower()!='cvind.mat']
     return sorted(files, key=lambda p: (len(p.stem), p.stem))
 
 @lru_cache(maxsize=8192)
@@ -127,13 +127,13 @@ def mat_row(path, size, time): # `stamp` of a file
         pid,label = g['PID'][()], int(np.ravel(g['label'])[0])
     if np.asarray(pid).dtype.kind in 'iu': pid = ''.join(map(chr, pid.ravel())).strip('\0 ')
     need(pid and label in TUMOURS, path,
-         f'the patient {pid!r} with the label {label}',
-         'a PID, and label 1, 2 or 3',
-         'Correct or delete the file.')
+        f'the patient {pid!r} with the label {label}',
+        'a PID, and label 1, 2 or 3',
+        'Correct or delete the file.')
     pixels = MatSlice(path)
     return dict(subject=str(pid), scan='-', slice=Path(path).stem,
-                inputs='t1c', image=pixels, mask=pixels,
-                label=TUMOURS[label])
+        inputs='t1c', image=pixels, mask=pixels,
+        label=TUMOURS[label])
 
 # %% ../nbs/3_figshare_tumours.ipynb #5a1e3c1s
 def figshare_cases(
@@ -155,7 +155,7 @@ def figshare_cases(
 def find_cvind(root):
     "The archive's `cvind.mat` in the folder or above it, or None"
     return next((p for p in [*list_files(root, 'cvind.mat'),
-                             root.parent/'cvind.mat'] if p.is_file()), None)
+                root.parent/'cvind.mat'] if p.is_file()), None)
 
 def read_cvind(file):
     "Fold of each image of the archive"
@@ -177,24 +177,24 @@ def figshare_folds(
     every,k = read_cvind(file), pd.to_numeric(cases['slice'], errors='coerce')
     lost = cases['slice'][~k.between(1, len(every))]+'.mat'
     need(lost.empty, file, f'{len(every)} folds, none for {few(lost, 3)}',
-         'a fold for every image, 1.mat being the first',
-         'Use the cvind.mat and the file names of the archive.')
+        'a fold for every image, 1.mat being the first',
+        'Use the cvind.mat and the file names of the archive.')
     folds,subjects = every[k.astype(int)-1], cases['subject'].values
     n = pd.Series(folds).groupby(subjects).nunique()
     torn = n.index[n>1]
     need(force or torn.empty, file,
-         f'{plural(len(torn), "patient")} in more than one fold: {few(torn)}',
-         'all images of a patient in one fold',
-         'Let the project split by subject; force=True uses them all the same; scores will be too good.')
+        f'{plural(len(torn), "patient")} in more than one fold: {few(torn)}',
+        'all images of a patient in one fold',
+        'Let the project split by subject; force=True uses them all the same; scores will be too good.')
     ks = np.unique(folds)
     need(len(ks)>2, file, f'only {len(ks)} of the folds for these images',
-         'at least 3', 'Split without cvind.mat.')
+        'at least 3', 'Split without cvind.mat.')
     who = pd.DataFrame(dict(image=[case_name(o) for o in cases.itertuples()],
-                            subject=subjects))
+            subject=subjects))
     parts = [np.select([folds==k, folds==after], ['test','valid'], 'train')
-             for k,after in zip(ks, np.roll(ks, -1))]
+        for k,after in zip(ks, np.roll(ks, -1))]
     return pd.concat([who.assign(split=o, fold=i)
-                      for i,o in enumerate(parts)], ignore_index=True)
+            for i,o in enumerate(parts)], ignore_index=True)
 
 # %% ../nbs/3_figshare_tumours.ipynb #5a1e3c18
 @as_problem
@@ -213,10 +213,10 @@ def figshare_check(root, inputs=None, progress=False)->pd.DataFrame:
         except DataError as e: found.append(failure(e, 'warning', file='cvind.mat'))
     t = file_table(cases, root, progress=progress)
     return problem_table([*found, *damaged(t[~t.is_mask]), *odd_masks(t),
-                          *duplicates(t),
-                          *too_few_subjects('t1c', cases['subject'])])
+            *duplicates(t),
+            *too_few_subjects('t1c', cases['subject'])])
 
 # %% ../nbs/3_figshare_tumours.ipynb #5a1e3c21
 LAYOUT = Layout('figshare', figshare_cases, figshare_check, figshare_standin,
-                {0:'background', 1:'tumour'},
-                regions={'tumour':(1,)}, stratify='label', inputs=INPUTS, question=('steps=none','steps=clahe'))
+    {0:'background', 1:'tumour'},
+    regions={'tumour':(1,)}, stratify='label', inputs=INPUTS, question=('steps=none','steps=clahe'))

@@ -20,7 +20,7 @@ def draw_brain(rng, shape=(48,32,48)):
     size = rng.uniform(.9, 1.1, 3)
     head = ellipsoid(shape, (0,0,0), .85*size)
     x,y = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape[:2]),
-                      indexing='ij')
+        indexing='ij')
     folded = head + .12*np.sin(9*np.arctan2(x, y))[...,None]
     seg = np.select([head>1, folded>.85, folded>.45], [0, 1, 2], 3)
     seg[ellipsoid(shape, (0,.05,.05), .25*size)<1] = 1 # ventricles
@@ -46,12 +46,12 @@ def find_subjects(root):
     res = []
     for folder,files in list_niftis(root).items():
         names = {m[1] for stem in files
-                 if (m := re.match(r'(IBSR_\d+)', stem, re.I))}
+            if (m := re.match(r'(IBSR_\d+)', stem, re.I))}
         for s in sorted(names):
             forms = [(s, f'{s}_seg'),
-                     (f'{s}_ana_strip', f'{s}_segTRI_fill_ana')]
+                (f'{s}_ana_strip', f'{s}_segTRI_fill_ana')]
             image,mask = max(forms,
-                             key=lambda o: len(files.keys() & {*o})) # the first of equals
+                key=lambda o: len(files.keys() & {*o})) # the first of equals
             images = {'t1': files[image]} if image in files else {}
             if images or mask in files: res.append(Patient(s, folder, images, files.get(mask)))
     return sorted(res, key=lambda o: o.subject)
@@ -65,14 +65,14 @@ def ibsr_cases(
 )->pd.DataFrame: # Case table whose images are `Pixels`; spacing in mm: row and column, or x, y and z
     "Slices or volumes of IBSR18"
     return volume_cases(root, find_subjects, ['t1'], EXPECTED, inputs,
-                        unit,
-                        **kwargs)
+        unit,
+        **kwargs)
 
 def ibsr_check(root, inputs=None, progress=False)->pd.DataFrame:
     "All that is wrong, doubtful or noteworthy in a folder of IBSR18"
     return check_volumes(root, find_subjects, ['t1'], EXPECTED, LABELS,
-                         inputs, progress)
+        inputs, progress)
 
 LAYOUT = Layout('ibsr', ibsr_cases, ibsr_check, ibsr_standin, LABELS,
-                per='volume', whole=True, inputs=('t1',),
-                regions={'CSF':(1,), 'GM':(2,), 'WM':(3,)}, question=('mode=slice','mode=patch'))
+    per='volume', whole=True, inputs=('t1',),
+    regions={'CSF':(1,), 'GM':(2,), 'WM':(3,)}, question=('mode=slice','mode=patch'))

@@ -31,14 +31,14 @@ def stem_of(path):
     "File name without its ending; `.nii.gz` is one ending"
     name = Path(path).name
     end = next((e for e in VOLUME_SUFFIXES if has_suffix(name, e)),
-               Path(name).suffix)
+        Path(name).suffix)
     return name[:len(name)-len(end)]
 
 def list_files(folder, suffixes='')->list:
     "Every file below `folder` but the hidden ones, sorted by path"
     def walk(d):
         try: entries = [e for e in os.scandir(d)
-                        if not e.name.startswith('.')]
+            if not e.name.startswith('.')]
         except OSError: return # a folder that may not be looked into
         for e in entries: # the listing itself tells what is a file
             if e.is_dir(follow_symlinks=False): yield from walk(e.path)
@@ -57,12 +57,12 @@ def decode(path, what='an image', keep=False)->np.ndarray:
             a = np.array(im)
     except Exception as e: # a damaged file can make the decoder raise almost anything
         raise DataError.of(path,
-                           f'a file that cannot be read ({type(e).__name__}: {e})',
-                           f'{what} in PNG, TIFF, BMP or JPEG format',
-                           'Copy or export the file again, or delete it together with its partners.') from e
+            f'a file that cannot be read ({type(e).__name__}: {e})',
+            f'{what} in PNG, TIFF, BMP or JPEG format',
+            'Copy or export the file again, or delete it together with its partners.') from e
     need(pages==1, path, f'{pages} pages in one file',
-         'a single slice per file',
-         'Save each slice as a file of its own.')
+        'a single slice per file',
+        'Save each slice as a file of its own.')
     return a.astype(np.uint8) if a.dtype==bool else a
 
 def read_grey(path, mask=False):
@@ -71,15 +71,15 @@ def read_grey(path, mask=False):
     a = decode(path, what)
     if a.ndim==3: # JPEG rounds equal channels to within two levels
         need(np.ptp(a, axis=2).max()<=2*(not mask), path,
-             'a colour picture',
-             f'{what} in grey levels', 'Convert it to one grey channel.')
+            'a colour picture',
+            f'{what} in grey levels', 'Convert it to one grey channel.')
         a = a[...,0]
     if a.dtype.kind=='f':
         again = 'Export the file again as 8-bit PNG.'
         need(np.isfinite(a).all(), path, 'values that are not numbers',
-             'finite grey levels', again)
+            'finite grey levels', again)
         need(not mask or (a==np.round(a)).all(), path,
-             'values that are not whole numbers', 'whole codes', again)
+            'values that are not whole numbers', 'whole codes', again)
     return a
 
 # %% ../nbs/library/01_images.ipynb #0c5f770a
@@ -89,8 +89,8 @@ def read_picture(path, channels=None, mask=False)->np.ndarray:
     a = decode(path, keep=True)
     n,last = a.shape[2] if a.ndim==3 else 1, max(channels, default=0)
     need(last<n, path, plural(n, 'channel'),
-         f'at least {last+1} channels',
-         'Export the picture again.')
+        f'at least {last+1} channels',
+        'Export the picture again.')
     if not channels: return a
     return a[...,channels[0]] if len(channels)==1 else a[...,list(channels)]
 
@@ -137,16 +137,16 @@ def foreground(
     within = np.zeros((3,3,3), bool) # neighbours within an axial slice
     within[1,:,1] = within[:,1,1] = True
     return largest_part(ndi.binary_fill_holes(a>otsu(a)*factor,
-                                              within if a.ndim==3 else None))
+            within if a.ndim==3 else None))
 
 # %% ../nbs/library/01_images.ipynb #38ee001e
 MOST_VOXELS = 1024**3
 
 def broken_volume(path, why):
     return DataError.of(path,
-                        f'a file that cannot be read to its end ({why})',
-                        'a whole NIfTI or MGH volume',
-                        'It is damaged or was cut short: copy or export it again.')
+        f'a file that cannot be read to its end ({why})',
+        'a whole NIfTI or MGH volume',
+        'It is damaged or was cut short: copy or export it again.')
 
 def volume_header(path):
     "nibabel image of a file that holds one volume of real numbers; its voxels are not read yet"
@@ -157,13 +157,13 @@ def volume_header(path):
     shape,dtype = im.shape, im.get_data_dtype()
     single = len(shape)>2 and set(shape[3:])<={1} and 0 not in shape
     need(single, path, f'an image of the shape {times(shape)}',
-         'one volume with three dimensions',
-         'Split it into one file for each volume.')
+        'one volume with three dimensions',
+        'Split it into one file for each volume.')
     need(dtype.kind in 'iuf', path, f'values of the type {dtype}',
-         'one real number per voxel', 'Export it again.')
+        'one real number per voxel', 'Export it again.')
     placed = np.isfinite(im.affine).all() and abs(np.linalg.det(im.affine[:3,:3]))>1e-12
     need(placed, path, 'an affine that places no voxels in space',
-         'voxel sizes and directions', 'Export it again.')
+        'voxel sizes and directions', 'Export it again.')
     return im
 
 # %% ../nbs/library/01_images.ipynb #ed7f53e0
@@ -174,7 +174,7 @@ def read_voxels(path, im):
     claim = n*im.get_data_dtype().itemsize
     if n>MOST_VOXELS or claim>size*(1032 if packed else 1):
         raise broken_volume(path,
-                            f'its header claims {times(im.shape)} voxels in {size:,} bytes')
+            f'its header claims {times(im.shape)} voxels in {size:,} bytes')
     try:
         if packed: # all of it, as only the end of a compressed file tells whether it is sound
             most = claim + int(getattr(im.dataobj, 'offset', 0)) + 2**24 # MGH files have more after the voxels
@@ -193,8 +193,8 @@ def load_volume(path):
         if a.dtype.itemsize>4: a = a.astype(np.float32)
         bad = int(a.size-np.isfinite(a).sum())
         need(not bad, path, f'{bad} voxels that are NaN or infinite',
-             'finite numbers only',
-             'Export it again, or replace them, for example by 0 outside the head.')
+            'finite numbers only',
+            'Export it again, or replace them, for example by 0 outside the head.')
     res = type(im)(a.reshape(a.shape[:3]), im.affine, im.header)
     res.set_data_dtype(a.dtype)
     return res
@@ -205,7 +205,7 @@ def by_stamp(maxsize):
     def deco(f):
         memory = lru_cache(maxsize)(lambda key, *args: f(*args))
         g = wraps(f)(lambda path,
-                     *args: memory(stamp(path), os.fspath(path), *args))
+            *args: memory(stamp(path), os.fspath(path), *args))
         g.cache_clear = memory.cache_clear
         return g
     return deco
@@ -251,10 +251,10 @@ def measure_volume(path):
     flat = np.asfortranarray(a, '<i2' if small else '<f4').ravel('K') # alike for the same values of any type
     mm = [round(float(o), 4) for o in im.header.get_zooms()[:3]]
     return dict(shape=a.shape, spacing=mm, affine=im.affine,
-                window=window_of(a),
-                slices=a.any((0,1)).nonzero()[0], constant=bool((a==a.flat[0]).all()),
-                codes=codes and list(codes.items()), inside=codes and list(inside.items()),
-                sha=sha_of(f'{a.shape} {mm}'.encode(), flat.view(np.uint8)))
+        window=window_of(a),
+        slices=a.any((0,1)).nonzero()[0], constant=bool((a==a.flat[0]).all()),
+        codes=codes and list(codes.items()), inside=codes and list(inside.items()),
+        sha=sha_of(f'{a.shape} {mm}'.encode(), flat.view(np.uint8)))
 
 @by_stamp(maxsize=8192)
 def volume_facts(path):
@@ -276,8 +276,8 @@ def unpack_volume(path, to):
         with written(to) as tmp: nib.save(nib.Nifti1Image(a, im.affine, dtype=a.dtype), tmp)
     except OSError as e:
         raise DataError.of(to, str(e),
-                           'a cache folder with room to write in',
-                           'Make room, or name another folder in the variable BRAINSEG_CACHE.') from e
+            'a cache folder with room to write in',
+            'Make room, or name another folder in the variable BRAINSEG_CACHE.') from e
 
 @by_stamp(maxsize=16)
 def open_volume(
@@ -297,8 +297,8 @@ def open_voxels(path, index=None):
     a = np.asanyarray(open_volume(path).dataobj)
     if index is None: return a
     need(0<=index<a.shape[2], os.fspath(path),
-         plural(a.shape[2], 'slice'),
-         f'a slice {index}', 'List the cases again.')
+        plural(a.shape[2], 'slice'),
+        f'a slice {index}', 'List the cases again.')
     return np.rot90(a[:,:,index])
 
 # %% ../nbs/library/01_images.ipynb #1be31983
@@ -331,7 +331,7 @@ class Pixels:
     def image(self):
         "Grey levels of all files, uint8"
         return stack_channels([grey_levels(replace(self, files=f))
-                               for f in self.files], self.files)
+                for f in self.files], self.files)
 
     def mask(self):
         "Raw codes"
@@ -354,8 +354,8 @@ def stack_channels(channels, files):
     first = channels[0].shape
     for f,c in zip(files, channels):
         need(c.shape==first, f, f'the shape {times(c.shape)}',
-             f'{times(first)} as in {files[0]}',
-             'All channels of a case must lie on the same grid.')
+            f'{times(first)} as in {files[0]}',
+            'All channels of a case must lie on the same grid.')
     return channels[0] if len(channels)==1 else np.stack(channels, -1)
 
 def shape_of(x:Pixels):
@@ -392,8 +392,8 @@ def read_mask(
     a,codes = raw_mask(x), np.sort(np.asarray(codes))
     bad = sorted(set(count_values(a))-set(codes.tolist()))
     need(not bad, os.fspath(x), f'the values {few(bad)}',
-         f'only the codes {few(codes.tolist(), 20)}',
-         'See `brainseg check`; a model can only be used on masks with the codes that it was trained on.')
+        f'only the codes {few(codes.tolist(), 20)}',
+        'See `brainseg check`; a model can only be used on masks with the codes that it was trained on.')
     if a.dtype!=np.uint8: return np.searchsorted(codes, a).astype(np.uint8, order='C')
     table = np.searchsorted(codes, np.arange(256)).astype(np.uint8)
     return np.ascontiguousarray(table[a])
@@ -403,11 +403,11 @@ def to_native(mask, affine, shape)->np.ndarray:
     "A mask in the orientation and shape of a file's own array"
     import nibabel.orientations as o
     back = o.ornt_transform(o.axcodes2ornt('RAS'),
-                            o.io_orientation(affine))
+        o.io_orientation(affine))
     res = o.apply_orientation(mask, back)
     fits = res.shape==tuple(shape[:3]) and res.size==np.prod(shape) # there may be a trailing axis of length 1
     need(fits, f'a mask of {times(mask.shape)} voxels in RAS+ orientation does not fit the file, '
-               f'which has {times(shape)}; give the file that the prediction was made from')
+        f'which has {times(shape)}; give the file that the prediction was made from')
     return np.ascontiguousarray(res.reshape(shape))
 
 def nifti_like(a, like):
@@ -415,8 +415,8 @@ def nifti_like(a, like):
     import nibabel as nib
     if not hasattr(like, 'affine'): like = volume_header(like)
     res = nib.Nifti1Image(to_native(a, like.affine, like.shape),
-                          like.affine,
-                          like.header)
+        like.affine,
+        like.header)
     res.set_data_dtype(a.dtype)
     res.header.set_slope_inter(1, 0)
     res.header['cal_max'] = res.header['cal_min'] = 0
@@ -434,14 +434,14 @@ def write_mask(
     codes,volume = np.sort(np.asarray(codes)), classes.ndim==3
     ends,types = (('.nii','.nii.gz'), 'Bhi') if volume else (('.png',), 'BH')
     need(has_suffix(path, ends), path, 'this ending', ' or '.join(ends),
-         'Choose another name.')
+        'Choose another name.')
     need(classes.max()<len(codes), path,
-         f'class {classes.max()} in the prediction',
-         f'at most {len(codes)-1}, for the codes {few(codes.tolist(), 20)}', 'Give the codes of the training.')
+        f'class {classes.max()} in the prediction',
+        f'at most {len(codes)-1}, for the codes {few(codes.tolist(), 20)}', 'Give the codes of the training.')
     dtype = next((o for o in types if (codes.astype(o)==codes).all()),
-                 None)
+        None)
     need(dtype, path, f'the codes {few(codes.tolist())}',
-         'codes that the format can hold', 'Write other codes.')
+        'codes that the format can hold', 'Write other codes.')
     a = codes.astype(dtype)[classes]
     with written(path) as tmp:
         if volume: nifti_like(a, like).to_filename(tmp)
@@ -461,23 +461,23 @@ def look(path, x, mask):
     if is_volume(path):
         d = volume_facts(path)
         need(not mask or d['codes'], path, 'values that are no labels',
-             'a few whole numbers',
-             'Give the segmentation, not an image; export it without smoothing.')
+            'a few whole numbers',
+            'Give the segmentation, not an image; export it without smoothing.')
         return dict(d, error=None, shape=tuple(d['shape']),
-                    codes=dict(d['codes'] or ()),
-                    inside=dict(d['inside'] or ()))
+            codes=dict(d['codes'] or ()),
+            inside=dict(d['inside'] or ()))
     a = x.values(mask)
     d = dict(error=None, shape=a.shape, sha=sha_of_picture(a),
-             constant=bool((a==a.flat[0]).all()))
+        constant=bool((a==a.flat[0]).all()))
     return dict(d, codes=count_values(a),
-                inside=count_values(a[all_alike(a)])) if mask else d
+        inside=count_values(a[all_alike(a)])) if mask else d
 
 # %% ../nbs/library/01_images.ipynb #de31da1s
 def file_facts(x, mask=False)->dict:
     "error, shape, sha, constant; of masks codes and inside; of volumes `volume_facts` as well"
     x = pixels_of(x)
     x = replace(x, files=x.files[:1], index=None,
-                channels=None if x.channels is None else ())
+        channels=None if x.channels is None else ())
     try: return look(x, x, mask)
     except DataError as e: return dict(error=e)
 

@@ -37,9 +37,9 @@ class Frame:
 def training_spacing(cases)->tuple:
     "Median size of a pixel or voxel"
     dims = [3 if o in ('','-') and not np.isscalar(mm) else 2
-            for o,mm in zip(cases['slice'], cases['spacing'])]
+        for o,mm in zip(cases['slice'], cases['spacing'])]
     mm = [np.broadcast_to(np.asarray(o, float), n)
-          for o,n in zip(cases['spacing'], dims)]
+        for o,n in zip(cases['spacing'], dims)]
     mm = np.array([o for o in mm if np.isfinite(o).all()])
     return tuple(np.median(mm, axis=0).round(4).tolist()) if len(mm) else None
 
@@ -61,8 +61,8 @@ class Model:
     def codes(self): return self.frame.codes
     @property
     def device(self): return next((p.device
-                                   for p in self.net.parameters()),
-                                  torch.device('cpu'))
+            for p in self.net.parameters()),
+        torch.device('cpu'))
 
     def scores(self, x):
         "Class scores of a batch, float32"
@@ -82,7 +82,7 @@ class Masks(NamedTuple):
         "The `Masks` of each picture of a stack"
         def one(o, i): return None if o is None else o[i]
         return [Masks(*(one(o, i) for o in self))
-                for i in range(len(self.mask))]
+            for i in range(len(self.mask))]
 
 # %% ../nbs/library/15_inference.ipynb #bd6711ef
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def fit_of(pics, spacing, frame:Frame, volume=False)->Fit:
     at = tuple(max(1, round(o*r)) for o,r in zip(own, ratio)) if other else own
     if not volume and not other: return Fit(own, own, max(own))
     return Fit(own, at, max(frame.field, needed_side(pics, at))
-               if frame.field else max(*at, frame.size))
+        if frame.field else max(*at, frame.size))
 
 def needed_side(pics, at)->int:
     "Side of a centred square that cuts off nothing but background"
@@ -126,7 +126,7 @@ def resized(x, hw, antialias=False):
     "A batch (N,C,H,W) at another size"
     if tuple(x.shape[-2:])==tuple(hw): return x
     return F.interpolate(x.float(), size=tuple(hw), mode='bilinear',
-                         antialias=antialias, align_corners=False)
+        antialias=antialias, align_corners=False)
 
 def network_input(frame:Frame, pics, fit:Fit)->torch.Tensor:
     "What a network sees of pictures, as in training"
@@ -167,17 +167,17 @@ def predict_slices(model:Model, pics, fit:Fit, flips=True, bs=8)->Masks:
         x = network_input(model.frame, pics[i:i+bs], fit)
         scores = [own_pixels(model.scores(x), fit)]
         if flips: scores.append(own_pixels(model.scores(x.flip(-1)).flip(-1),
-                                           fit))
+                fit))
         res += map(both_ways, *scores)
     return Masks(*(None if o[0] is None else np.stack(o)
-                   for o in zip(*res)))
+            for o in zip(*res)))
 
 # %% ../nbs/library/15_inference.ipynb #59b1bde7
 def scaled(x, shape):
     "A volume (C,X,Y,Z) at another size"
     if tuple(x.shape[1:])==tuple(shape): return x
     return F.interpolate(x[None].float(), size=tuple(shape),
-                         mode='trilinear', align_corners=False)[0]
+        mode='trilinear', align_corners=False)[0]
 
 def volume_input(frame:Frame, a, spacing)->torch.Tensor:
     "What a network sees of a volume, as in training"
@@ -195,7 +195,7 @@ def window_scores(model:Model, x, overlap=.5, multiple=16)->torch.Tensor:
     shape = [max(o) for o in zip(inner, patch)] if patch else [-(-n//multiple)*multiple for n in inner]
     x = widened(x, shape, x.amin((1,2,3), keepdim=True))[None]
     if patch: res = sliding_window_inference(x, patch, 2, model.scores,
-                                             overlap, 'gaussian', device='cpu')
+        overlap, 'gaussian', device='cpu')
     else: res = model.scores(x).cpu()
     return res[0][(..., *middle(shape, inner))]
 
@@ -206,7 +206,7 @@ def predict_volume(model, a, spacing=None, flips=True)->Masks: # (X,Y,Z) each
     if flips: scores.append(window_scores(model, x.flip(1)).flip(1))
     n = len(scores[0])
     need(n==len(model.codes),
-         f'the network gave {n} classes, expected {len(model.codes)}; train it for these codes')
+        f'the network gave {n} classes, expected {len(model.codes)}; train it for these codes')
     return Masks(*both_ways(*(scaled(o, own) for o in scores)))
 
 # %% ../nbs/library/15_inference.ipynb #a4cbf294
@@ -225,6 +225,6 @@ def predict(
     try:
         if model.frame.mode!='slice': return predict_volume(model, image, spacing, flips)
         return predict_slices(model, image,
-                              fit or fit_of(image, spacing, model.frame,
-                                            volume), flips)
+            fit or fit_of(image, spacing, model.frame,
+                volume), flips)
     finally: model.net.train(was)

@@ -47,7 +47,7 @@ def mean_intervals(x, level=.95, draws=None):
         points,b = np.where(se>0, t_points(x, draws), np.nan),len(draws)
         out = [(points<=0).sum(0),(points>=0).sum(0)]
         p = np.where(np.isnan(points[0]), p,
-                     np.maximum(p, (np.add(out, .5))/(b+1)))
+            np.maximum(p, (np.add(out, .5))/(b+1)))
         k = max(1, int((b+1)*(1-level)/2+1e-9))
         points.partition([k-1,b-k], axis=0)
         low,high = np.fmin(low, points[k-1]),np.fmax(high, points[b-k])
@@ -58,12 +58,12 @@ def bootstrap_t(x, level=.95, n_boot=9999, seed=0)->tuple:
     "Interval of a mean and the two-sided p-value against a mean of 0"
     x = np.asarray(x, float)
     need(x.ndim==1 and len(x) and np.isfinite(x).all(), 'An interval',
-         few(x),
-         'one finite number per subject', 'Take the mean of each subject first.')
+        few(x),
+        'one finite number per subject', 'Take the mean of each subject first.')
     if len(x)==1: return -np.inf,np.inf,1.
     draws = resamples(len(x), n_boot, seed)
     low,high,p = (float(o[0])
-                  for o in mean_intervals(x[:,None], level, draws))
+        for o in mean_intervals(x[:,None], level, draws))
     if low==high: p = 1. if low==0 else 1/(n_boot+1)
     return low,high,p
 
@@ -83,9 +83,9 @@ def subjects_needed(
 
 # %% ../nbs/library/07_intervals.ipynb #f92d3f03
 def simulate_coverage(draw, n_subjects=20, images=(1,4), n_sim=1000,
-                      seed=0,
-                      n_boot=9999,
-                      within=.5, level=.95)->dict:
+    seed=0,
+    n_boot=9999,
+    within=.5, level=.95)->dict:
     "How often the interval contains the true mean, and how often a difference is claimed that does not exist"
     r,draws,parts = np.random.default_rng(seed),resamples(n_subjects, n_boot),[]
     for i in range(0, n_sim, 200): # in parts, to bound memory

@@ -26,8 +26,8 @@ def draw_slice(centre, k, rng, shape=(64,64)):
     brain,r = ellipsoid(shape, (0,0), (.85,.7))<1, .36-.09*abs(k-3.5)
     tumour = brain & (ellipsoid(shape, centre, (r,r*.9))<1) & (1<k<6)
     image = np.stack([np.where(brain, b+t*tumour+rng.normal(0, 8, shape),
-                               0)
-                      for b,t in LOOKS], -1)
+                0)
+            for b,t in LOOKS], -1)
     return image.clip(0, 255).astype(np.uint8), tumour.astype(np.uint8)*255
 
 def lgg_standin(folder, n, rng):
@@ -38,7 +38,7 @@ def lgg_standin(folder, n, rng):
         d = folder/'kaggle_3m'/f'{patient}_20000101'
         d.mkdir(parents=True)
         rows.append(dict(Patient=patient, RNASeqCluster=s%3+1,
-                         tumor_location=s%4+1, gender=s%2+1, death01=s%2))
+                tumor_location=s%4+1, gender=s%2+1, death01=s%2))
         for k in range(1, 7):
             for a,end in zip(draw_slice(centre, k, rng), ('','_mask')):
                 Image.fromarray(a).save(d/f'{d.name}_{k}{end}.tif')
@@ -51,34 +51,34 @@ def find_slices(root):
     "Rows of all slices, with None where there is no mask, and the masks without an image"
     files,rows = {}, []
     for p in sorted(list_files(root, ('.tif','.tiff')),
-                    key=lambda p: len(p.parts)):
+        key=lambda p: len(p.parts)):
         if p.name.startswith('TCGA_'): files.setdefault((p.parent.name, p.stem), p)
     masks = {key for key in files if key[1].endswith('_mask')}
     for folder,stem in files.keys()-masks:
         *name,k = stem.split('_')
         rows.append(dict(subject='_'.join(name[:3]),
-                         scan='_'.join(name[3:]) or '-', slice=f'z{k:0>3}',
-                         image=files[folder,stem], mask=files.get((folder,f'{stem}_mask'))))
+                scan='_'.join(name[3:]) or '-', slice=f'z{k:0>3}',
+                image=files[folder,stem], mask=files.get((folder,f'{stem}_mask'))))
     alone = [files[d,s] for d,s in masks
-             if (d,s.removesuffix('_mask')) not in files]
+        if (d,s.removesuffix('_mask')) not in files]
     return sorted(rows, key=lambda o: (o['subject'], o['scan'],
-                                       o['slice'])), sorted(alone)
+            o['slice'])), sorted(alone)
 
 # %% ../nbs/6_lgg_networks_and_losses.ipynb #6d2f1c0b
 def read_findings(root):
     "The table `data.csv` by patient; empty without that file"
     file = next((p for p in list_files(root, '.csv')
-                 if p.name=='data.csv'),
-                None)
+            if p.name=='data.csv'),
+        None)
     if file is None: return pd.DataFrame()
     again = 'Download it again or delete it.'
     try: t = pd.read_csv(file)
     except (OSError, ValueError) as e: raise DataError.of(file, str(e), 'a table', again) from e
     need('Patient' in t, file, f'the columns {few(t.columns)}',
-         'a column Patient', again)
+        'a column Patient', again)
     t.index = ['_'.join(str(o).split('_')[:3]) for o in t['Patient']]
     return t[~t.index.duplicated()].drop(columns=['Patient', *COLUMNS],
-                                         errors='ignore')
+        errors='ignore')
 
 def lgg_cases(
     root,          # Folder `kaggle_3m`, or any above it
@@ -91,7 +91,7 @@ def lgg_cases(
     one_unit(unit, ('slice',))
     root = data_root(root, EXPECTED)
     rows = [o for o in find_slices(root)[0]
-            if bool(o['mask'])==bool(labelled)]
+        if bool(o['mask'])==bool(labelled)]
     t = case_table(rows, root, EXPECTED, labelled).assign(inputs='+'.join(names))
     channels = [*map(CHANNELS.index, names)]
     t['image'] = [Pixels(p, channels=channels) for p in t['image']]
@@ -105,15 +105,15 @@ def wrong_channels(t):
     for o in t[~t.is_mask & t.error.isna()].itertuples():
         n = o.shape[2] if len(o.shape)>2 else 1
         if n!=3: yield problem('error', o.file, plural(n, 'channel'),
-                               '3 channels: before contrast, FLAIR, after contrast',
-                               'Export it again.')
+            '3 channels: before contrast, FLAIR, after contrast',
+            'Export it again.')
 
 def without_mask(rows, root):
     "Slices without a mask, or their folder if none in it has one"
     some = {o['image'].parent for o in rows if o['mask']}
     bare = [o['image'] for o in rows if not o['mask']]
     for p in dict.fromkeys(p if p.parent in some else p.parent
-                           for p in bare):
+        for p in bare):
         yield no_mask(p.relative_to(root).as_posix(), p, root, 'mask')
 
 @as_problem
@@ -125,15 +125,15 @@ def lgg_check(root, inputs=None, progress=False)->pd.DataFrame:
     if not rows: return nothing_here(root, EXPECTED)
     read_findings(root)
     t = file_table([dict(o, inputs='images',
-                         image=Pixels(o['image'], channels=())) for o in rows], root, alone, progress)
+                image=Pixels(o['image'], channels=())) for o in rows], root, alone, progress)
     orphans = [known_problem('bare_mask', p.relative_to(root).as_posix(),
-                             kinds='its folder') for p in alone]
+            kinds='its folder') for p in alone]
     return problem_table([*orphans, *wrong_channels(t),
-                          *without_mask(rows, root), *damaged(t),
-                          *unequal_sizes(t),
-                          *unknown_labels(t, LABELS), *odd_masks(t), *duplicates(t),
-                          *too_few_subjects('images', [o['subject'] for o in rows if o['mask']])])
+            *without_mask(rows, root), *damaged(t),
+            *unequal_sizes(t),
+            *unknown_labels(t, LABELS), *odd_masks(t), *duplicates(t),
+            *too_few_subjects('images', [o['subject'] for o in rows if o['mask']])])
 
 LAYOUT = Layout('lgg', lgg_cases, lgg_check, lgg_standin, LABELS,
-                regions={'tumour':(255,)}, inputs=CHANNELS, packed=True,
-                whole=True, question=('arch=unet','arch=attention_unet'))
+    regions={'tumour':(255,)}, inputs=CHANNELS, packed=True,
+    whole=True, question=('arch=unet','arch=attention_unet'))

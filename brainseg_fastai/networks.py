@@ -49,10 +49,10 @@ RESNETS = 'resnet18','resnet34','resnet50'
 ARCHS = {o: Arch(divisor=1, minimum=32) for o in RESNETS}
 ARCHS |= {f'efficientnet_b{n}': Arch(divisor=2, minimum=64) for n in range(8)}
 ARCHS |= dict(unet=Arch(plain_unet, depth=4, width=32),
-              attention_unet=Arch(attention_unet, depth=4, width=32),
-              unet3d=Arch(plain_unet, (3,), depth=4, width=16),
-              unetr=Arch(unetr, (3,), 16, 16, width=16),
-              segresnet=Arch(segresnet, (2,3), depth=3, width=16))
+    attention_unet=Arch(attention_unet, depth=4, width=32),
+    unet3d=Arch(plain_unet, (3,), depth=4, width=16),
+    unetr=Arch(unetr, (3,), 16, 16, width=16),
+    segresnet=Arch(segresnet, (2,3), depth=3, width=16))
 
 # %% ../nbs/library/12_networks.ipynb #c011x
 def check_size(arch, size, dims=2, depth=None, width=None)->tuple:
@@ -64,7 +64,7 @@ def check_size(arch, size, dims=2, depth=None, width=None)->tuple:
         ok = v is None or getattr(a, k) and v>1
         need(ok, f'network {arch}: came {k}={v}, which is below 2, or its {k} is fixed')
     need(arch!='segresnet' or (width or 8)%8==0,
-         f'network {arch}: came width={width}; expected a multiple of 8')
+        f'network {arch}: came width={width}; expected a multiple of 8')
     said = f'network {arch}: came the size {times(size)}; expected'
     need(len(size)==dims, f'{said} {dims} numbers')
     depth = depth or a.depth
@@ -73,10 +73,10 @@ def check_size(arch, size, dims=2, depth=None, width=None)->tuple:
     def near(f): return times(max(low, f(o/div)*div) for o in size)
     fit = dict.fromkeys([near(math.floor), near(math.ceil)])
     keep = [d for d in range(2, depth or 0)
-            if all(o%2**d==0 and o>2**d for o in size)]
+        if all(o%2**d==0 and o>2**d for o in size)]
     also = f'; or keep the size with depth {keep[-1]}' if keep else ''
     need(times(size) in fit, f'{said} multiples of {div}, at least {low}. '
-         f'Nearest sizes that work: {" or ".join(fit)}{also}')
+        f'Nearest sizes that work: {" or ".join(fit)}{also}')
     return size
 
 # %% ../nbs/library/12_networks.ipynb #c014x
@@ -88,7 +88,7 @@ def imagenet_weights(arch)->bool:
         if not file.exists(): urllib.request.urlopen(url, timeout=3).close()
     except OSError:
         warnings.warn(f'No ImageNet weights: {file} cannot be downloaded. Training '
-                      'starts from random weights, which needs more images.')
+            'starts from random weights, which needs more images.')
         return False
     return True
 
@@ -143,11 +143,11 @@ class LightUnet(Module):
         sizes,n_in = model_sizes(body, (64,64)), in_channels(body)
         sides = [o[-1] for o in sizes]
         self.skips = [i for i in range(len(sides)-1) # before each halving
-                      if sides[i]!=sides[i+1]]
+            if sides[i]!=sides[i+1]]
         skips = [*(sizes[i][1] for i in reversed(self.skips)), 4*n_in]
         self.body,ups = body, (64,32,16,16)
         self.ups = nn.ModuleList(nn.Sequential(ConvLayer(i+s, w), ConvLayer(w, w))
-                                 for i,s,w in zip([sizes[-1][1], *ups], skips, ups))
+            for i,s,w in zip([sizes[-1][1], *ups], skips, ups))
         self.shuffle = PixelShuffle_ICNR(16, 8, act_cls=nn.ReLU, norm_type=None)
         self.head = nn.Sequential(
             ConvLayer(8+n_in, 8), ConvLayer(8, n_out, ks=1, act_cls=None, norm_type=None))
@@ -204,7 +204,7 @@ def first_names(model):
     "Each name in a model's state, with the first name that its tensor has"
     first = {}
     return {k: first.setdefault((v.data_ptr(), v.shape), k)
-            for k,v in model.state_dict().items()}
+        for k,v in model.state_dict().items()}
 
 def save_weights(model, path):
     "Weights of a network as safetensors, all or nothing"
@@ -243,7 +243,7 @@ def memory_estimate(
     def ghost(t): return torch.empty_like(t, device='meta')
     def mb(ts): return sum(t.nbytes for t in ts)/1e6
     ps = {id(p): nn.Parameter(ghost(p), train and p.requires_grad)
-          for p in net.parameters()}
+        for p in net.parameters()}
     buffers = {id(b): ghost(b) for b in net.buffers()}
     net = deepcopy(net, ps | buffers).train(train) # with ghosts in place of its tensors
     ps,learned = [*ps.values()], [p for p in ps.values() if p.requires_grad]
@@ -256,12 +256,12 @@ def memory_estimate(
     maps = live.peak/1e6
     total = mb(fixed)+2*mb(learned)+maps # Adam keeps two averages of the gradients
     return dict(parameters=sum(p.numel() for p in ps), parameters_mb=mb(ps),
-                activations_mb=maps, total_mb=total)
+        activations_mb=maps, total_mb=total)
 
 # %% ../nbs/library/12_networks.ipynb #c031x
 how = dict(to_onehot_y=True, softmax=True)
 LOSSES = dict(ce=F.cross_entropy, weighted_ce=F.cross_entropy, dice=DiceLoss(**how),
-              focal=FocalLoss(gamma=2.), dice_ce=DiceCELoss(**how))
+    focal=FocalLoss(gamma=2.), dice_ce=DiceCELoss(**how))
 
 def parse_loss(spec)->list:
     "The terms of a loss such as 'dice+0.5*focal': pairs of factor and name"
@@ -269,8 +269,8 @@ def parse_loss(spec)->list:
     for s in str(spec).split('+'):
         m = re.fullmatch(r'\s*(?:(\d+\.?\d*|\.\d+)\s*\*\s*)?(\w+)\s*', s)
         need(m and m[2] in LOSSES and float(m[1] or 1)>0,
-             f'loss {spec!r}: cannot read {s.strip()!r}; expected a sum of '
-             f'{few(LOSSES)}, such as dice+0.5*focal')
+            f'loss {spec!r}: cannot read {s.strip()!r}; expected a sum of '
+            f'{few(LOSSES)}, such as dice+0.5*focal')
         res.append((float(m[1] or 1), m[2]))
     return res
 
@@ -292,7 +292,7 @@ class SumLoss(Module):
         targ = targ.as_subclass(torch.Tensor).long()
         w,n = self.weights, pred.shape[1]
         need(w is None or len(w)==n, f'{0 if w is None else len(w)} class weights for {n} classes; '
-             'expected those of class_weights')
+            'expected those of class_weights')
         def term(k):
             more = [self.weights.to(pred.device)] if k=='weighted_ce' else []
             return LOSSES[k](pred, targ[:,None] if 'dice' in k else targ, *more)

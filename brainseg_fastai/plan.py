@@ -44,7 +44,7 @@ class Stopwatch(Callback):
         if self.dls.device.type=='cuda': torch.cuda.synchronize() # its work, not the asking
         return time.perf_counter()
     def median(self): return median(self.steps[self.warm_up:]
-                                    or self.steps[-1:])
+        or self.steps[-1:])
 
 def step_seconds(
     learn,      # Learner, whose weights will be changed
@@ -82,7 +82,7 @@ def windows(shape, patch, overlap=.5):
     "How many overlapping patches a volume has"
     steps = [max(1, int(p*(1-overlap))) for p in patch]
     return math.prod(1+math.ceil(max(0, n-p)/k)
-                     for n,p,k in zip(shape, patch, steps))
+        for n,p,k in zip(shape, patch, steps))
 
 def prediction_seconds(learn, cases)->float:
     "How long a case and its mirror image take; of patches, two are timed and the others counted"
@@ -115,13 +115,13 @@ def measure_training(
     one = score = prediction_seconds(learn, test)
     if layout.per!='volume' and s.mode!='patch':
         def scored(): score_cases(learn, test, regions=layout.regions,
-                                  quality=True)
+            quality=True)
         score = timed(scored)/len(test)
     steps = max(1, int(n['train'])//s.bs)
     epoch = float(steps*step + n['valid']*one/2)
     return dict(epochs=s.epochs, steps=steps, step_s=step, epoch_s=epoch,
-                setup_s=setup,
-                score_s=float(n['test']*score), memory_mb=peak_mb())
+        setup_s=setup,
+        score_s=float(n['test']*score), memory_mb=peak_mb())
 
 # %% ../nbs/8_speed.ipynb #9e983aeb
 @delegates(prepare)
@@ -141,7 +141,7 @@ def plan_variants(
             cases = with_split(job['cases'], r.split, 0)
             s = replace(job['settings'], pretrained=False)
             d = measure_training(cases, s, r.codes, seconds/len(variants),
-                                 r.layout)
+                r.layout)
             d['score_s'] *= 1+len(job['others'])
             rows[name] = dict(variant=name, trainings=0, minutes=0., **d)
         row = rows[name]
@@ -162,7 +162,7 @@ def advice(
     "What a plan comes to, and what to change if it is over budget"
     total,gb = plan['minutes'].sum(), plan['memory_mb'].max()/1024
     lines = [f'{o.variant}: {plural(o.trainings, "training")} of {o.epochs} epochs, {o.steps} steps of '
-             f'{1000*o.step_s:.0f} ms each: about {duration(o.minutes)}' for o in plan.itertuples()]
+        f'{1000*o.step_s:.0f} ms each: about {duration(o.minutes)}' for o in plan.itertuples()]
     lines.append(f'In all about {duration(total)}, {gb:.1f} GB of memory (with all that Python holds).')
     if minutes and total>minutes:
         fixed = (plan['trainings']*(plan['setup_s']+plan['score_s'])).sum()/60
@@ -170,8 +170,8 @@ def advice(
         fits = f'With --epochs {epochs} it would fit, at some cost in Dice.'
         if epochs<3: fits = 'Fewer epochs alone will not do.'
         lines += [f'That is more than {duration(minutes)}. {fits}',
-                  'Half the --size takes about a quarter of the time. Fewer --folds or --repeats '
-                  'test fewer subjects, or each with fewer trainings.']
+            'Half the --size takes about a quarter of the time. Fewer --folds or --repeats '
+            'test fewer subjects, or each with fewer trainings.']
     if memory and gb>memory:
         lines.append(f'That is more than {memory:g} GB. A smaller --bs, --size or --patch needs less.')
     return lines

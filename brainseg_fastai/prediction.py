@@ -60,7 +60,7 @@ def evans_index(a, mask, mm, ks)->dict:
     skull = inner_width(a[:,:,k], mask[:,:,k], mm[:2])
     if not skull: return {}
     return dict(index=horns/skull, slice=k, horns_mm=horns,
-                skull_mm=skull)
+        skull_mm=skull)
 
 # %% ../nbs/library/23_prediction.ipynb #d6e72497
 class Part(NamedTuple):
@@ -75,28 +75,28 @@ def slab_of(config, slab=None):
     if slab is None: return (config['slab'] or {}).get('below_top_mm')
     lo,hi = map(float, slab)
     need(0<=lo<=hi, f'slab {lo:g} to {hi:g}: expected mm below the top '
-         'of the brain, the smaller number first')
+        'of the brain, the smaller number first')
     return [lo,hi]
 
 def part_of_volume(scan, config, slab=None)->Part:
     "The slices of a volume that a model of slices can be asked about"
     slab,n = slab_of(config, slab), scan.extent[2]
     need(slab or config['whole'], scan.path, 'a volume',
-         'to know which slices the model was trained on, which its bundle does not say',
-         'Give them as --slab LO,HI (in Python slab=(LO,HI)): '
-         'mm below the top of the brain, for example 55,70.')
+        'to know which slices the model was trained on, which its bundle does not say',
+        'Give them as --slab LO,HI (in Python slab=(LO,HI)): '
+        'mm below the top of the brain, for example 55,70.')
     try: top,skull = top_of_brain(scan.grey, scan.spacing)
     except DataError as e: raise DataError(f'{scan.path}: {e}') from e
     if not slab: return Part(tuple(range(n)), True, skull)
     ks,inside = slab_slices(top, n, scan.spacing[2], slab)
     where = '{:g} to {:g} mm below the top of the brain'.format(*slab)
     need(len(ks), scan.path, f'no slice {where}',
-         'a scan that reaches there',
-         'Check the scan, or give another --slab.')
+        'a scan that reaches there',
+        'Check the scan, or give another --slab.')
     notes = [f'slices {ks[0]} to {ks[-1]} of 0 to {n-1}, from below, '
-             f'lie in the slab of the model ({where}); the others were left empty']
+        f'lie in the slab of the model ({where}); the others were left empty']
     if skull: notes.append('the top of the brain was taken to lie '
-                           f'{SCALP_AND_SKULL:g} mm below the top of the head')
+        f'{SCALP_AND_SKULL:g} mm below the top of the head')
     if not inside: notes.append('the scan does not reach over the whole slab')
     return Part(tuple(ks.tolist()), inside, skull, tuple(notes))
 
@@ -109,9 +109,9 @@ def measure(scan, m, label, part, whole)->dict:
     px,mm2 = int(sizes[k]), mm[0]*mm[1] if mm else np.nan
     ml = float(m.sum()*np.prod(mm)/1000) if whole else np.nan
     res = dict(name=scan.name, label=label['name'], code=label['code'],
-               area_mm2=px*mm2, area_px=px, volume_ml=ml,
-               slice=k if volume and px else None, slices=len(part.slices),
-               brain_mm2=np.nan, ventricle_brain_ratio=np.nan, evans_index=np.nan)
+        area_mm2=px*mm2, area_px=px, volume_ml=ml,
+        slice=k if volume and px else None, slices=len(part.slices),
+        brain_mm2=np.nan, ventricle_brain_ratio=np.nan, evans_index=np.nan)
     if 'ventric' not in label['name'].lower(): return res
     if not part.skull:
         brain = (grey[:,:,k] if volume else grey)>0
@@ -157,34 +157,34 @@ def assess(model, scan, masks, part, seconds)->Prediction:
     quality,mask = float('nan'), masks.mask
     if masks.mirrored is not None:
         quality = float(agreement(masks.plain, masks.mirrored,
-                                  len(model.codes)))
+                len(model.codes)))
     dice = predicted_dice(config['calibration'], quality)
     seen = scan.image, scan.spacing, 3
     if by_slice: seen = scan.pictures([k])[0], scan.pixel, 2
     flags = [*find_flags(scan_features(*seen), config['reference'])]
     if not masks.plain.any():
         flags.append('Nothing was found in this scan: '
-                     'look whether there is nothing to find.')
+            'look whether there is nothing to find.')
     if scan.is_volume and by_slice: mask = scan.volume(mask, part.slices)
     if not scan.spacing:
         notes.append('areas in pixels only: give --spacing (mm per pixel) for mm²')
     if scan.is_volume and not config['whole']:
         notes.append('no volume in mL: the model was not trained over '
-                     "the structure's whole extent")
+            "the structure's whole extent")
     whole = scan.is_volume and part.whole and config['whole']
     more = dict(quality=quality, predicted_dice=dice['dice'],
-                dice_low=dice['low'],
-                dice_high=dice['high'], dice_text=dice['text'],
-                flags='; '.join(flags), seconds=round(seconds, 3))
+        dice_low=dice['low'],
+        dice_high=dice['high'], dice_text=dice['text'],
+        flags='; '.join(flags), seconds=round(seconds, 3))
     rows = [measure(scan, mask==i, o, part, whole) | more
-            for i,o in enumerate(config['labels'], 1)]
+        for i,o in enumerate(config['labels'], 1)]
     return Prediction(scan, mask, model.codes, rows, quality,
-                      dice, flags, notes, part.slices)
+        dice, flags, notes, part.slices)
 
 # %% ../nbs/library/23_prediction.ipynb #ceb53b3b
 def config_of(model):
     need(model.config, 'a model without a config: expected what load_bundle gives. '
-         'Save it as a bundle, then load it.')
+        'Save it as a bundle, then load it.')
     return model.config
 
 def read_for(model, path, spacing=None, name=None)->Scan:
@@ -196,9 +196,9 @@ def read_for(model, path, spacing=None, name=None)->Scan:
         scan = read_scan(path, spacing, channels, packed, name)
     n = scan.channels.shape[-1]
     need(n==len(channels), scan.path, plural(n, 'channel'),
-         f'{len(channels)}, as in training', 'Use a model for this kind of image.')
+        f'{len(channels)}, as in training', 'Use a model for this kind of image.')
     need(scan.is_volume or not volume, scan.path, 'a single slice',
-         'a volume, as the model was trained on', 'Give the whole scan.')
+        'a volume, as the model was trained on', 'Give the whole scan.')
     return scan
 
 # %% ../nbs/library/23_prediction.ipynb #a5d0c9e2
@@ -223,14 +223,14 @@ def predict_pictures(model, scans, flips=True)->list:
     for (_,mm),ids in groups.items():
         start = time.time()
         masks = predict(model, np.stack([scans[i].image for i in ids]),
-                        mm,
-                        flips)
+            mm,
+            flips)
         seconds = (time.time()-start)/len(ids)
         for i,one in zip(ids, masks.each()):
             skull = has_skull(scans[i].grey,
-                              mm or model.frame.spacing or 1.)
+                mm or model.frame.spacing or 1.)
             res[i] = assess(model, scans[i], one, Part(skull=skull),
-                            seconds)
+                seconds)
     return res
 
 # %% ../nbs/library/23_prediction.ipynb #ad76e0ea
@@ -249,13 +249,13 @@ def predict_scan(
 # %% ../nbs/library/23_prediction.ipynb #e4fdb30b
 LABEL_FILES = { # first lines, and the line of a label
     'dseg.tsv': ('index\tname\tcolor\n0\tbackground\t#000000\n',
-                 '{code}\t{name}\t{colour}\n'),
+        '{code}\t{name}\t{colour}\n'),
     'labels.txt': ('# ITK-SnaP Label Description File\n'
-                   '# IDX -R- -G- -B- -A-- VIS MSH LABEL\n'
-                   '    0    0    0    0        0  0  0    "Clear Label"\n',
-                   '{code:5d} {r:4d} {g:4d} {b:4d}        1  1  1    "{name}"\n'),
+        '# IDX -R- -G- -B- -A-- VIS MSH LABEL\n'
+        '    0    0    0    0        0  0  0    "Clear Label"\n',
+        '{code:5d} {r:4d} {g:4d} {b:4d}        1  1  1    "{name}"\n'),
     'labels.ctbl': ('# Color table file\n0 background 0 0 0 0\n',
-                    '{code} {word} {r} {g} {b} 255\n')}
+        '{code} {word} {r} {g} {b} 255\n')}
 
 def write_labels(labels, out):
     "Names and colours of the labels for BIDS, ITK-SNAP and 3D Slicer"
@@ -275,7 +275,7 @@ def mask_path(name, volume, out)->Path:
     rest = [o for o in parts if not o.startswith('desc-')]
     desc = ''.join(o for o in parts if o not in rest) or 'desc-'
     return Path(out, *who, 'anat',
-                '_'.join([*rest, desc+suffix, 'dseg.nii.gz']))
+        '_'.join([*rest, desc+suffix, 'dseg.nii.gz']))
 
 # %% ../nbs/library/23_prediction.ipynb #d13839ca
 PROGRAM = dict(Name='brainseg_fastai', Version=__version__)
@@ -318,15 +318,15 @@ def rows_before(path, name, out, config, options):
     "Rows of a scan that this bundle predicted before with these options, else None"
     if not out: return None
     now = dict(bundle=bundle_key(config), options=options,
-               stamps=input_stamps(path))
+        stamps=input_stamps(path))
     for volume in (True, False):
         d = read_sidecar(sidecar_of(mask_path(name, volume, out))) or {}
         if now.items() <= d.items(): return d['rows']
 
 # %% ../nbs/library/23_prediction.ipynb #aecea839
 MEASURES = dict(area_mm2='area, mm²', area_px='area, px',
-                volume_ml='volume, mL',
-                ventricle_brain_ratio='ventricle/brain', evans_index='Evans index')
+    volume_ml='volume, mL',
+    ventricle_brain_ratio='ventricle/brain', evans_index='Evans index')
 
 def qc_row(d, labels, out)->dict:
     "A row of the quality page from the content of a sidecar"
@@ -342,7 +342,7 @@ def qc_row(d, labels, out)->dict:
     names = {i: o['name'] for i,o in enumerate(labels, 1)}
     same = {k: d[k] for k in ('name','quality','predicted','flags','notes')}
     return dict(same, image=image, mask=mask, measures=measures,
-                colours=colours, names=names)
+        colours=colours, names=names)
 
 def write_tables(out, config):
     "volumes.csv, qc.html and label names, of all that a bundle predicted"
@@ -371,10 +371,10 @@ def attempt(f, *args, **kw):
     except Exception as e: return f'{type(e).__name__}: {e}'
 
 def predict_each(model, jobs, spacing=None, slab=None, flips=True,
-                 some=16):
+    some=16):
     "Each job, a path and a name, with its `Prediction` or an error's text"
     def read(job): return attempt(read_for, model, job[0], spacing,
-                                  job[1])
+        job[1])
     flat = [j for j in jobs if is_picture(j[0]) and j[0].is_file()]
     rest = set(jobs)-set(flat)
     for i in range(0, len(flat), some):
@@ -388,15 +388,15 @@ def predict_each(model, jobs, spacing=None, slab=None, flips=True,
     for job in filter(rest.__contains__, jobs):
         s = read(job)
         if isinstance(s, Scan): s = attempt(predict_volume, model, s,
-                                            slab,
-                                            flips)
+            slab,
+            flips)
         yield job, s
 
 def checked_options(config, spacing, slab, flips)->dict:
     "What decides a prediction beside scan and bundle"
     mm = None if spacing is None else np.ravel(spacing).tolist()
     need(mm is None or len(mm)<3 and all(0<o<100 for o in mm),
-         f'spacing {mm}: expected mm per pixel, such as 0.94')
+        f'spacing {mm}: expected mm per pixel, such as 0.94')
     return plain(dict(spacing=mm, slab=slab_of(config, slab), flips=flips))
 
 # %% ../nbs/library/23_prediction.ipynb #b5a6572f
@@ -416,13 +416,13 @@ def predict_scans(
     need(not Path(out or '').is_file(), out, 'a file', 'a folder', 'Name another.')
     options = checked_options(config, spacing, slab, flips)
     paths = find_scans_to_predict(scans, config['channels'],
-                                  config['inputs_all'])
+        config['inputs_all'])
     jobs = list(zip(paths, scan_names(paths)))
     rows = {n: rows_before(p, n, not overwrite and out, config, options)
-            for p,n in jobs}
+        for p,n in jobs}
     todo = [j for j in jobs if rows[j[1]] is None]
     for (path,name),p in bar(predict_each(model, todo, **options),
-                             len(todo), progress):
+        len(todo), progress):
         done = attempt(write_prediction, p, out, config, **options) if out and isinstance(p, Prediction) else p
         if isinstance(done, str): failed.append((str(path), done))
         else: rows[name] = p.rows

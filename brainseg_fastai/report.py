@@ -33,7 +33,7 @@ def lower_name(v): return SHOWN[v].lower() if v in SHOWN else str(v)
 def colours(variants):
     "A colour for each of a few variants"
     return {v: COLOURS.get(v, c)
-            for v,c in zip(variants, [*COLOURS.values(), INK])}
+        for v,c in zip(variants, [*COLOURS.values(), INK])}
 
 def pair_of(comparison):
     "The two variants of a comparison"
@@ -51,7 +51,7 @@ def shown(v):
     return num(v) if v is None or is_number(v) else v if hasattr(v, '__html__') else str(v)
 
 ENV = jinja2.Environment(loader=jinja2.FunctionLoader(asset),
-                         autoescape=True)
+    autoescape=True)
 ENV.filters |= dict(num=num, shown=shown, colour=safe_colour)
 ENV.tests |= dict(numeric=is_number, known=lambda v: not missing(v))
 PIECES = ENV.get_template('parts.html').module
@@ -69,7 +69,7 @@ def table_html(rows, heads=None, caption='', most=None)->Html:
     "A table with headers that screen readers understand; the first column heads its row"
     if heads is None: heads,rows = rows.columns, rows.itertuples(index=False, name=None)
     return piece('table', list(rows), [str(o) for o in heads], caption,
-                 most)
+        most)
 
 # %% ../nbs/library/21_report.ipynb #3a9301f6
 def with_columns(df, cols, what):
@@ -82,7 +82,7 @@ def with_columns(df, cols, what):
 def split_table(split):
     "How many subjects and images are on each side, and the share of images that was achieved"
     s = with_columns(split, ['image','subject','split'],
-                     'The split table')
+        'The split table')
     part = s['split'].map(dict(train=0, valid=1, test=2)).fillna(3)
     s = s.assign(fold=s['fold'] if 'fold' in s else 0, part=part)
     t = s.groupby(['fold','part','split'])[['subject','image']].nunique().reset_index()
@@ -96,7 +96,7 @@ def metric_name(key, **words):
     "What a metric is called"
     part = next((p for p in PARTS if key.startswith(p)), key)
     return TEXTS['metrics'][part].format(part=key.removeprefix(part),
-                                         **words)
+        **words)
 
 def score_table_html(tables, unit='px', case='image'):
     "One row per metric, one column per variant"
@@ -105,34 +105,34 @@ def score_table_html(tables, unit='px', case='image'):
         if (v,k) not in t.index: return None
         m,digits = t.loc[(v,k)], 2 if k.startswith(('hd95','volume')) else 3
         return piece('small', num(m['mean'], digits),
-                     interval([m['low'], m['high']], digits))
+            interval([m['low'], m['high']], digits))
     rows = [(metric_name(k, unit=unit, case=case),
-             *(value(v, k) for v in tables)) for k in t.index.unique(1)]
+            *(value(v, k) for v in tables)) for k in t.index.unique(1)]
     return table_html(rows,
-                      ['Mean over subjects (95 % interval)',
-                       *map(variant_name, tables)])
+        ['Mean over subjects (95 % interval)',
+            *map(variant_name, tables)])
 
 # %% ../nbs/library/21_report.ipynb #c019x
 def swap_html(swap):
     "The 2×2 table: trained on one kind of image, tested on the other; darker is better"
     s = with_columns(swap, ['trained_on','tested_on','dice','low','high'],
-                     'The swap table')
+        'The swap table')
     def heat(r):
         percent = (r.dice-s.dice.min())/max(np.ptp(s.dice), 1e-9)*28 + 2
         return piece('heat', num(r.dice), interval([r.low, r.high]),
-                     f'{percent:.0f}')
+            f'{percent:.0f}')
     rows = [(f'Trained on {lower_name(v)}', *map(heat, g.itertuples()))
-            for v,g in s.groupby('trained_on', sort=False)]
+        for v,g in s.groupby('trained_on', sort=False)]
     return table_html(rows,
-                      ['', *dict.fromkeys(f'tested on {lower_name(v)}'
-                                          for v in s.tested_on)])
+        ['', *dict.fromkeys(f'tested on {lower_name(v)}'
+                for v in s.tested_on)])
 
 # %% ../nbs/library/21_report.ipynb #c021x
 STYLE = {'svg.fonttype':'none', 'svg.hashsalt':'brainseg',
-         'figure.dpi':90,
-         'axes.spines.top':False, 'axes.spines.right':False, 'axes.edgecolor':GREY,
-         'axes.titlesize':11, 'grid.color':GREY, 'grid.alpha':.25, 'font.size':10,
-         **dict.fromkeys(['text.color','axes.labelcolor','xtick.color','ytick.color'], INK)}
+    'figure.dpi':90,
+    'axes.spines.top':False, 'axes.spines.right':False, 'axes.edgecolor':GREY,
+    'axes.titlesize':11, 'grid.color':GREY, 'grid.alpha':.25, 'font.size':10,
+    **dict.fromkeys(['text.color','axes.labelcolor','xtick.color','ytick.color'], INK)}
 
 def panels(height, *widths):
     "A figure with panels side by side; only the caller keeps it"
@@ -140,7 +140,7 @@ def panels(height, *widths):
     plt.close(plt.figure()) # loads the backend, whose own settings the style would undo
     with plt.rc_context(STYLE):
         fig,axs = plt.subplots(1, len(widths), figsize=(9.2,height),
-                               width_ratios=widths, layout='constrained')
+            width_ratios=widths, layout='constrained')
     plt.close(fig)
     return fig,axs
 
@@ -149,16 +149,16 @@ def svg(fig, alt)->Html:
     import matplotlib as mpl
     f = io.StringIO()
     with mpl.rc_context(STYLE): fig.savefig(f, format='svg',
-                                            metadata={'Date':None},
-                                            transparent=True)
+        metadata={'Date':None},
+        transparent=True)
     s = f.getvalue().partition('<svg')[2].replace('xlink:href', 'href')
     s = re.sub(r'<metadata>.*?</metadata>|<!--.*?-->| xmlns(:\w+)?="[^"]*"',
-               '', s, flags=re.S)
+        '', s, flags=re.S)
     used = set(re.findall(r'#(\w+)[")]', s))
     s = re.sub(r' id="(\w+)"', lambda m: m[0] if m[1] in used else '', s)
     s = re.sub(r' (width|height)="[^"]*"', '', s, count=2) # of the whole
     for c,page in [(INK,'currentColor'),
-                   *((c, f'var(--{v},{c})') for v,c in COLOURS.items())]:
+        *((c, f'var(--{v},{c})') for v,c in COLOURS.items())]:
         s = s.replace(c, page)
     style = f'max-width:{fig.get_figwidth()*104:.0f}px;width:100%'
     return Html(f'<svg role="img" aria-label="{escape(alt)}" style="{style}"{s}')
@@ -167,13 +167,13 @@ def svg(fig, alt)->Html:
 def per_subject(scores):
     "Mean Dice of each subject, a column for each variant"
     s = with_columns(scores, ['variant','subject','dice'],
-                     'The score table')
+        'The score table')
     return s.groupby(['subject','variant']).dice.mean().unstack()
 
 def pairs(scores, variants):
     "Mean Dice of the subjects that have both variants"
     per = with_columns(per_subject(scores), variants,
-                       'The score table, spread by variant,')
+        'The score table, spread by variant,')
     return per[[*variants]].dropna()
 
 # %% ../nbs/library/21_report.ipynb #03f5e57b
@@ -181,10 +181,10 @@ def draw_subjects(ax, per, cols, better):
     "A line from variant to variant for each subject, in the colour of the better"
     for y,col in zip(per.to_numpy(), better): ax.plot([0,1], y, color=col, lw=1, alpha=.45)
     for x,v in enumerate(per): ax.scatter([x]*len(per), per[v],
-                                          color=cols[v], s=16, zorder=3,
-                                          lw=0)
+        color=cols[v], s=16, zorder=3,
+        lw=0)
     ax.set(xticks=[0,1], xticklabels=map(variant_name, per),
-           xlim=(-.3,1.3))
+        xlim=(-.3,1.3))
     ax.set_title('Each subject', loc='left')
     ax.grid(axis='y')
 
@@ -193,22 +193,22 @@ def draw_differences(ax, d, c, better):
     bars = [('mean, 95 %', c, INK)]
     if k := c['control']:
         bars.append((f'control: {lower_name(k["variant"])},\ntwo seeds',
-                     k,
-                     GREY))
+                k,
+                GREY))
     gap,margin = max(1.6, len(d)*.085), c['margin']
     ys = [-gap*(i+1) for i in range(len(bars))]
     ax.axvspan(-margin, margin, color=GREY, alpha=.18, lw=0)
     ax.scatter(d, np.arange(len(d)), c=better, s=16, alpha=.75, lw=0)
     for y,(_,o,col) in zip(ys, bars):
         if interval(o['ci95']): ax.plot(o['ci95'], [y,y], color=col, lw=3,
-                                        solid_capstyle='butt')
+            solid_capstyle='butt')
         ax.plot(o['difference'], y, 'D', color=col, ms=7)
     ax.axhline(-gap*.4, color=GREY, lw=.6)
     ax.axvline(0, color=INK, lw=.8)
     ax.set(yticks=ys, yticklabels=[o[0] for o in bars],
-           ylim=(-gap*(len(bars)+.6), len(d)-.3))
+        ylim=(-gap*(len(bars)+.6), len(d)-.3))
     ax.set_title(f'Differences, sorted; grey: margin ±{margin:g}',
-                 loc='left')
+        loc='left')
     ax.tick_params(axis='y', length=0)
     ax.locator_params(axis='x', nbins=5)
     ax.grid(axis='x')
@@ -232,21 +232,21 @@ def paired_plot(scores, comparison):
 def curves_plot(curves):
     "Validation Dice by epoch: a thin line per training, a thick one for the mean, the last third enlarged"
     c = with_columns(curves,
-                     ['variant','fold','seed','epoch','valid_dice'],
-                     'The curve table')
+        ['variant','fold','seed','epoch','valid_dice'],
+        'The curve table')
     c = c.assign(epoch=c.epoch+(c.epoch.min()==0)) # people count from one
     start = max(c.epoch.max()-max(2, round(np.ptp(c.epoch)/3)),
-                c.epoch.min())
+        c.epoch.min())
     fig,axs = panels(3.1, 1.3, 1)
     for v,col in colours(c.variant.unique()).items():
         each = c[c.variant==v].pivot_table(index='epoch',
-                                           columns=['fold','seed'],
-                                           values='valid_dice')
+            columns=['fold','seed'],
+            values='valid_dice')
         for ax,t in zip(axs, (each, each.loc[start:])):
             ax.plot(t, color=col, lw=.8, alpha=.45)
             ax.plot(t.mean(axis=1), color=col, lw=2.2,
-                    label=variant_name(v),
-                    marker='o', ms=3.5)
+                label=variant_name(v),
+                marker='o', ms=3.5)
     for ax,title in zip(axs, ('All epochs', f'From epoch {start}')):
         ax.set_title(title, loc='left')
         ax.set_xlabel('Epoch')
@@ -263,7 +263,7 @@ def worst_first(scores, n=None):
     s = with_columns(scores, cols, 'The score table')
     s = s.assign(key=s['image'].astype(str))
     s = s.sort_values(['variant','dice','key'], na_position='first',
-                      kind='stable')
+        kind='stable')
     s = s.drop_duplicates(['variant','key']).drop(columns='key').reset_index(drop=True)
     return s if n is None else s.groupby('variant').head(n)
 
@@ -272,9 +272,9 @@ def tile(r, out, px)->dict:
     "A case (row of a score table) with its Dice, and a link to the predicted mask"
     which = ' '.join(str(r[k]) for k in ('scan','slice') if r.get(k)) or 'prediction'
     res = dict(dice=num(r['dice']), subject=str(r['subject']),
-               which=which,
-               px=px,
-               href=quote(r['prediction']), title=Path(str(r['image'])).name)
+        which=which,
+        px=px,
+        href=quote(r['prediction']), title=Path(str(r['image'])).name)
     try: return res | dict(src=data_uri(case_tile(r['image'], r['mask'], Path(out)/r['prediction'], px)))
     except DataError as e: return res | dict(gone=str(e))
 
@@ -285,11 +285,11 @@ def contact_sheet(scores, out, n=None, first=12)->Html:
     for v,g in s.groupby('variant'):
         low,middle,high = (num(g.dice.quantile(q)) for q in (0,.5,1))
         groups.append(dict(name=variant_name(v),
-                           tiles=[tile(r, out, px)
-                                  for r in g.to_dict('records')],
-                           about=f'{len(g)} cases, Dice {low} to {high}, median {middle}'))
+                tiles=[tile(r, out, px)
+                    for r in g.to_dict('records')],
+                about=f'{len(g)} cases, Dice {low} to {high}, median {middle}'))
     return piece('sheet', groups, [(TRUTH,'truth'), (PRED,'prediction')],
-                 first)
+        first)
 
 # %% ../nbs/library/21_report.ipynb #c040x
 class Report:
@@ -327,7 +327,7 @@ def section(title, *body):
     "A section of the page from markup; what is empty is dropped, and all of it if there is nothing to say"
     body = Markup('').join(o for o in body if o)
     return dict(title=title,
-                id=re.sub(r'\W+', '-', title.lower()).strip('-'), body=body) if body else None
+        id=re.sub(r'\W+', '-', title.lower()).strip('-'), body=body) if body else None
 
 def plain_text(v):
     "A setting for people"
@@ -339,7 +339,7 @@ def dict_html(d):
     "A dict, perhaps of dicts, as a table of two columns"
     flat = pd.json_normalize(d, sep=' ').to_dict('records')[0]
     return table_html([(k.replace('_', ' '), plain_text(v))
-                       for k,v in flat.items()], ['','value'])
+            for k,v in flat.items()], ['','value'])
 
 # %% ../nbs/library/21_report.ipynb #c047x
 OWN = 'command','fingerprint','definitions','training_longer'
@@ -356,46 +356,46 @@ def curves_html(curves, scores, answer):
 def sheet_html(scores, out, simulated):
     "The contact sheet below what must be known about it"
     notes = dict(tiles=True, again=len(worst_first(scores))<len(scores),
-                 real=not simulated)
+        real=not simulated)
     return para(*(TEXTS[k] for k,v in notes.items() if v)), contact_sheet(scores, out)
 
 def groups_html(scores):
     "Mean Dice of each group of cases, such as each type of tumour"
     if 'label' not in scores: return ()
     rows = [(variant_name(v), label, t.subject.nunique(), len(t),
-             t.dice.mean())
-            for (v,label),t in scores.groupby(['variant','label'], sort=False)]
+            t.dice.mean())
+        for (v,label),t in scores.groupby(['variant','label'], sort=False)]
     return para(TEXTS['groups']), table_html(rows,
-                                             ['variant','label','subjects','cases','Dice'])
+        ['variant','label','subjects','cases','Dice'])
 
 # %% ../nbs/library/21_report.ipynb #c049x
 def evidence(scores, curves=None, split=None, swap=None, external=None,
-             problems=None, info=None,
-             out='.', words=None, simulated=False)->list:
+    problems=None, info=None,
+    out='.', words=None, simulated=False)->list:
     "The sections that every report ends with"
     info = info or {}
     command,origin = (info.get(k) for k in ('command','fingerprint'))
     more = {k: v for k,v in info.items() if k not in OWN}
     return [
         some(swap) and section('Trained on one, tested on the other',
-                               para(TEXTS['swap']), swap_html(swap)),
+            para(TEXTS['swap']), swap_html(swap)),
         some(external) and section('On the external data set',
-                                   table_html(external)),
+            table_html(external)),
         section('Would training longer help?',
-                *curves_html(curves, scores, info.get('training_longer'))),
+            *curves_html(curves, scores, info.get('training_longer'))),
         section('Every test case, worst first',
-                *sheet_html(scores, out, simulated)),
+            *sheet_html(scores, out, simulated)),
         section('By type', *groups_html(scores)),
         some(split) and section('How subjects were split',
-                                para(TEXTS['split']), table_html(split_table(split))),
+            para(TEXTS['split']), table_html(split_table(split))),
         section('Problems found in the data',
-                table_html(problems, most=200) if some(problems)
-                else para('None.')),
+            table_html(problems, most=200) if some(problems)
+            else para('None.')),
         section('What the words mean',
-                piece('terms', {**(words or {}),
-                                **info.get('definitions', {})})),
+            piece('terms', {**(words or {}),
+                    **info.get('definitions', {})})),
         section('Data fingerprint',
-                origin and dict_html(dict(fingerprint=origin))),
+            origin and dict_html(dict(fingerprint=origin))),
         section('Environment', more and dict_html(more)),
         section('How to reproduce this', *([piece('code', command), para(TEXTS['reproduce'])] if command else []))]
 
@@ -404,7 +404,7 @@ def page(tag, colour, sentence, figures, sections, simulated=False)->Report:
     "The whole report: verdict in a few words and in a sentence, banner, key figures, links, sections"
     simulated = TEXTS['simulated'] if simulated else ''
     body = piece('front', tag, colour, sentence, figures,
-                 [s for s in sections if s], simulated)
+        [s for s in sections if s], simulated)
     return Report(f'brainseg: {tag}', body)
 
 # %% ../nbs/library/21_report.ipynb #053f9d3f
@@ -419,7 +419,7 @@ def rule_terms(c)->dict:
     "What was estimated, and how the verdict follows from it"
     of = dict(case=c['case'], margin=f'{c["margin"]:g}')
     rules = {k.format(**of): v.format(**of)
-             for k,v in TEXTS['rules'].items()}
+        for k,v in TEXTS['rules'].items()}
     return {'What is estimated': c['estimand'], **rules}
 
 # %% ../nbs/library/21_report.ipynb #c057x
@@ -441,13 +441,13 @@ def control_text(c):
     k = c['control']
     if not k: return TEXTS['no_control']
     return TEXTS['control'].format(name=lower_name(k['variant']),
-                                   estimate=estimate(k), n=k['n_subjects'])
+        estimate=estimate(k), n=k['n_subjects'])
 
 def key_facts(c, means):
     "The figures below the verdict"
     each = [(variant_name(v), num(t['mean'].dice),
-             f'95 %: {interval([t.low.dice, t.high.dice])}')
-            for v,t in means.items()]
+            f'95 %: {interval([t.low.dice, t.high.dice])}')
+        for v,t in means.items()]
     cases,n = plural(c['n_images'], c['case']), c['subjects_needed']
     return [
         ('Difference in Dice', num(c['difference'], 4, True),
@@ -467,18 +467,18 @@ def comparison_html(scores, comparison)->tuple:
     alt = f'Mean Dice of {len(per)} subjects with both. {text} The table below the plot has the numbers.'
     rows = [(s, a, b, num(a-b, 4, True)) for s,a,b in per.itertuples()]
     table = table_html(rows,
-                       ['subject', variant_name(v), variant_name(w),
-                        'difference'])
+        ['subject', variant_name(v), variant_name(w),
+            'difference'])
     return (svg(paired_plot(scores, comparison), alt),
-            para(text, control_text(comparison)),
-            piece('numbers', 'The numbers behind the plot', table))
+        para(text, control_text(comparison)),
+        piece('numbers', 'The numbers behind the plot', table))
 
 @delegates(evidence, but='words,simulated')
 def compare_report(comparison, scores, **kwargs)->Report:
     "One input or setting against the other: the verdict, what it rests on, and every test case"
     c,simulated = comparison, comparison['simulated']
     means = {v: summarise_scores(scores[scores.variant==v])
-             for v in pair_of(c)}
+        for v in pair_of(c)}
     return page(*verdict_tag(c), c['sentence'], key_facts(c, means), [
         section('Please note', piece('bullets', c['warnings'])),
         section('The comparison', *comparison_html(scores, c)),
@@ -493,9 +493,9 @@ def train_facts(scores, mean, case):
     worst = scores.loc[scores.dice.idxmin()]
     cases = plural(scores['image'].astype(str).nunique(), case)
     return [('Mean Dice', num(mean)),
-                 ('Worst subject', num(per.min()), str(per.idxmin())),
-                 (f'Worst {case}', num(worst.dice), str(worst.subject)),
-                 ('Tested', plural(len(per), 'subject'), cases)]
+        ('Worst subject', num(per.min()), str(per.idxmin())),
+        (f'Worst {case}', num(worst.dice), str(worst.subject)),
+        ('Tested', plural(len(per), 'subject'), cases)]
 
 @delegates(evidence, but='words,swap')
 def train_report(scores, simulated=False, **kwargs)->Report:
@@ -504,12 +504,12 @@ def train_report(scores, simulated=False, **kwargs)->Report:
     case = 'image' if scores['slice'].fillna('').any() else 'volume'
     dice,ci = means['mean'].dice, interval(means.loc['dice', ['low','high']])
     sentence = (f'On {plural(scores.subject.nunique(), "subject")} it had not seen, the network trained on '
-                f'{lower_name(v)} {case}s reaches a mean per-{case} Dice of {num(dice)}'
-                f'{f" (95 % interval {ci})" if ci else ""}.')
+        f'{lower_name(v)} {case}s reaches a mean per-{case} Dice of {num(dice)}'
+        f'{f" (95 % interval {ci})" if ci else ""}.')
     words = {k.format(case=case): o.format(case=case)
-             for k,o in TEXTS['mean'].items()}
+        for k,o in TEXTS['mean'].items()}
     return page(variant_name(v), v if v in SHOWN else '', sentence,
-                train_facts(scores, dice, case), [
+        train_facts(scores, dice, case), [
         section('Please note', piece('bullets', found_nothing(scores))),
         section('Scores on test subjects',
                 score_table_html({v: means}, unit_of(scores), case)),

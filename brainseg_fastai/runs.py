@@ -19,11 +19,11 @@ from .core import asset, need_package
 from .drawing import PALETTE
 from .images import data_fingerprint, read_image, read_mask
 from .inference import Frame, Model, training_spacing
-from .networks import (build_model, channels_last, class_weights, load_weights,
-                                      save_weights)
+from brainseg_fastai.networks import (build_model, channels_last, class_weights, load_weights,
+    save_weights)
 from .scores import summarise_scores
-from .segmentation import (brainseg_block, brainseg_learner, score_cases,
-                                          scored_cases)
+from brainseg_fastai.segmentation import (brainseg_block, brainseg_learner, score_cases,
+    scored_cases)
 from .settings import RECIPES, Settings
 from .splits import with_split
 from .stats import found_nothing
@@ -47,7 +47,7 @@ def frame_of(s, codes, steps, spacing, field=None):
 def slice_dls(cases, s, codes, steps):
     more = augmentation(s.recipe, sum(cases['split']=='train'))
     block = brainseg_block(cases['inputs'].iloc[0], codes, s.size, rgb=s.how['rgb'],
-                           steps=steps, **more)
+        steps=steps, **more)
     pin = default_device().type=='cuda' # copies to a GPU need not wait then
     how = dict(bs=s.bs, val_bs=8, num_workers=0, pin_memory=pin)
     if s.sampling=='uniform': return block.dataloaders(cases, **how)
@@ -57,7 +57,7 @@ def framed_volume_dls(cases, s, codes, steps):
     mm = training_spacing(cases[cases['split']=='train'])
     frame = frame_of(s, codes, steps, mm)
     dls = volume_dls(cases, codes, frame.patch, sampler=s.sampling, bs=s.bs,
-                     steps=steps, seed=s.seed)
+        steps=steps, seed=s.seed)
     dls.frame = frame
     return dls
 
@@ -74,7 +74,7 @@ def label_table(codes, layout=ADNI):
     names = layout.labels or {}
     if not names and len(codes)==2: names = {codes[1]: layout.structure}
     return [dict(code=int(c), name=names.get(c, f'label {c}'), colour=o)
-            for c,o in zip(codes[1:], cycle(PALETTE))]
+        for c,o in zip(codes[1:], cycle(PALETTE))]
 
 def training_slab(cases):
     "How far below the top of the brain slices lie, or None"
@@ -87,7 +87,7 @@ def image_reference(train):
     t = train.iloc[np.unique(some)]
     dims = 2 if t['slice'].iloc[0] else 3
     looks = [scan_features(read_image(o), np.ravel(mm)[:2] if dims==2 else mm, dims)
-             for o,mm in zip(t['image'], t['spacing'])]
+        for o,mm in zip(t['image'], t['spacing'])]
     return fit_reference(looks, [*t['subject']])
 
 def scored(scores):
@@ -95,10 +95,10 @@ def scored(scores):
     t = summarise_scores(scores)[['mean','low','high']]
     t = t.astype(float).round(4).dropna()
     metrics = {k: dict(mean=m, ci95=ci) for k,m,*ci in t.itertuples()
-               if k in ('dice','hd95','nsd')}
+        if k in ('dice','hd95','nsd')}
     said = dict(n_subjects=scores['subject'].nunique(), n_cases=len(scores),
-                case='image' if scores['slice'].any() else 'volume',
-                unit=scores['unit'].iloc[0], metrics=metrics)
+        case='image' if scores['slice'].any() else 'volume',
+        unit=scores['unit'].iloc[0], metrics=metrics)
     known = 'quality' in scores and calibrate(scores)
     return dict(scores=said, calibration=known or dict(
         calibrated=False, why='the scores have no quality'))
@@ -112,8 +112,8 @@ def bundle_config(learn, cases, scores, layout, about):
     sides = sorted({*zip(cases['subject'], cases['split'])})
     count = cases.groupby('split')['subject'].agg(['size','nunique'])
     data = dict(fingerprint=data_fingerprint(cases), split=digest(sides),
-                images={**count['size']}, subjects={**count['nunique']},
-                **(about or {}))
+        images={**count['size']}, subjects={**count['nunique']},
+        **(about or {}))
     shape = None if s.dims==2 else learn.dls.one_batch()[0].shape[2:]
     return dict(
         **FORMAT, **scored(scores), settings=asdict(s), data=data, input_shape=shape,
@@ -130,18 +130,18 @@ def model_card(c):
     s,d,t,card = c['settings'], c['data'], c['scores'], asset('card.md')
     if not d.get('simulated'): card = re.sub(r'> \*\*Simulated.*\n\n', '', card)
     what = dict(slice=f"axial slices of {s['size']}×{s['size']} pixels",
-                patch=f"patches of {times(s['patch'])} voxels",
-                volume='whole volumes')
+        patch=f"patches of {times(s['patch'])} voxels",
+        volume='whole volumes')
     mm = times(f'{o:g} mm' for o in c['spacing'] or ())
     seen = f"{', '.join(c['channels'])}: {what[s['mode']]}; pixels of {mm or 'unknown size'}"
     if c['slab']:
         lo,hi = c['slab']['below_top_mm']
         seen += f'; {lo:.0f} to {hi:.0f} mm below the top of the brain'
     names = dict(dice='Dice, per '+t['case'], hd95='HD95, '+t['unit'],
-                 nsd='Surface Dice (NSD)')
+        nsd='Surface Dice (NSD)')
     row = '| {} | {} (95 % interval {} to {}) |'.format
     rows = [row(names[k], *map(num, (m['mean'], *m['ci95'])))
-            for k,m in t['metrics'].items()]
+        for k,m in t['metrics'].items()]
     def count(k): return ', '.join(f'{o} {n}' for o,n in d[k].items())
     return card.format(
         **c, input=seen, rows='\n'.join(rows), name=d.get('name', 'not named'),
@@ -174,7 +174,7 @@ def read_config(path)->dict:
     for k,v in hashes(path, c).items():
         told = c.get('sha256')
         need(isinstance(told, dict) and told.get(k)==v, path,
-             f'another {k} than was written (SHA-256)', 'an unchanged bundle', remedy)
+            f'another {k} than was written (SHA-256)', 'an unchanged bundle', remedy)
     return c
 
 def pool_bundle(run, path, scores, **more)->Path:
@@ -182,7 +182,7 @@ def pool_bundle(run, path, scores, **more)->Path:
     path = Path(path)
     ours = (path/'config.json').exists()
     need(ours or not path.exists() or not any(path.iterdir()), path, 'other files, and no bundle',
-         'a bundle or a new folder', 'Choose another.')
+        'a bundle or a new folder', 'Choose another.')
     with written_folder(path, replace=ours) as tmp:
         shutil.copy(run.folder/'model.safetensors', tmp)
         write_config(tmp, run.config | scored(scores) | more)
@@ -291,10 +291,10 @@ def finish(folder, learn, cases, curve, scores, layout, about):
 def key_of(cases, s, codes, how, tests):
     "The name of a run: all that decides its result"
     seen = [(k, data_fingerprint(t), [*map(str, t['spacing'])])
-            for k,t in tests.items()]
+        for k,t in tests.items()]
     sides = [*zip(cases['subject'], cases['split'])]
     return s.key(codes, *how.values(), torch.get_num_threads(),
-                 data_fingerprint(cases), sides, seen)
+        data_fingerprint(cases), sides, seen)
 
 def train_run(
     cases,         # Case table of one kind of input, with the column `split`
@@ -318,12 +318,12 @@ def train_run(
     if not claimed(folder, key_of(cases, s, codes, how, tests)):
         learn,curve = train(cases, s, codes, folder)
         scores = [score_cases(learn, t, save_to=folder/'predictions'/k,
-                              quality=k==inputs, **how).assign(tested_on=k)
-                  for k,t in tests.items()]
+                quality=k==inputs, **how).assign(tested_on=k)
+            for k,t in tests.items()]
         scores = pd.concat(scores, ignore_index=True)
         finish(folder, learn, cases, curve, scores, layout, about)
     used = [scored_cases(t, layout.per).assign(tested_on=k)
-            for k,t in tests.items()]
+        for k,t in tests.items()]
     return Run(folder, pd.concat(used))
 
 # %% ../nbs/library/20_runs.ipynb #c025x
@@ -336,7 +336,7 @@ def pooled(runs, inputs, out):
     own = every[every['tested_on']==inputs].drop(columns='tested_on')
     curves = pd.concat([o.curve for o in runs], ignore_index=True)
     return dict(scores=own.reset_index(drop=True), all_scores=every,
-                curves=curves, runs=runs)
+        curves=curves, runs=runs)
 
 # %% ../nbs/library/20_runs.ipynb #c027x
 def train_folds(
@@ -364,7 +364,7 @@ def train_folds(
         if external is not None: tests['external'] = external
         folder = Path(out)/'runs'/file_name('{variant}-fold{fold}-seed{seed}'.format(**at))
         run = train_run(table, folder, replace(s, seed=at['seed']), layout,
-                        test_sets=tests, **kwargs)
+            test_sets=tests, **kwargs)
         run.scores,run.curve = run.scores.assign(**at), run.curve.assign(**at)
         runs.append(run)
     return pooled(runs, inputs, out)
@@ -394,8 +394,8 @@ def export_onnx(model, path)->float:
     net = InFloat32(model.net.cpu()).eval().to(memory_format=torch.contiguous_format)
     with written(path) as tmp, torch.inference_mode():
         torch.onnx.export(net, (x,), str(tmp), dynamo=False, opset_version=17,
-                          input_names=names[:1], output_names=names[1:],
-                          dynamic_axes={o: {0: 'n'} for o in names})
+            input_names=names[:1], output_names=names[1:],
+            dynamic_axes={o: {0: 'n'} for o in names})
         got, = onnx_session(tmp).run(None, {'image': x.numpy()})
         diff = float(np.abs(got-net(x).float().numpy()).max())
         need(diff<=1e-3, f'{path}: scores differ by {diff:.2g}; do not use ONNX here')

@@ -57,8 +57,8 @@ def pictures(self:Scan, ks=slice(None)):
     "Axial slices (N,H,W), front of the head at the top; a slice as the only one"
     if not self.is_volume: return self.image[None]
     return np.ascontiguousarray(np.moveaxis(np.rot90(self.image[:,:,ks]),
-                                            2,
-                                            0))
+            2,
+            0))
 
 @patch
 def volume(self:Scan, pictures, ks):
@@ -81,7 +81,7 @@ def to_native(self:Scan, mask):
     "Classes of the image as an array like that of the file"
     if not self.is_volume: return mask
     return to_native(self.canonical(mask), self.like.affine,
-                     self.like.shape)
+        self.like.shape)
 
 # %% ../nbs/library/17_scans.ipynb #f2997b95
 def is_dicom(path):
@@ -100,37 +100,37 @@ def read_dicom(path, pixels=True):
     except Exception as e:
         found = f'a file that cannot be read ({type(e).__name__}: {e})'
         raise DataError.of(path, found, 'a whole DICOM image',
-                           f'Copy it again, or {CONVERT}') from e
+            f'Copy it again, or {CONVERT}') from e
 
 CONVERT = 'convert the series to NIfTI, for example with dcm2niix.'
 PLACE = 'ImagePositionPatient','ImageOrientationPatient','PixelSpacing'
 
 def files_in(folder): return [p for p in list_files(folder)
-                              if p.parent==Path(folder)]
+    if p.parent==Path(folder)]
 
 # %% ../nbs/library/17_scans.ipynb #a90d7c31
 def dicom_series(folder)->dict:
     "Headers of the one DICOM series in a folder, by file"
     heads = {p: read_dicom(p, False) for p in files_in(folder)
-             if is_dicom(p)}
+        if is_dicom(p)}
     heads = {p: h for p,h in heads.items() if 'Rows' in h}
     n = len({h.get('SeriesInstanceUID') for h in heads.values()})
     need(n==1, folder, f'{n or "no"} DICOM series', 'the files of one',
-         'Give a folder that holds one series.')
+        'Give a folder that holds one series.')
     grid = None
     for p,h in heads.items():
         wrong = [f'no {o}' for o in PLACE if o not in h]
         if h.get('NumberOfFrames', 1)!=1: wrong.append('several frames')
         if h.get('SamplesPerPixel', 1)!=1: wrong.append('colours')
         need(not wrong, p, ', '.join(wrong),
-             'one grey slice with its place in space',
-             f'Export the original series, or {CONVERT}')
+            'one grey slice with its place in space',
+            f'Export the original series, or {CONVERT}')
         own = np.array([h.Rows, h.Columns, *h.ImageOrientationPatient,
-                        *h.PixelSpacing], float)
+                *h.PixelSpacing], float)
         grid = own if grid is None else grid
         need(abs(own-grid).max()<=1e-3, p,
-             'another size or direction than in the other files',
-             'slices of one stack', 'Clear up its folder.')
+            'another size or direction than in the other files',
+            'slices of one stack', 'Clear up its folder.')
     return heads
 
 # %% ../nbs/library/17_scans.ipynb #36440074
@@ -148,8 +148,8 @@ def dicom_affine(heads)->tuple:
         lo,hi = gaps.min(), gaps.max()
         found = f'slices {lo:g} to {hi:g} mm apart' if lo>=1e-3 else 'two images at one place'
         need(lo>=1e-3 and hi-lo<=.1*np.median(gaps), files[0].parent,
-             found,
-             'one slice after the other at equal distances', 'Is one missing, or are there two volumes?')
+            found,
+            'one slice after the other at equal distances', 'Is one missing, or are there two volumes?')
         step = (at[-1]-at[0])/len(gaps)
     dy,dx = map(float, h.PixelSpacing)
     lps = from_matvec(np.stack([right*dx, down*dy, step], 1), at[0])
@@ -161,11 +161,11 @@ def load_dicom(folder)->tuple:
     files,affine = dicom_affine(heads)
     n = len(files)*heads[files[0]].Rows*heads[files[0]].Columns
     need(n<=MOST_VOXELS, folder, f'{n:,} voxels',
-         f'at most {MOST_VOXELS:,}',
-         'Choose one series.')
+        f'at most {MOST_VOXELS:,}',
+        'Choose one series.')
     a = np.stack(in_threads(read_dicom, files), -1)
     need(np.isfinite(a).all(), folder, 'values that are not numbers',
-         'finite grey levels', 'Export it again.')
+        'finite grey levels', 'Export it again.')
     im = nib.Nifti1Image(a, affine)
     im.header.set_qform(affine, 1)
     im.header.set_sform(affine, 1)
@@ -177,7 +177,7 @@ MOST_TILT = 15. # degrees
 def sequence_files(files, names)->dict:
     "Volumes whose names end in those of sequences"
     ends = {re.split('[_.-]', stem_of(p).lower())[-1]: p
-            for p in reversed(files) if is_volume(p)}
+        for p in reversed(files) if is_volume(p)}
     return {c: ends[c.lower()] for c in names if c.lower() in ends}
 
 def volume_files(path, channels):
@@ -185,22 +185,22 @@ def volume_files(path, channels):
     many,each = len(channels)>1, f'one volume for each of {", ".join(channels)}'
     if path.is_file():
         need(not many, path, 'one volume', f'a folder with {each}',
-             'Give the folder of the case.')
+            'Give the folder of the case.')
         return [path]
     found = sequence_files(files_in(path), channels)
     lost = ' or _'.join(c for c in channels if c not in found)
     need(not many or not lost, path, f'no volume that ends in _{lost}',
-         each,
-         'Add what is missing, or use a model for fewer sequences.')
+        each,
+        'Add what is missing, or use a model for fewer sequences.')
     return list(found.values())
 
 def turned_upright(a, affine)->tuple:
     "Volumes along the axes of the body, without the empty corners that turning leaves"
     mm = voxel_sizes(affine)
     ups = [resample_to_output(nib.Nifti1Image(o, affine), mm, order=1)
-           for o in a]
+        for o in a]
     a = [np.asarray(o.dataobj).round().clip(0, 255).astype(np.uint8)
-         for o in ups]
+        for o in ups]
     seen = np.any([o>10 for o in a], 0).astype(np.uint8)
     box = (ndi.find_objects(seen) or [np.s_[:,:,:]])[0]
     return [o[box] for o in a], ups[0].slicer[box].affine
@@ -217,11 +217,11 @@ def read_volume_scan(path, name, channels)->Scan:
     for f,im in zip(files, ims):
         same = im.shape==first.shape and np.allclose(im.affine, first.affine, atol=1e-3)
         need(same, f, f'{times(im.shape)} voxels on another grid',
-             f'{times(first.shape)} as in {files[0].name}',
-             'Register and resample all sequences to one grid.')
+            f'{times(first.shape)} as in {files[0].name}',
+            'Register and resample all sequences to one grid.')
     h = like.header
     oriented = 'sform_code' not in h or bool(h['sform_code']
-                                             or h['qform_code'])
+        or h['qform_code'])
     if not oriented:
         notes.append('the file does not say which way is up; its axes were taken as they are')
     ims = [nib.as_closest_canonical(o) for o in ims]
@@ -234,8 +234,8 @@ def read_volume_scan(path, name, channels)->Scan:
     image = np.ascontiguousarray(np.stack(a, -1) if len(a)>1 else a[0])
     mm = tuple(voxel_sizes(affine).round(4).tolist())
     return Scan(name, path, image, mm, like, upright, oriented,
-                tuple(files),
-                notes)
+        tuple(files),
+        notes)
 
 # %% ../nbs/library/17_scans.ipynb #2c28ac95
 @lru_cache(maxsize=8)
@@ -244,7 +244,7 @@ def known_spacings(root):
     try: d = cohort(root)
     except DataError: d = {}
     res = {(o.get('subject'), o.get('scan')): o.get('spacing')
-           for o in d.get('scans', [])}
+        for o in d.get('scans', [])}
     return {None: d.get('spacing'), **res}
 
 def read_picture_scan(path, name, channels, packed, spacing)->Scan:
@@ -253,8 +253,8 @@ def read_picture_scan(path, name, channels, packed, spacing)->Scan:
     if packed or len(channels)>1:
         n = (*decode(path, keep=True).shape, 1)[2]
         need(n in (1, len(names)), path, plural(n, 'channel'),
-             f'{len(names)}, as in training',
-             'Use a model for this kind of image.')
+            f'{len(names)}, as in training',
+            'Use a model for this kind of image.')
         if n>1: image = Pixels(path, channels=map(names.index, channels))
     known = known_spacings(path.absolute().parent.parent)
     mm = spacing or known.get(tuple(stem_of(path).split('-')[:2])) or known[None]
@@ -266,13 +266,13 @@ def read_scan(path, spacing=None, channels=(), packed=(), name=None)->Scan:
     path,channels = Path(path), tuple(channels)
     name = name or stem_of(path)
     need(path.exists(), path, 'no such file', 'a scan',
-         'Correct the path.')
+        'Correct the path.')
     if path.is_dir() or is_volume(path): return read_volume_scan(path, name, channels)
     if is_picture(path): return read_picture_scan(path, name, channels, tuple(packed), spacing)
     need(not is_dicom(path), path, 'a single DICOM file',
-         'the folder of its series', f'Give {path.parent}.')
+        'the folder of its series', f'Give {path.parent}.')
     raise DataError.of(path, f'the ending {path.suffix or "(none)"}',
-                       'PNG, TIFF, BMP, JPEG, NIfTI, MGH or a folder', 'Convert it.')
+        'PNG, TIFF, BMP, JPEG, NIfTI, MGH or a folder', 'Convert it.')
 
 # %% ../nbs/library/17_scans.ipynb #0515e6f0
 NO_SCAN = re.compile(r'.*[_-](d?seg|mask|segmentation|labels?)', re.I)
@@ -298,19 +298,19 @@ def scans_below(root, channels, all_inputs)->list:
         above = p.relative_to(root).parts[:-1]
         if not NO_SCANS & set(above): folders.setdefault(p.parent, []).append(p)
     return sum([scans_among(o, channels, all_inputs)
-                for o in folders.values()], [])
+            for o in folders.values()], [])
 
 def find_scans_to_predict(paths, channels=(), all_inputs=())->list:
     "All scans in files and folders, in order and each once"
     res = {}
     for p in map(Path, [paths] if isinstance(paths, (str, os.PathLike))
-                 else paths):
+        else paths):
         need(p.exists(), p, 'no such file or folder',
-             'a scan, or a folder of scans', 'Correct the path.')
+            'a scan, or a folder of scans', 'Correct the path.')
         found = scans_below(p, tuple(channels), all_inputs) if p.is_dir() else [p]
         need(found, p, 'a folder without scans',
-             'PNG, TIFF, NIfTI, MGH or DICOM files',
-             'Give the folder that holds the scans.')
+            'PNG, TIFF, NIfTI, MGH or DICOM files',
+            'Give the folder that holds the scans.')
         res |= {os.path.abspath(o): o for o in found}
     return list(res.values())
 
@@ -333,7 +333,7 @@ DARK_RIM = .23 # a larger share of dark pixels in the rim means that the skull i
 def dark_rim(a, mm=1.)->float:
     "Share of dark pixels 4 to 14 mm below the surface of what is in the picture"
     depth = ndi.distance_transform_edt(np.pad(foreground(a, .5), 1),
-                                       sampling=mm)[1:-1,1:-1]
+        sampling=mm)[1:-1,1:-1]
     rim = (depth>4) & (depth<=14)
     return float((a[rim]<=otsu(a)).mean()) if rim.any() else 0.
 
@@ -370,4 +370,4 @@ def slab_slices(top, n, mm, slab)->tuple:
     lo,hi = slab
     inside = (below>=lo-mm/2) & (below<=hi+mm/2)
     return np.flatnonzero(inside), bool(below.min()<=lo
-                                        and below.max()>=hi)
+        and below.max()>=hi)

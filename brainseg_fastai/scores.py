@@ -17,15 +17,15 @@ from .intervals import bootstrap_t
 def empty_score(true_empty, pred_empty, diagonal)->dict|None:
     "The one policy for empty masks"
     if true_empty and pred_empty: return dict(dice=1, jaccard=1, hd95=0,
-                                              nsd=1)
+        nsd=1)
     if true_empty or pred_empty: return dict(dice=0, jaccard=0,
-                                             hd95=diagonal, nsd=0)
+        hd95=diagonal, nsd=0)
 
 # %% ../nbs/library/08_scores.ipynb #655df5ef
 in_words = 'Dice {dice}, Jaccard {jaccard}, HD95 {hd95} and NSD {nsd}'.format_map
 both,one = empty_score(True, True, 0),empty_score(True, False, 'the image diagonal')
 EMPTY_POLICY = (f'Where truth and prediction are both empty, a case scores {in_words(both)}; '
-                f'where exactly one is empty, {in_words(one)}.')
+    f'where exactly one is empty, {in_words(one)}.')
 
 # %% ../nbs/library/08_scores.ipynb #992724f0
 def overlap(pred, truth)->dict:
@@ -49,15 +49,15 @@ def surface_scores(pred, truth, spacing, tolerance=None)->dict:
     box = ndi.find_objects((pred|truth).astype(np.uint8))[0]
     masks = [pred[box],truth[box]]
     a,b = (np.argwhere(np.asarray(e))*spacing
-           for e in get_mask_edges(*masks, crop=False))
+        for e in get_mask_edges(*masks, crop=False))
     far = [np.percentile(KDTree(p).query(q)[0], 95)
-           for p,q in ((a,b), (b,a))]
+        for p,q in ((a,b), (b,a))]
     both = [torch.from_numpy(m[None,None].astype(np.float32))
-            for m in masks]
+        for m in masks]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning) # MONAI's, of its own argument
         nsd = compute_surface_dice(*both, [tol], include_background=True,
-                                   spacing=[float(s) for s in spacing])
+            spacing=[float(s) for s in spacing])
     return dict(hd95=float(max(far)), nsd=float(nsd))
 
 # %% ../nbs/library/08_scores.ipynb #8b91f9a3
@@ -75,17 +75,17 @@ def code_map(mask, n_codes):
     if m.dtype==bool: m = m.astype(np.uint8)
     known = m.dtype.kind in 'iu' and m.size and 0<=m.min() and m.max()<n_codes
     need(known, 'A mask', f'the {m.dtype} values {few(np.unique(m))}',
-         f'integer codes 0 to {n_codes-1}',
-         'Map its values to codes first (0/255 becomes 0/1), or pass the right n_codes.')
+        f'integer codes 0 to {n_codes-1}',
+        'Map its values to codes first (0/255 becomes 0/1), or pass the right n_codes.')
     return m
 
 def known_spacing(spacing, ndim):
     "Spacing along each axis and its unit: 'mm' if it is known, else ones and 'px'"
     s = np.broadcast_to(np.asarray(np.nan if spacing is None else spacing,
-                                   float), ndim)
+            float), ndim)
     if not np.isfinite(s).all(): return np.ones(ndim),'px'
     need((s>0).all(), 'The pixel spacing', s.tolist(), 'positive mm',
-         'Correct it, or leave it out.')
+        'Correct it, or leave it out.')
     return s,'mm'
 
 # %% ../nbs/library/08_scores.ipynb #6be5c368
@@ -103,23 +103,23 @@ def score_mask(
     "All scores of one case; `hd95` is in `unit`, sizes in its square, of volumes in its cube"
     pred,truth = code_map(pred, n_codes),code_map(truth, n_codes)
     need(pred.shape==truth.shape and pred.ndim in (2,3), 'The prediction',
-         f'the shape {pred.shape}',
-         f'that of the true mask, {truth.shape}, (H,W) or (D,H,W)', 'Compare masks of one image.')
+        f'the shape {pred.shape}',
+        f'that of the true mask, {truth.shape}, (H,W) or (D,H,W)', 'Compare masks of one image.')
     sp,unit = known_spacing(spacing, pred.ndim)
     parts = {k: score_structure(np.isin(pred, v), np.isin(truth, v), sp,
-                                tolerance)
-             for k,v in (regions or {str(c): [c] for c in range(1, n_codes)}).items()}
+            tolerance)
+        for k,v in (regions or {str(c): [c] for c in range(1, n_codes)}).items()}
     there = {k: o for k,o in parts.items() if o['n_true'] or o['n_pred']}
     res = {m: float(np.mean([o[m] for o in (there or parts).values()]))
-           for m in METRICS}
+        for m in METRICS}
     n = {k: sum(o[k] for o in parts.values())
-         for k in ('n_true','n_pred','n_both')}
+        for k in ('n_true','n_pred','n_both')}
     pixel = float(sp.prod())
     res |= dict(size_true=n['n_true']*pixel, size_pred=n['n_pred']*pixel,
-                unit=unit, **n)
+        unit=unit, **n)
     for k,o in parts.items():
         if len(parts)>1: res |= {f'{m}_{k}': o[m] if k in there else np.nan
-                                 for m in ('dice','hd95')}
+            for m in ('dice','hd95')}
         if unit=='mm' and pred.ndim==3: res[f'volume_diff_{k}'] = (o['n_pred']-o['n_true'])*(pixel/1000)
     return res
 
@@ -151,5 +151,5 @@ def summarise_scores(
         low,high = np.clip(bootstrap_t(x)[:2], bottom, top)
         rows[m] = dict(mean=x.mean(), low=low, high=high, n=len(x))
     rows['pooled_dice'] = dict(mean=pooled_dice(scores), low=np.nan,
-                               high=np.nan, n=scores[by].nunique())
+        high=np.nan, n=scores[by].nunique())
     return pd.DataFrame(rows).T.astype({'n': int})

@@ -45,9 +45,9 @@ class SubjectSplitter:
     ):
         store_attr()
         self.parts = [(p,pct)
-                      for p,pct in (('test',test_pct),
-                                    ('valid',valid_pct))
-                      if pct]
+            for p,pct in (('test',test_pct),
+                ('valid',valid_pct))
+            if pct]
 
     def known(self):
         "Part of each subject of the earlier split"
@@ -75,9 +75,9 @@ class SubjectSplitter:
         later = sum(p not in res.values() for p,_ in self.parts[i+1:])
         spare = len(left) - ('train' not in res.values()) - later
         if part in res.values() and (spare<1
-                                     or target < .5*min(left.values(), default=1)): return []
+            or target < .5*min(left.values(), default=1)): return []
         need(spare>0, f'{len(counts)} subjects are too few for a split into {len(self.parts)+1} parts: '
-                      f'none is left for {part}; add subjects or use folds')
+            f'none is left for {part}; add subjects or use folds')
         res = closest_subset(left, max(target, 1))
         return res if len(res)<=spare else closest_but(left, target, len(left)-spare)
 
@@ -96,7 +96,7 @@ class PrefixSplitter:
     def __init__(self, prefix): self.prefix = prefix
     def __call__(self, items):
         valid = np.array([s.startswith(self.prefix)
-                          for s in subjects_of(items)])
+                for s in subjects_of(items)])
         return L(np.flatnonzero(~valid).tolist()), L(np.flatnonzero(valid).tolist())
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #6bc60ee6
@@ -118,27 +118,27 @@ def split_cases(
     if stratify: groups = cases.groupby('subject')[stratify].agg(lambda o: o.mode().iloc[0]).to_dict()
     if folds in (None,1):
         splitter = SubjectSplitter(valid_pct, test_pct, seed,
-                                   old_fold(old, 0, folds))
+            old_fold(old, 0, folds))
         if folds==1 or subjects.nunique()>=ENOUGH_SUBJECTS:
             one = by_group(splitter.assign, subjects, groups)
             if folds==1 or list(one.values()).count('test')>=ENOUGH_SUBJECTS: return split_table(cases, [one])
         folds = 3
     home = tested_folds(subjects, folds, seed, old, groups)
     return split_table(cases,
-                       [fold_parts(subjects, home, f, valid_pct, seed,
-                                   old_fold(old, f, folds), groups) for f in range(folds)])
+        [fold_parts(subjects, home, f, valid_pct, seed,
+                old_fold(old, f, folds), groups) for f in range(folds)])
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #c022x
 def fold_parts(subjects, home, f, valid_pct, seed, old, groups):
     "Part of each subject in one fold"
     rest = subjects[subjects.map(home)!=f]
     need(rest.nunique()>1,
-         f'fold {f+1} of {max(home.values())+1} would leave one subject for training and validation; '
-                           'use more folds or add subjects')
+        f'fold {f+1} of {max(home.values())+1} would leave one subject for training and validation; '
+        'use more folds or add subjects')
     stay = None if old is None else old[old['split']!='test']
     return by_group(SubjectSplitter(valid_pct, 0, seed+f, stay).assign,
-                    rest,
-                    groups) | {s: 'test' for s,g in home.items() if g==f}
+        rest,
+        groups) | {s: 'test' for s,g in home.items() if g==f}
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #06dde312
 class ReadCases:
@@ -154,7 +154,7 @@ def split_column(items):
     "Splitter: training and validation rows by the column `split`, or by subject where there is none"
     if 'split' not in items: return SubjectSplitter()(items)
     return tuple(L(np.flatnonzero(items['split']==o).tolist())
-                 for o in ('train','valid'))
+        for o in ('train','valid'))
 
 class FramedBlock(DataBlock):
     "A `DataBlock` whose DataLoaders carry the `Frame` that a network needs later"
@@ -162,7 +162,7 @@ class FramedBlock(DataBlock):
     def framed(self, dls):
         items = dls.train_ds.items
         dls.frame = replace(self.frame, spacing=training_spacing(items),
-                            field=training_field(items))
+            field=training_field(items))
         return dls
     def dataloaders(self, source, **kwargs): return self.framed(super().dataloaders(source, **kwargs))
     def weighted_dataloaders(self, source, wgts, **kwargs):
@@ -185,11 +185,11 @@ def brainseg_block(
     "DataBlock of slices and masks, the same for every kind of image"
     frame = Frame(tuple(codes), size, rgb, steps)
     block = FramedBlock((ImageBlock(TensorScan),
-                         MaskBlock(codes=np.array(codes))), get_items=ReadCases(inputs, subject),
-                        get_x=InMemory(ReadImage(rgb, steps), 'image',
-                                       memory), get_y=InMemory(ReadMask(codes), 'mask', memory),
-                        splitter=splitter, item_tfms=SquarePad(size),
-                        batch_tfms=[*(augment_tfms(**kwargs) if augment else []), normaliser(rgb, steps)])
+            MaskBlock(codes=np.array(codes))), get_items=ReadCases(inputs, subject),
+        get_x=InMemory(ReadImage(rgb, steps), 'image',
+            memory), get_y=InMemory(ReadMask(codes), 'mask', memory),
+        splitter=splitter, item_tfms=SquarePad(size),
+        batch_tfms=[*(augment_tfms(**kwargs) if augment else []), normaliser(rgb, steps)])
     block.frame = frame
     return block
 
@@ -203,7 +203,7 @@ def brainseg_learner(
     "A learner of the network and recipe that the settings name"
     frame,n_out = dls.frame, len(dls.frame.codes)
     given = {f.name: kwargs.pop(f.name) for f in fields(Settings)
-             if f.name in kwargs}
+        if f.name in kwargs}
     s = replace(settings or Settings(size=frame.size), **given)
     resnet = s.dims==2 and s.arch in RESNETS
     light = resnet and s.recipe=='light'
@@ -211,11 +211,11 @@ def brainseg_learner(
     first = dls.train_ds[0][0][None] if s.dims==2 and not resnet else dls.one_batch()[0]
     shape = tuple(first.shape[2:]) if s.mode=='volume' else None
     net = build_model(s, first.shape[1], n_out, shape,
-                      class_shares(dls.train_ds, range(n_out)) if light
-                      else None)
+        class_shares(dls.train_ds, range(n_out)) if light
+        else None)
     splitter = light_splitter if light else model_meta[getattr(models, s.arch)]['split'] if resnet else trainable_params
     usual = dict(loss_func=make_loss(s.loss or s.how['loss'], weights),
-                 metrics=dice_per_image, wd=s.how['wd'], splitter=splitter)
+        metrics=dice_per_image, wd=s.how['wd'], splitter=splitter)
     if s.recipe=='light': usual['opt_func'] = adamw
     learn = Learner(dls, net.to(dls.device), **usual | kwargs)
     learn.pretrained,learn.settings,learn.frame = net.pretrained, s, frame
@@ -237,7 +237,7 @@ def predict_some(model, cases, flips):
         groups.setdefault((fit_of(a[None], mm, model.frame), a.shape), []).append(i)
     for (fit,_),ids in groups.items():
         masks = predict(model, np.stack([images[i] for i in ids]),
-                        flips=flips, fit=fit)
+            flips=flips, fit=fit)
         res |= dict(zip(ids, masks.each()))
     return [res[i] for i in range(len(images))]
 
@@ -253,14 +253,14 @@ def predict_cases(
     elif from_volume(cases.iloc[0]):
         for g in scans_of(cases):
             masks = predict(model,
-                            np.stack([read_image(o) for o in g['image']]),
-                            g['spacing'].iloc[0], flips, volume=True)
+                np.stack([read_image(o) for o in g['image']]),
+                g['spacing'].iloc[0], flips, volume=True)
             yield from zip(g.itertuples(), masks.each())
     else:
         for i in range(0, len(cases), 64): # not all predictions at once
             some = cases.iloc[i:i+64]
             yield from zip(some.itertuples(),
-                           predict_some(model, some, flips))
+                predict_some(model, some, flips))
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #03be600c
 def whole_scan(group):
@@ -269,7 +269,7 @@ def whole_scan(group):
     image,mask = pixels_of(case.image), pixels_of(case.mask)
     mm = tuple(float(o) for o in open_volume(mask.files[0]).header.get_zooms()[:3])
     return case._replace(image=image.whole(), mask=mask.whole(), slice='',
-                         spacing=mm)
+        spacing=mm)
 
 def scored_cases(cases:pd.DataFrame, per='case')->pd.DataFrame:
     "The cases as they are scored"
@@ -281,14 +281,14 @@ def predict_scans(model, cases, flips=True):
     for g in scans_of(cases):
         parts = zip(*(masks for _,masks in predict_cases(model, g, flips)))
         yield whole_scan(g), Masks(*(None if o[0] is None
-                                     else slices_to_volume(o, g) for o in parts))
+                else slices_to_volume(o, g) for o in parts))
 
 def save_prediction(classes, case, folder, codes)->Path:
     "Write a predicted mask below `folder`, named as its case"
     path,_,k = (Path(folder)/case_name(case)).as_posix().partition('#')
     name = stem_of(path) + (f'-{k}' if k else '') + ('.png' if classes.ndim==2 else '.nii.gz')
     return write_mask(classes, Path(path).with_name(name), codes,
-                      case.image)
+        case.image)
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #92b7e96a
 def score_cases(
@@ -304,15 +304,15 @@ def score_cases(
     model,rows = model_of(model), []
     codes,n = model.codes, len(model.codes)
     parts = regions and {k: tuple(codes.index(o) for o in v if o in codes)
-                         for k,v in regions.items()}
+        for k,v in regions.items()}
     joined = per=='volume' and from_volume(cases.iloc[0])
     for case,masks in (predict_scans if joined else predict_cases)(model, cases):
         d = {k: getattr(case, k)
-             for k in ('subject','scan','slice','image','mask','label')
-             if hasattr(case, k)}
+            for k in ('subject','scan','slice','image','mask','label')
+            if hasattr(case, k)}
         truth = read_mask(case.mask, codes)
         d |= score_mask(masks.mask, truth, spacing=case.spacing,
-                        tolerance=tolerance, n_codes=n, regions=parts)
+            tolerance=tolerance, n_codes=n, regions=parts)
         if save_to: d['prediction'] = str(save_prediction(masks.mask, case, save_to, codes))
         if quality: d['quality'] = agreement(masks.plain, masks.mirrored, n)
         rows.append(d)

@@ -17,14 +17,14 @@ from .core import DataError, digest, need
 # %% ../nbs/library/10_settings.ipynb #c005x
 RECIPES = dict(
     light=dict(rgb=False, loss='dice_ce', bs=2, lr=5e-3, wd=1e-2, # wd: weight decay
-               views=1700, min_epochs=5, # epochs: so many that `views` images are seen
-               cycle=dict(pct_start=.1, div=5.)), # a short run is up to speed early
+        views=1700, min_epochs=5, # epochs: so many that `views` images are seen
+        cycle=dict(pct_start=.1, div=5.)), # a short run is up to speed early
     published=dict(rgb=True, loss='ce', bs=16, lr=5e-5, wd=None, cycle={},
-                   epochs=16)) # half of them frozen, half unfrozen
+        epochs=16)) # half of them frozen, half unfrozen
 BY_NAME = dict(bs=4, lr=3e-3, views=840) # of networks without a ResNet encoder
 CHOICES = dict(recipe=tuple(RECIPES), mode=('slice','patch','volume'),
-               schedule=('one-cycle','cosine'),
-               sampling=('uniform','foreground','label'), pick=('last','best'))
+    schedule=('one-cycle','cosine'),
+    sampling=('uniform','foreground','label'), pick=('last','best'))
 
 # %% ../nbs/library/10_settings.ipynb #c007x
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class Settings:
             v = getattr(self, k)
             need(v in known, f'{k} {v!r}: expected one of {", ".join(known)}')
         need(self.recipe!='published' or self.dims==2 and self.resnet,
-             f'arch {self.arch}: the published recipe has a ResNet encoder, for slices')
+            f'arch {self.arch}: the published recipe has a ResNet encoder, for slices')
         make_steps(self.steps)
         if self.loss: parse_loss(self.loss)
         if self.dims==2 or not self.resnet:
             check_size(self.arch, self.shape or 128, self.dims,
-                       self.depth, self.width)
+                self.depth, self.width)
 
 # %% ../nbs/library/10_settings.ipynb #c009x
 @patch(as_prop=True)
@@ -88,7 +88,7 @@ def filled(self:Settings, n):
     how = s.how
     seen = n - n%min(how['bs'], n) # an epoch leaves out the last, incomplete batch
     epochs = how.get('epochs') or max(how['min_epochs'],
-                                      round(how['views']/seen))
+        round(how['views']/seen))
     bs = dict(slice=how['bs'], patch=2, volume=1)[s.mode]
     if s.dims==3: epochs = 60
     return replace(s, bs=min(s.bs or bs, n), epochs=s.epochs or epochs)
@@ -106,13 +106,13 @@ def read_value(name, text):
         return known[text.lower()]
     if kind is str: return '' if text=='none' else text
     ns = [int(o) if o.isascii() and o.isdigit() else -1
-          for o in text.split(',')]
+        for o in text.split(',')]
     n,what = 1,'a whole number from 1 up'
     if kind is tuple: n,what = 3,'three whole numbers, such as 64,64,64'
     ok = len(ns)==n and min(ns)>=(name!='seed')
     need(ok, f'{name}={text}: expected {what}')
     need(name!='size' or ns[0]>=64 and ns[0]%32==0,
-         f'size={text}: expected a multiple of 32 from 64 up, such as 256')
+        f'size={text}: expected a multiple of 32 from 64 up, such as 256')
     return tuple(ns) if kind is tuple else ns[0]
 
 def value_text(v):
@@ -129,15 +129,15 @@ def parse_settings(
     for o in text.split():
         k,eq,v = o.partition('=')
         need(eq and k in known,
-             f'{o!r}: expected NAME=VALUE with one of the names '
-                                + ', '.join(known))
+            f'{o!r}: expected NAME=VALUE with one of the names '
+            + ', '.join(known))
         res[k] = read_value(k, v)
     return replace(base or Settings(), **res)
 
 @patch
 def __str__(self:Settings):
     given = {f.name: getattr(self, f.name) for f in fields(self)
-             if getattr(self, f.name)!=f.default}
+        if getattr(self, f.name)!=f.default}
     return ' '.join(f'{k}={value_text(v)}' for k,v in given.items())
 
 # %% ../nbs/library/10_settings.ipynb #c017x
@@ -153,8 +153,8 @@ def add_flags(parser):
         about = helps[f.name] or '' # there is none in a notebook
         if f.type is bool:
             parser.add_argument(f'--no-{f.name}', dest=f.name,
-                                action='store_false',
-                                help=about)
+                action='store_false',
+                help=about)
             continue
         names = [f'--{f.name}', *['--kind']*(f.name=='inputs')] # a kind: a folder of slices
         usual = f' (default {value_text(f.default)})' if f.default else ''
@@ -162,9 +162,9 @@ def add_flags(parser):
         how['metavar'] = {int: 'N', tuple: 'X,Y,Z', str: 'NAME'}[f.type]
         if f.name in CHOICES: how = dict(choices=CHOICES[f.name])
         parser.add_argument(*names, default=f.default, help=about+usual,
-                            **how)
+            **how)
 
 def from_flags(args)->Settings:
     "The settings that the parsed flags of a command stand for"
     return Settings(**{f.name: getattr(args, f.name)
-                       for f in fields(Settings)})
+            for f in fields(Settings)})

@@ -16,8 +16,8 @@ from .images import is_volume, load_volume, stem_of, to_bytes
 
 # %% ../nbs/library/18_slices.ipynb #64651800
 ventricles = {4: 'Left-Lateral-Ventricle', 5: 'Left-Inf-Lat-Vent',
-              14: '3rd-Ventricle',
-              15: '4th-Ventricle', 43: 'Right-Lateral-Ventricle', 44: 'Right-Inf-Lat-Vent'}
+    14: '3rd-Ventricle',
+    15: '4th-Ventricle', 43: 'Right-Lateral-Ventricle', 44: 'Right-Inf-Lat-Vent'}
 choroid_plexus = {31: 'Left-choroid-plexus', 63: 'Right-choroid-plexus'}
 NAMES = 'T1','brainmask','aseg'
 ENDS = '.mgz','.nii.gz','.nii','.mgh'
@@ -36,8 +36,8 @@ def scan_of(name, subject=None)->tuple:
     m = re.search(subject, name) if subject else known
     person = m[1] if m else '' if subject else base or name
     need(person and clean(person), name,
-         'a name that does not tell the subject',
-         f'a name that fits {subject or "anything"}', 'Rename the folder, or correct the expression.')
+        'a name that does not tell the subject',
+        f'a name that fits {subject or "anything"}', 'Rename the folder, or correct the expression.')
     rest = clean((scan if base else name).replace(person, '', 1))
     return clean(person),rest or 'T1'
 
@@ -47,7 +47,7 @@ def places(root, folders, names):
     for d in sorted(root.glob(folders)):
         average = d.name.startswith(('.','fsaverage','cvs_avg')) or (d/'base-tps').is_file()
         some = d.is_dir() and any(volume_named(d, o)
-                                  for o in (*names, 'brain'))
+            for o in (*names, 'brain'))
         prefix = stem_of(d).removesuffix(names[0])
         if some and not average: yield d,'',d.name
         if is_volume(d) and prefix not in ('', stem_of(d)): yield root,prefix,prefix.strip('_-. ')
@@ -62,8 +62,8 @@ def incomplete(folder, prefix, names):
         'skull would differ in more than the skull. Copy mri/brainmask.mgz as well, or make it '
         'with recon-all -autorecon1.')
     if lost: return DataError.of(folder, f'no {" and no ".join(lost)}',
-                                 f'{few(names)} as {few(ENDS)}',
-                                 'Finish recon-all for this scan, or leave it out.')
+        f'{few(names)} as {few(ENDS)}',
+        'Finish recon-all for this scan, or leave it out.')
 
 # %% ../nbs/library/18_slices.ipynb #b2a04596
 def check_subject_rule(subject):
@@ -71,16 +71,16 @@ def check_subject_rule(subject):
     try: n = re.compile(subject or '()').groups
     except re.error as e: n = e
     need(n==1, 'subject', f'{subject!r} ({n} groups)'
-         if isinstance(n, int)
-         else f'{subject!r} ({n})',
-         'a regular expression with one group in parentheses', r"For example '(sub-\d+)'.")
+        if isinstance(n, int)
+        else f'{subject!r} ({n})',
+        'a regular expression with one group in parentheses', r"For example '(sub-\d+)'.")
 
 def find_scans(subjects_dir, folders='*', subject=None, names=NAMES)->list:
     "All scans below a folder, whether complete or not"
     root,res = Path(subjects_dir),{}
     check_subject_rule(subject)
     need(root.is_dir(), root, 'no such folder',
-         'a folder with a subfolder for each scan', 'Correct the path.')
+        'a folder with a subfolder for each scan', 'Correct the path.')
     for d,prefix,name in places(root, folders, names):
         who,where = scan_of(name, subject),(d/prefix).relative_to(root).as_posix()
         if who in res: raise DataError.of(
@@ -88,17 +88,17 @@ def find_scans(subjects_dir, folders='*', subject=None, names=NAMES)->list:
             'Rename one of them, or give a rule for the subject.')
         paths = [volume_named(d, prefix+o) for o in names]
         res[who] = dict(subject=who[0], scan=who[1], folder=where,
-                        error=incomplete(d, prefix, names),
-                        **dict(zip(('orig','brain','mask'), paths)),
-                        files=[p.relative_to(root).as_posix() for p in paths if p])
+            error=incomplete(d, prefix, names),
+            **dict(zip(('orig','brain','mask'), paths)),
+            files=[p.relative_to(root).as_posix() for p in paths if p])
     need(res, root, 'no scan',
-         f'subfolders with mri/{names[0]}.mgz and so on',
-         'Give the folder that holds those of the scans.')
+        f'subfolders with mri/{names[0]}.mgz and so on',
+        'Give the folder that holds those of the scans.')
     for f in [o['folder'] for o in res.values()]:
         twin = any(o['folder'].startswith(f'{f}.long.')
-                   for o in res.values())
+            for o in res.values())
         need(not twin, root, f'{f} and {f}.long.…', 'each scan once',
-             "Choose, for example with folders='*.long.*'.")
+            "Choose, for example with folders='*.long.*'.")
     return list(res.values())
 
 # %% ../nbs/library/18_slices.ipynb #ab7ae1b6
@@ -106,27 +106,27 @@ def load_scan(scan, labels)->dict:
     "The three volumes of a scan on one grid"
     if scan['error']: raise scan['error']
     ims = [nib.as_closest_canonical(load_volume(scan[k]))
-           for k in ('orig','brain','mask')]
+        for k in ('orig','brain','mask')]
     a = ims[0]
     for im,k in zip(ims, ('orig','brain','mask')):
         same = im.shape==a.shape and np.allclose(im.affine, a.affine, atol=1e-3)
         need(same, scan[k], f'the shape {times(im.shape)} and the affine {im.affine.round(3).tolist()}',
-             f'{times(a.shape)} and {a.affine.round(3).tolist()} as in {scan["orig"].name}',
-             'Resample it to the grid of the T1 image.')
+            f'{times(a.shape)} and {a.affine.round(3).tolist()} as in {scan["orig"].name}',
+            'Resample it to the grid of the T1 image.')
     t1,brain,seg = (np.asanyarray(im.dataobj) for im in ims)
     need((seg==np.round(seg)).all(), scan['mask'],
-         'labels that are not whole numbers', 'one whole number per voxel',
-         'Resample labels with nearest neighbour.')
+        'labels that are not whole numbers', 'one whole number per voxel',
+        'Resample labels with nearest neighbour.')
     by_hand = scan['brain'].suffix in ('.mgz','.mgh') and brain.max()>1 # then 1 stands for `taken out`
     brain,mask = brain>int(by_hand),np.isin(seg, labels)
     need(brain.any(), scan['brain'], 'no voxel above 0', 'the brain',
-         'Look at the skull stripping of this scan.')
+        'Look at the skull stripping of this scan.')
     need(mask.any(), scan['mask'],
-         f'none of the labels {few(labels, 99)}',
-         'some voxels of the structure',
-         'Check that these are the labels of aseg.mgz.')
+        f'none of the labels {few(labels, 99)}',
+        'some voxels of the structure',
+        'Check that these are the labels of aseg.mgz.')
     return dict(orig=to_bytes(t1), brain=brain, mask=mask,
-                mm=nib.affines.voxel_sizes(a.affine).round(5))
+        mm=nib.affines.voxel_sizes(a.affine).round(5))
 
 # %% ../nbs/library/18_slices.ipynb #7dbcb324
 heights = dict(largest=None, height=63., fraction=.585)
@@ -134,12 +134,12 @@ heights = dict(largest=None, height=63., fraction=.585)
 def say_rule(rule, height, n, gap):
     "The rule in words"
     which = dict(largest='with the largest area of the structure',
-                 height=f'{height} mm below the top of the brain',
-                 fraction=f"at {height} of the brain's extent from bottom to top")[rule]
+        height=f'{height} mm below the top of the brain',
+        fraction=f"at {height} of the brain's extent from bottom to top")[rule]
     return f'the axial slice {which}' if n==1 else f'{n} axial slices {gap:g} mm apart, around the one {which}'
 
 def choose_slices(brain, mask, mm, rule='largest', height=None, n=1,
-                  gap=5.)->tuple:
+    gap=5.)->tuple:
     "Axial slices of one scan"
     area = brain.sum((0,1))*mm[0]*mm[1]
     zs = np.flatnonzero(area>=min(100, area.max()))
@@ -155,22 +155,22 @@ def slice_scan(scan, out, labels, **rule)->list:
     v = load_scan(scan, labels)
     mm,nz = v['mm'],v['orig'].shape[2]
     need(abs(mm[0]/mm[1]-1)<.01, scan['orig'],
-         f'pixels of {mm[0]:g} by {mm[1]:g} mm',
-         'square pixels in axial slices',
-         'Resample the three volumes, as recon-all or mri_convert --conform does.')
+        f'pixels of {mm[0]:g} by {mm[1]:g} mm',
+        'square pixels in axial slices',
+        'Resample the three volumes, as recon-all or mri_convert --conform does.')
     zs,top = choose_slices(v['brain'], v['mask'], mm, **rule)
     what = f'slice {few(zs, 99)} ({say_rule(**rule)})'
     need(zs[0]>=0 and zs[-1]<nz, scan['orig'], f'{nz} slices', what,
-         'Ask for others.')
+        'Ask for others.')
     need(v['mask'][...,zs].any(), scan['mask'],
-         f'nothing of the structure in {what}', 'something to segment',
-         'Choose another height, or leave this scan out.')
+        f'nothing of the structure in {what}', 'something to segment',
+        'Choose another height, or leave this scan out.')
     rows,mm2 = [],float(mm[0]*mm[1])
     for z in map(int, zs):
         orig,brain,mask = (np.rot90(v[k][...,z])
-                           for k in ('orig','brain','mask'))
+            for k in ('orig','brain','mask'))
         for k,a in dict(orig=orig, brain=orig*brain,
-                        mask=mask*np.uint8(255)).items():
+            mask=mask*np.uint8(255)).items():
             name = f"{scan['subject']}-{scan['scan']}-{k}-z{z:03d}.png"
             Image.fromarray(np.ascontiguousarray(a)).save(out/k/name)
         rows.append(dict(
@@ -183,10 +183,10 @@ def slice_scan(scan, out, labels, **rule)->list:
 def checked_rule(rule, height, n, gap):
     "Refuse what is no rule; the rule with its height"
     def check(ok, found, expected): need(ok, 'slices', found, expected,
-                                         'Correct it.')
+        'Correct it.')
     check(rule in heights, f'the rule {rule!r}', few(heights))
     check(rule!='largest' or height is None,
-          f'height={height} for the rule largest', 'another rule')
+        f'height={height} for the rule largest', 'another rule')
     height = heights[rule] if height is None else float(height)
     most,words = (1,'between 0 and 1') if rule=='fraction' else (300,'mm below the top of the brain')
     check(rule=='largest' or 0<height<most, f'height={height}', words)
@@ -214,7 +214,7 @@ def describe(scans, done):
 
 # %% ../nbs/library/18_slices.ipynb #ba7d3ced
 def write_slices(scans, out, labels, rule, skip=False, workers=None,
-                 progress=False):
+    progress=False):
     "Pictures and tables of all scans; the table"
     for k in ('orig','brain','mask'): (out/k).mkdir()
     def one(scan):
@@ -222,15 +222,15 @@ def write_slices(scans, out, labels, rule, skip=False, workers=None,
         except DataError as e: return e
     done = in_threads(one, scans, progress, workers) # unpacking lets threads run side by side
     refuse_bad([o for o in done if isinstance(o, DataError)], len(scans),
-               skip)
+        skip)
     t = pd.DataFrame([r for rows in done if isinstance(rows, list)
-                      for r in rows])
+            for r in rows])
     write_csv(out/'slices.csv', t)
     write_json(out/'cohort.json', dict(
         source=f'{plural(len(scans), "scan")} with labels', rule=dict(rule, sentence=say_rule(**rule)),
         labels=labels, orientation='RAS+, rows from front to back, columns to the right',
         scaling='bytes as they are, others by the 0.1 and 99.9 percentiles of what is not 0; '
-                'the same for orig and brain', **describe(scans, done)))
+            'the same for orig and brain', **describe(scans, done)))
     return t
 
 # %% ../nbs/library/18_slices.ipynb #098a3ff6
@@ -254,8 +254,8 @@ def make_slices(
     out,rule = Path(out).expanduser(),checked_rule(rule, height, n, gap)
     new = not out.exists() or out.is_dir() and not any(out.iterdir())
     need(new, out, 'something that is there already',
-         'a new or an empty folder', 'Remove it or name another.')
+        'a new or an empty folder', 'Remove it or name another.')
     labels = [int(o) for o in labels
-              or [*ventricles, *(choroid_plexus if choroid else ())]]
+        or [*ventricles, *(choroid_plexus if choroid else ())]]
     scans = find_scans(subjects_dir, folders, subject, names)
     with written_folder(out) as tmp: return write_slices(scans, tmp, labels, rule, skip, workers, progress)

@@ -35,15 +35,15 @@ def closest_subset(counts:dict, target:float)->set:
 def closest_but(counts, target, k)->set:
     "As `closest_subset`, with some subjects left over"
     rest = ({s: n for s,n in counts.items() if s not in out}
-            for out in combinations(counts, k))
+        for out in combinations(counts, k))
     return min((closest_subset(o, target) for o in rest),
-               key=lambda p: abs(sum(counts[s] for s in p)-target))
+        key=lambda p: abs(sum(counts[s] for s in p)-target))
 
 # %% ../nbs/library/19_splits.ipynb #70fd84a7
 def assert_apart(split):
     "Assert that no subject of a split table (or of one fold of it) is on two sides"
     sides = split.groupby(['fold','subject'] if 'fold' in split
-                          else 'subject')['split'].nunique()
+        else 'subject')['split'].nunique()
     assert (sides==1).all(), f'subjects on two sides of the split: {few(sides[sides>1].index)}'
 
 def read_split(split)->pd.DataFrame:
@@ -51,12 +51,12 @@ def read_split(split)->pd.DataFrame:
     name = 'split table' if isinstance(split, pd.DataFrame) else str(split)
     if not isinstance(split, pd.DataFrame):
         try: split = pd.read_csv(split, dtype={'subject':str},
-                                 keep_default_na=False, encoding='utf-8-sig')
+            keep_default_na=False, encoding='utf-8-sig')
         except (OSError, ValueError) as e:
             raise DataError(f'{split}: {e}; expected a CSV file with the columns image, subject, split') from e
     bad = {'subject','split'}-set(split.columns) or set(split['split'])-{'train','valid','test'}
     need(not bad, f'{name}: expected the columns subject, split with train, valid or test; '
-                  f'problem with {few(sorted(bad))}')
+        f'problem with {few(sorted(bad))}')
     try: assert_apart(split)
     except AssertionError as e: raise DataError(f'{name}: {e}. Give every image of a subject the same split.') from e
     return split if 'fold' in split else split.assign(fold=0)
@@ -71,7 +71,7 @@ def with_split(
     parts = dict(split.loc[split['fold']==fold, ['subject','split']].itertuples(index=False))
     lost = sorted(set(cases['subject']) - set(parts))
     need(not lost, f'split table: fold {fold} does not name the subjects {few(lost)}; '
-                   'expected every subject of the cases')
+        'expected every subject of the cases')
     return cases.assign(split=cases['subject'].map(parts))
 
 def split_table(cases:pd.DataFrame, folds)->pd.DataFrame:
@@ -79,8 +79,8 @@ def split_table(cases:pd.DataFrame, folds)->pd.DataFrame:
     names = [case_name(o) for o in cases.itertuples()]
     subject = cases['subject'].tolist()
     parts = [pd.DataFrame(dict(image=names, subject=subject,
-                               split=[sides.get(s) for s in subject], fold=f))
-             for f,sides in enumerate(folds)]
+                split=[sides.get(s) for s in subject], fold=f))
+        for f,sides in enumerate(folds)]
     res = pd.concat(parts, ignore_index=True)
     assert_apart(res)
     return res
@@ -88,7 +88,7 @@ def split_table(cases:pd.DataFrame, folds)->pd.DataFrame:
 def same_split(cases:pd.DataFrame, split:pd.DataFrame)->pd.DataFrame:
     "Split table of other images, every subject of which is where `split` says"
     folds = [dict(g[['subject','split']].itertuples(index=False))
-             for _,g in split.groupby('fold')]
+        for _,g in split.groupby('fold')]
     return split_table(cases, folds)
 
 # %% ../nbs/library/19_splits.ipynb #c012x
@@ -109,7 +109,7 @@ def by_group(assign, subjects, groups)->dict:
     "`assign` within each group of subjects, or over all where groups are too small for it"
     kinds = subjects.map(groups)
     try: parts = [assign(subjects[kinds==g])
-                  for g in sorted(kinds.unique())]
+        for g in sorted(kinds.unique())]
     except DataError: return assign(subjects)
     return {s: p for part in parts for s,p in part.items()}
 
@@ -119,19 +119,19 @@ def old_fold(old, f, folds):
     if old is None: return None
     have = sorted(old['fold'].unique())
     need(have==list(range(folds)),
-         f'the earlier split has the folds {few(have)}, asked for are {folds}; keep to the same number of folds')
+        f'the earlier split has the folds {few(have)}, asked for are {folds}; keep to the same number of folds')
     return old[old['fold']==f]
 
 def tested_folds(subjects, folds, seed, old, groups):
     "The fold in which each subject is tested"
     counts = subjects.value_counts().sort_index().to_dict()
     need(len(counts)>=max(3, folds),
-         f'{len(counts)} subjects cannot fill {folds} folds; expected at least {max(3, folds)}')
+        f'{len(counts)} subjects cannot fill {folds} folds; expected at least {max(3, folds)}')
     home = {} if old is None else dict(old.loc[old['split']=='test', ['subject','fold']].itertuples(index=False))
     home = {s: f for s,f in home.items() if s in counts}
     new = np.random.default_rng(seed).permutation([s for s in counts if s not in home])
     return fill_folds(counts, groups, folds,
-                      sorted(new, key=lambda s: -counts[s]), home) # the largest first
+        sorted(new, key=lambda s: -counts[s]), home) # the largest first
 
 # %% ../nbs/library/19_splits.ipynb #a6fa156a
 def image_split(

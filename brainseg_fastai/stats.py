@@ -25,18 +25,18 @@ KEYS = ['subject','scan','slice','fold','repeat'] # what tells cases apart
 def keyed(scores, metric='dice')->pd.DataFrame:
     "A score table whose cases can be told apart"
     need({'subject',metric} <= set(scores), 'A score table',
-         f'the columns {list(scores)}',
-         f"'subject' and {metric!r} among them", 'Add them.')
+        f'the columns {list(scores)}',
+        f"'subject' and {metric!r} among them", 'Add them.')
     variants = scores['variant'].unique() if 'variant' in scores else ()
     need(len(variants)<2, 'A score table',
-         f'the variants {few(variants)}',
-         'one', 'Select its rows.')
+        f'the variants {few(variants)}',
+        'one', 'Select its rows.')
     bad = scores.subject[~np.isfinite(scores[metric].astype(float))]
     need(bad.empty, 'A score table',
-         f'rows without a finite {metric} (subject {few(bad, 1)})',
-         'numbers', 'Score these cases again.')
+        f'rows without a finite {metric} (subject {few(bad, 1)})',
+        'numbers', 'Score these cases again.')
     d = scores.assign(**{k: scores[k].astype(str) for k in KEYS[:3]
-                         if k in scores})
+            if k in scores})
     for k in ('fold','seed'):
         if k not in d: d[k] = 0
     return d.assign(repeat=d.groupby('fold').seed.rank(method='dense').astype(int)-1)
@@ -49,12 +49,12 @@ def paired_differences(a, b, metric='dice')->pd.DataFrame:
     for d in (a,b):
         twice = d.loc[d.duplicated(keys), keys].to_dict('records')
         need(not twice, 'A score table', f'cases twice: {few(twice, 1)}',
-             'each once per training', 'Remove the copies.')
+            'each once per training', 'Remove the copies.')
     a,b = (d[keys].assign(x=d[metric].astype(float)) for d in (a,b))
     pairs = a.merge(b, on=keys).rename(columns=dict(x_x='a', x_y='b'))
     need(len(pairs), 'The two score tables',
-         f'that they share no case; they begin with {a[keys].head(1).values.tolist()} '
-         f'and {b[keys].head(1).values.tolist()}', f'the same {", ".join(keys)}', 'Score both on the same test cases.')
+        f'that they share no case; they begin with {a[keys].head(1).values.tolist()} '
+        f'and {b[keys].head(1).values.tolist()}', f'the same {", ".join(keys)}', 'Score both on the same test cases.')
     return pairs.assign(diff=pairs.a-pairs.b).sort_values(keys, ignore_index=True)
 
 def subject_means(diff)->pd.Series:
@@ -79,13 +79,13 @@ def verdict(
 def what_would_help(c)->str:
     "Why the data of an inconclusive comparison cannot tell, and how many subjects could"
     n,signs = c.subjects_needed,{np.sign(o['difference'])
-                                 for o in c.by_training}
+        for o in c.by_training}
     if len(signs)>1 and (c.ci95[0]>0 or c.ci95[1]<0):
         return 'The sign of the difference changes between folds or repeats: train more repeats.'
     if n is None: return 'Too few subjects to say how many would be needed.'
     if n<=c.n_subjects:
         return (f'The interval is already as narrow as ±{c.margin:g}: the difference itself is about '
-                'as large as the margin.')
+            'as large as the margin.')
     return f'About {n} test subjects would bring the half-width of the interval down to {c.margin:g}.'
 
 def verdict_sentence(c)->str:
@@ -94,14 +94,14 @@ def verdict_sentence(c)->str:
     about = 'For this kind of input' if c.what=='input' else 'For data like these'
     if len(c.by_training)==1: about = 'For these two trained models'
     mean,low,high = (num(o, 4, sign=True)
-                     for o in (c.difference, *c.ci95))
+        for o in (c.difference, *c.ci95))
     facts = (f'mean difference in per-{c.case} Dice ({one} − {two}) {mean}, 95 % interval '
-             f'{low} to {high}, {plural(c.n_subjects, "test subject")}.')
+        f'{low} to {high}, {plural(c.n_subjects, "test subject")}.')
     if c.verdict=='equivalent':
         return f'{about}, {one} and {two} are equivalent within ±{c.margin:g} Dice: {facts}'
     if c.verdict=='inconclusive':
         return (f'{about}, the data cannot tell whether {one} or {two} is better (inconclusive): '
-                f'{facts} {what_would_help(c)}')
+            f'{facts} {what_would_help(c)}')
     best,other = (one,two) if c.verdict==f'{one} better' else (two,one)
     small = f' by less than the margin of {c.margin:g}'*c.by_less_than_margin
     return f'{about}, {best} is better than {other}{small}: {facts}'
@@ -133,8 +133,8 @@ def failure_warning(diff)->str|None:
         return (ordinary + hit*r.choice(jumps, size) - rate*jumps.mean()).mean(0)
     share = simulate_coverage(draw, n, (1,1), n_boot=999, within=0)['coverage']
     return (f'Rare failures in {fail.sum()} of {len(d)} cases ({why}). In simulated studies like this '
-            f'one, {n} subjects, the 95 % interval contains the true mean difference in {share:.0%} of '
-            f'studies{" only"*(share<.94)}.')
+        f'one, {n} subjects, the 95 % interval contains the true mean difference in {share:.0%} of '
+        f'studies{" only"*(share<.94)}.')
 
 # %% ../nbs/library/09_statistics.ipynb #8a6907d6
 SHOWN_AS = {'orig': 'full skull'} # what a variant is called in words
@@ -143,13 +143,13 @@ def found_nothing(scores)->list:
     "Trainings that failed as a whole"
     if not {'size_true','size_pred'} <= set(scores): return []
     show = dict(variant=lambda v: str(SHOWN_AS.get(v, v)),
-                fold=lambda v: f'fold {v+1}', seed=lambda v: f'seed {v}')
+        fold=lambda v: f'fold {v+1}', seed=lambda v: f'seed {v}')
     by,res = [k for k in show if k in scores],[]
     for keys,g in scores.groupby(by, sort=False) if by else [((), scores)]:
         if g.size_pred.any() or not g.size_true.any(): continue
         who = ', '.join(show[k](v) for k,v in zip(by, keys)) or 'This training'
         res.append(f'{who}: the network found nothing in any of its {len(g)} test cases. Its training got '
-                   'stuck, or was too short; take more epochs, another seed, or a smaller batch.')
+            'stuck, or was too short; take more epochs, another seed, or a smaller batch.')
     return res
 
 # %% ../nbs/library/09_statistics.ipynb #db8dd9b9
@@ -162,9 +162,9 @@ def same_input_control(scores)->dict|None:
         x = subject_means(paired_differences(second, first))
         low,high,p = bootstrap_t(x)
         seeds = [[first.seed[first.fold==f].iloc[0],o]
-                 for f,o in second.groupby('fold').seed.first().items()]
+            for f,o in second.groupby('fold').seed.first().items()]
         return plain(dict(variant=variant, seeds=seeds, n_subjects=len(x),
-                          difference=x.mean(), ci95=[low,high], p_value=p))
+                difference=x.mean(), ci95=[low,high], p_value=p))
 
 # %% ../nbs/library/09_statistics.ipynb #9f97c7a4
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class Comparison:
     @property
     def sentence(self): return verdict_sentence(self)
     def to_dict(self): return plain(dict(sentence=self.sentence,
-                                         **asdict(self)))
+            **asdict(self)))
     def __str__(self): return '\n'.join([self.sentence, *self.warnings])
 
 # %% ../nbs/library/09_statistics.ipynb #7bd122cc
@@ -205,13 +205,13 @@ def paired_means(scores, diff)->dict:
     "Mean over subjects of every metric, and `pooled_dice`, of the paired cases alone"
     s = keyed(scores).merge(diff[[k for k in KEYS if k in diff]])
     means = {m: float(s.groupby('subject')[m].mean().mean())
-             for m in METRICS if m in s}
+        for m in METRICS if m in s}
     return means | dict(pooled_dice=pooled_dice(s))
 
 def units(*tables):
     "Units of the distances in score tables"
     return sorted({u for t in tables if 'unit' in t
-                   for u in t.unit.unique()})
+            for u in t.unit.unique()})
 
 def cautions(tables, diff)->list:
     "What to know beside the verdict"
@@ -240,11 +240,11 @@ def compare_scores(
     x,shown = subject_means(diff),tuple(SHOWN_AS.get(o, o) for o in names)
     *ci95,p = bootstrap_t(x)
     ci95,ci90 = (tuple(np.clip(o, -1, 1).tolist())
-                 for o in (ci95, bootstrap_t(x, .9)[:2])) # no Dice differs by more
+        for o in (ci95, bootstrap_t(x, .9)[:2])) # no Dice differs by more
     each = [dict(fold=f, repeat=r, difference=float(subject_means(g).mean()))
-            for (f,r),g in diff.groupby(['fold','repeat'])]
+        for (f,r),g in diff.groupby(['fold','repeat'])]
     words,small = verdict(ci95, ci90, margin,
-                          [o['difference'] for o in each], shown)
+        [o['difference'] for o in each], shown)
     case = 'volume' if 'slice' in a and a['slice'].fillna('').eq('').all() else 'image'
     return Comparison(
         verdict=words, by_less_than_margin=small, estimand=ESTIMAND(case=case, what=what), names=shown,
@@ -268,8 +268,8 @@ def late_gain(y):
 
 # %% ../nbs/library/09_statistics.ipynb #dc429ec8
 ANSWERS = {'yes': 'training longer would probably help',
-           'no': 'training longer with this schedule would not help',
-           'cannot tell': 'the curves cannot tell whether training longer would help'}
+    'no': 'training longer with this schedule would not help',
+    'cannot tell': 'the curves cannot tell whether training longer would help'}
 
 def training_longer(
     curves       # Curve table: variant, fold, seed, epoch, valid_dice
@@ -282,10 +282,10 @@ def training_longer(
         gains,errors = np.transpose([late_gain(y) for y in runs])
         gain,error = gains.mean(),np.sqrt((errors**2).sum())/len(runs)
         answer = ('yes' if gain>max(2*error, WORTHWHILE/2) else
-                  'no' if gain+2*error<WORTHWHILE else 'cannot tell')
+            'no' if gain+2*error<WORTHWHILE else 'cannot tell')
         n,best = max(map(len, runs)),float(np.median([y.argmax()+1 for y in runs]))
         found = (f'over the last fifth of {n} epochs the mean validation Dice changed by '
-                 f'{num(gain, 4, sign=True)} ± {num(2*error, 4)}')
+            f'{num(gain, 4, sign=True)} ± {num(2*error, 4)}')
         if np.isnan(gain): found = f'{n} epochs are too few to see a trend'
         res[variant] = dict(
             answer=answer, gain=gain, error=error, best_epoch=best, epochs=n, trainings=len(runs),

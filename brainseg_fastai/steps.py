@@ -42,11 +42,11 @@ class Step:
             ok = isinstance(v, (int,float)) and not isinstance(v, bool) and lo<=v<=hi
             whole = 'whole '*isinstance(getattr(type(self), k), int)
             need(ok and not (whole and v%1), f'step {self.name}',
-                 f'{k}={v!r}', f'a {whole}number from {lo} to {hi}',
-                 'Correct it.')
+                f'{k}={v!r}', f'a {whole}number from {lo} to {hi}',
+                'Correct it.')
         if self.fitted and (v := getattr(self, self.fitted)) is not None: # JSON has lists
             object.__setattr__(self, self.fitted,
-                               tuple(tuple(map(float, r)) for r in v))
+                tuple(tuple(map(float, r)) for r in v))
 
     def apply(self, x, brain, c=0):
         "Channel `c`, float32: `curve` in the brain, and outside the same curve, which ends in 0"
@@ -67,14 +67,14 @@ def planes(a, channels):
     "Channels of an image one by one as float32, after a look at whether it is one"
     a = np.asarray(a)
     need(a.ndim-bool(channels) in (2,3) and a.size, 'image',
-         f'an array of shape {a.shape} with channels={channels}',
-         '(H,W) or (X,Y,Z), channels last if channels=True', 'Say channels=True if the last axis is one.')
+        f'an array of shape {a.shape} with channels={channels}',
+        '(H,W) or (X,Y,Z), channels last if channels=True', 'Say channels=True if the last axis is one.')
     number = a.dtype.kind in 'buif'
     need(number and 0<=a.min() and a.max()<=255, 'image', # which not-a-number fails, too
-         f'values from {a.min()} to {a.max()}' if number else f'the type {a.dtype}',
-         'grey levels from 0 to 255', 'Read images with read_image, and preprocess once only.')
+        f'values from {a.min()} to {a.max()}' if number else f'the type {a.dtype}',
+        'grey levels from 0 to 255', 'Read images with read_image, and preprocess once only.')
     return [p.astype(np.float32)
-            for p in (np.moveaxis(a, -1, 0) if channels else [a])]
+        for p in (np.moveaxis(a, -1, 0) if channels else [a])]
 
 def through(steps, x, c):
     "One channel after all `steps`, and its brain; what has no contrast passes"
@@ -95,9 +95,9 @@ class Steps:
         self.steps = tuple(self.steps)
         for s in self.steps[:-1]:
             need(not s.scaled, 'steps',
-                 f'{s.name} before {self.steps[-1].name}',
-                 f'{s.name} at the end',
-                 'Other steps expect grey levels from 0 to 255.')
+                f'{s.name} before {self.steps[-1].name}',
+                f'{s.name} at the end',
+                'Other steps expect grey levels from 0 to 255.')
 
     @property
     def scaled(self): return any(s.scaled for s in self.steps)
@@ -106,9 +106,9 @@ class Steps:
     def __str__(self):
         "The specification, with options that differ from the usual ones"
         def options(s): return ((k, getattr(s, k)) for k in s.limits
-                                if getattr(s, k)!=getattr(type(s), k))
+            if getattr(s, k)!=getattr(type(s), k))
         def one(s): return ':'.join([s.name,
-                                     *(f'{k}={str(v).removesuffix(".0")}' for k,v in options(s))])
+                *(f'{k}={str(v).removesuffix(".0")}' for k,v in options(s))])
         return ','.join(map(one, self.steps))
 
     def __call__(self, a, channels=False)->np.ndarray:
@@ -117,12 +117,12 @@ class Steps:
         for s in self.steps:
             have = getattr(s, s.fitted) if s.fitted else xs
             need(have is not None, f'step {s.name}', 'no fit yet',
-                 'a fit on training scans',
-                 'Call fit(cases) with the training rows first.')
+                'a fit on training scans',
+                'Call fit(cases) with the training rows first.')
             need(len(have)==len(xs), f'step {s.name}',
-                 f'an image of {len(xs)} channels',
-                 f'{len(have)}, as in fit',
-                 'Use the same inputs, and say channels=True if there are several.')
+                f'an image of {len(xs)} channels',
+                f'{len(have)}, as in fit',
+                'Use the same inputs, and say channels=True if there are several.')
         xs = [through(self.steps, x, c)[0] for c,x in enumerate(xs)]
         return np.stack(xs, axis=-1) if channels else xs[0]
 
@@ -165,9 +165,9 @@ class N4(Step):
         sitk = need_package('SimpleITK', 'steps')
         bright = brain & (x>np.percentile(x[brain], 99)/10) # the logarithm of the dark is mostly noise
         image,mask = (sitk.GetImageFromArray(o)
-                      for o in (x, bright.astype(np.uint8)))
+            for o in (x, bright.astype(np.uint8)))
         k = [max(1, min(int(self.shrink), n//16))
-             for n in image.GetSize()]
+            for n in image.GetSize()]
         small = sitk.Shrink(mask, k)
         if not sitk.GetArrayViewFromImage(small).any(): return x
         f = sitk.N4BiasFieldCorrectionImageFilter()
@@ -224,26 +224,26 @@ class Nyul(Step):
         if len(x)<2: return v # nearly all of the brain is of one grey level: no scale to be moved
         slope = (y[-1]-y[-2])/(x[-1]-x[-2])
         return np.where(v>x[-1], y[-1]+slope*(v-x[-1]),
-                        np.interp(v, [0,*x], [0,*y])).astype(np.float32)
+            np.interp(v, [0,*x], [0,*y])).astype(np.float32)
 
 # %% ../nbs/library/11_preprocessing.ipynb #c028x
 STEPS = {o.name: o for o in (Clip, ZScore, Equalise, Clahe, Match, Nyul,
-                             N4)}
+        N4)}
 
 def parse_step(text):
     "One step from text such as `clahe:clip_limit=0.02`"
     name,*opts = (o.strip() for o in text.split(':'))
     need(name in STEPS, 'steps', f'the step {name!r}',
-         f'some of {", ".join(STEPS)}', 'Correct the name.')
+        f'some of {", ".join(STEPS)}', 'Correct the name.')
     cls,kw = STEPS[name], {}
     for o in opts:
         k,_,v = (p.strip() for p in o.partition('='))
         need(k in cls.limits, f'step {name}', f'the option {k!r}',
-             ', '.join(cls.limits) or 'no option',
-             'Options are written like clip:lo=1:hi=99.')
+            ', '.join(cls.limits) or 'no option',
+            'Options are written like clip:lo=1:hi=99.')
         try: kw[k] = float(v)
         except ValueError: raise DataError.of(f'step {name}', f'{k}={v!r}',
-                                              'a number', 'Correct it.') from None
+            'a number', 'Correct it.') from None
     return cls(**kw)
 
 # %% ../nbs/library/11_preprocessing.ipynb #c029x
@@ -254,7 +254,7 @@ def make_steps(
     if isinstance(spec, Steps): return Steps(spec.steps)
     parts = spec.split(',') if isinstance(spec, str) else [spec] if isinstance(spec, Step) else spec or []
     return Steps(o if isinstance(o, Step) else parse_step(str(o))
-                 for o in parts if str(o).strip())
+        for o in parts if str(o).strip())
 
 # %% ../nbs/library/11_preprocessing.ipynb #c031x
 def training_images(cases, most):
@@ -262,10 +262,10 @@ def training_images(cases, most):
     need('image' in cases, 'cases', f'the columns {few(cases)}', 'a column image', 'Give a case table.')
     t = cases[cases['split']=='train'] if 'split' in cases else cases
     need(len(t), 'cases', f'{len(cases)} rows, none for training',
-         "rows with split 'train', or training rows alone",
-         'Preprocessing is fitted on training scans only.')
+        "rows with split 'train', or training rows alone",
+        'Preprocessing is fitted on training scans only.')
     return [t['image'].iloc[i]
-            for i in np.unique(np.linspace(0, len(t)-1, min(most, len(t))).round().astype(int))]
+        for i in np.unique(np.linspace(0, len(t)-1, min(most, len(t))).round().astype(int))]
 
 def has_channels(a)->bool:
     "Whether the last axis is one of channels: always with four axes, with three if it is at most 8 long"
@@ -278,11 +278,11 @@ def look_all(step, before, images, channels):
     for im in images:
         a = read_image(im)
         xs = planes(a, has_channels(a) if channels is None
-                    else channels)
+            else channels)
         seen = seen or [[] for _ in xs]
         need(len(seen)==len(xs), im, f'{len(xs)} channels',
-             f'{len(seen)}, as in the image before',
-             'Fit on images of one kind.')
+            f'{len(seen)}, as in the image before',
+            'Fit on images of one kind.')
         for c,x in enumerate(xs):
             x,brain = through(before, x, c)
             if has_contrast(x[brain]): seen[c].append(step.look(x[brain]))
@@ -299,11 +299,11 @@ def fit(self:Steps,
     for s in self.steps:
         if s.fitted:
             learnt = [s.learn(o) if o else None
-                      for o in look_all(s, done, images, channels)]
+                for o in look_all(s, done, images, channels)]
             lost = [c for c,o in enumerate(learnt) if o is None]
             need(not lost, f'step {s.name}',
-                 f'no contrast in channel {few(lost)} of any of {len(images)} training images',
-                 'a brain in some of them', 'Leave this channel out, or look at the images.')
+                f'no contrast in channel {few(lost)} of any of {len(images)} training images',
+                'a brain in some of them', 'Leave this channel out, or look at the images.')
             s = replace(s, **{s.fitted: learnt})
         done.append(s)
     self.steps = tuple(done)
@@ -314,17 +314,17 @@ def fit(self:Steps,
 def state(self:Steps)->dict:
     "Everything needed to do the same to new images"
     def plain(d): return {k: [*map(list, v)] if isinstance(v, tuple)
-                          else v
-                          for k,v in d.items()}
+        else v
+        for k,v in d.items()}
     return dict(version=1,
-                steps=[dict(name=s.name, **plain(asdict(s)))
-                       for s in self.steps])
+        steps=[dict(name=s.name, **plain(asdict(s)))
+            for s in self.steps])
 
 @patch(cls_method=True)
 def from_state(cls:Steps, d:dict)->Steps:
     "The pipeline that had this state"
     try: return cls(STEPS[o['name']](**{k: v for k,v in o.items()
-                                        if k!='name'}) for o in d['steps'])
+                if k!='name'}) for o in d['steps'])
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise DataError.of('state of steps', f'{type(e).__name__}: {e}',
-                           'what Steps.state() gave', 'Fit the steps again.') from e
+            'what Steps.state() gave', 'Fit the steps again.') from e

@@ -26,9 +26,9 @@ def tracking_uri(out, uri=None)->str:
     "Where the runs of `out` are kept: `uri`, else `MLFLOW_TRACKING_URI`, else a database beside `out`"
     if uri is None: return os.environ.get('MLFLOW_TRACKING_URI') or local_store(Path(out).resolve().parent)
     need('@' not in urlsplit(str(uri)).netloc, hide_secrets(uri),
-         'a name or password', 'an address without',
-         'Put them into the environment variables MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, '
-         'or the whole address into MLFLOW_TRACKING_URI.')
+        'a name or password', 'an address without',
+        'Put them into the environment variables MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, '
+        'or the whole address into MLFLOW_TRACKING_URI.')
     return str(uri)
 
 # %% ../nbs/library/24_tracking.ipynb #804dd1f8
@@ -38,12 +38,12 @@ def hide_secrets(text)->str:
     "`text` without the credentials of this environment and without those inside addresses"
     address = urlsplit(os.environ.get('MLFLOW_TRACKING_URI', ''))
     values = [unquote(o or '')
-              for o in (address.username, address.password)]
+        for o in (address.username, address.password)]
     values += [v for k,v in os.environ.items() if SECRET.search(k)]
     values = {v for v in values if len(v)>=6} # shorter ones would be found by chance
     for v in tuple(values): # as they stand in addresses, pages and JSON
         values |= {quote(v), html.escape(v), json.dumps(v)[1:-1],
-                   json.dumps(v, ensure_ascii=False)[1:-1]}
+            json.dumps(v, ensure_ascii=False)[1:-1]}
     text = str(text)
     for v in sorted(values, key=len, reverse=True): text = text.replace(v, '***')
     return re.sub(r'(?<=://)[^/\s@"\'<>]+@', '***@', text)
@@ -53,7 +53,7 @@ def check_track(track, out='.', uri=None, timeout=5)->bool:
     "Refuse what could not be logged later; to be called before the training"
     if not track: return False
     need(track=='mlflow', 'track', repr(track), 'mlflow, or nothing',
-         'Correct it.')
+        'Correct it.')
     need_package('mlflow', 'track')
     uri = tracking_uri(out, uri)
     if not uri.startswith(('http://','https://')): return True
@@ -63,8 +63,8 @@ def check_track(track, out='.', uri=None, timeout=5)->bool:
     except HTTPError: pass # it answers; whether it lets us in is seen when a run is logged
     except (OSError, ValueError) as e:
         raise DataError.of(hide_secrets(uri),
-                           f'no MLflow server answers ({hide_secrets(e)})',
-                           'one', 'Start it, or correct the address.') from None
+            f'no MLflow server answers ({hide_secrets(e)})',
+            'one', 'Start it, or correct the address.') from None
     return True
 
 # %% ../nbs/library/24_tracking.ipynb #5fcc386a
@@ -77,7 +77,7 @@ def flat_params(settings)->dict:
     "Settings as MLflow wants them, texts by dotted name; those that are None are left out"
     def text(v): return ', '.join(map(str, v)) if isinstance(v, (list,tuple)) else v
     return {k: hide_secrets(text(v))[:500] # some servers take no more
-            for k,v in flat(settings, '.').items() if v is not None}
+        for k,v in flat(settings, '.').items() if v is not None}
 
 def flat_numbers(results)->dict:
     "All finite numbers by path; two in a list are the ends of an interval"
@@ -93,19 +93,19 @@ def split_params(split)->dict:
     "Number of subjects in each part of each fold of a split table"
     n = split.assign(fold=split.get('fold', 0)).groupby(['fold','split'])['subject'].nunique()
     return {f'split.fold{f}.{part}_subjects': str(v)
-            for (f,part),v in n.items()}
+        for (f,part),v in n.items()}
 
 def score_means(scores)->dict:
     "Means over subjects and the ends of their 95 % intervals, for each variant"
     res = {}
     for variant,g in scores.groupby('variant'):
         holes = [m for m in METRICS if m in g
-                 and not np.isfinite(g[m]).all()] # undefined somewhere: no mean
+            and not np.isfinite(g[m]).all()] # undefined somewhere: no mean
         t = summarise_scores(g.drop(columns=holes))
         res[variant] = dict(subjects=g['subject'].nunique(),
-                            **t['mean'],
-                            **t['low'].add_suffix('_low'),
-                            **t['high'].add_suffix('_high'))
+            **t['mean'],
+            **t['low'].add_suffix('_low'),
+            **t['high'].add_suffix('_high'))
     return res
 
 # %% ../nbs/library/24_tracking.ipynb #82ceca1s
@@ -113,25 +113,25 @@ def curve_points(curves, end)->list:
     "Name, value, time in ms and epoch of every point of every curve; the last one ends at `end` seconds"
     where = [k for k in ('variant','fold','seed') if k in curves]
     values = [k for k in curves.select_dtypes('number')
-              if k not in (*where,'epoch','seconds')]
+        if k not in (*where,'epoch','seconds')]
     t,res = curves['seconds']-curves['seconds'].max()+end,[]
     for i,r in curves.iterrows():
         path = ['curve', *(f'{"" if k=="variant" else k}{r[k]}'
-                           for k in where)]
+                for k in where)]
         for k in values:
             if not missing(r[k]):
                 name, = flat({'/'.join([*path, k]): 0}, '/')
                 res.append((name, float(r[k]), int(1000*t[i]),
-                            int(r['epoch'])))
+                        int(r['epoch'])))
     return res
 
 def run_files(out)->list:
     "Files to keep with a run, each with the folder that it goes to"
     own = [(p,None) for p in sorted(out.iterdir()) if p.is_file()
-           and not p.name.startswith('.')]
+        and not p.name.startswith('.')]
     return own+[(p,p.parent.relative_to(out).as_posix())
-                for p in sorted(out.glob('runs/*/*'))
-                if p.name in ('model.safetensors','config.json','curve.csv')]
+        for p in sorted(out.glob('runs/*/*'))
+        if p.name in ('model.safetensors','config.json','curve.csv')]
 
 # %% ../nbs/library/24_tracking.ipynb #d63aa4b6
 @contextmanager
@@ -159,7 +159,7 @@ def log_files(client, run_id, out):
         clean = text and hide_secrets(text)
         if clean==text: client.log_artifact(run_id, str(p), to)
         else: client.log_text(run_id, clean,
-                              f'{to}/{p.name}' if to else p.name)
+            f'{to}/{p.name}' if to else p.name)
 
 # %% ../nbs/library/24_tracking.ipynb #d63aa41s
 def log_folder(client, run_id, out, settings):
@@ -167,21 +167,21 @@ def log_folder(client, run_id, out, settings):
     from mlflow.entities import Metric, Param, RunTag
     now,params,points = time.time(),flat_params(settings),[]
     result = next((read_json(p)
-                   for p in (out/'comparison.json', out/'summary.json') if p.exists()), {})
+            for p in (out/'comparison.json', out/'summary.json') if p.exists()), {})
     numbers = dict(result=result)
     tables = {k: pd.read_csv(out/f'{k}.csv',
-                             dtype=dict.fromkeys(('subject','scan','slice'), str))
-              for k in ('split','scores','curves') if (out/f'{k}.csv').exists()}
+            dtype=dict.fromkeys(('subject','scan','slice'), str))
+        for k in ('split','scores','curves') if (out/f'{k}.csv').exists()}
     if 'split' in tables: params |= split_params(tables['split'])
     if 'scores' in tables: numbers['scores'] = score_means(tables['scores'])
     if 'curves' in tables: points = curve_points(tables['curves'], now)
     points += [(k, v, int(1000*now), 0)
-               for k,v in flat_numbers(numbers).items()]
+        for k,v in flat_numbers(numbers).items()]
     tags = {'mlflow.note.content': result.get('sentence'),
-            **{k: result.get(k) for k in ('verdict','simulated')}}
+        **{k: result.get(k) for k in ('verdict','simulated')}}
     client.log_batch(run_id,
-                     tags=[RunTag(k, hide_secrets(v))
-                           for k,v in tags.items() if v is not None])
+        tags=[RunTag(k, hide_secrets(v))
+            for k,v in tags.items() if v is not None])
     ps,ms = [Param(*o) for o in params.items()],[Metric(*o) for o in points]
     for i in range(0, len(ps), 100): client.log_batch(run_id, params=ps[i:i+100]) # MLflow's limits for one call
     for i in range(0, len(ms), 1000): client.log_batch(run_id, metrics=ms[i:i+1000])
@@ -193,12 +193,12 @@ def log_run(track, out, name=None, uri=None, experiment=None)->dict:
     out,run_id = Path(out).resolve(),None
     if not check_track(track, out, uri): return None
     need((out/'settings.json').exists(), out, 'no settings.json',
-         'the folder of a finished run',
-         'Give the one that was named with --out.')
+        'the folder of a finished run',
+        'Give the one that was named with --out.')
     from mlflow import MlflowClient
     settings,uri = read_json(out/'settings.json'),tracking_uri(out, uri)
     experiment,shown = experiment or str(settings.get('data')
-                                         or 'brainseg_fastai'),hide_secrets(uri)
+        or 'brainseg_fastai'),hide_secrets(uri)
     try:
         with quiet():
             client = MlflowClient(uri)
@@ -213,4 +213,4 @@ def log_run(track, out, name=None, uri=None, experiment=None)->dict:
             f"to log them later: log_run('mlflow', {out.name!r}).") from None # the original may show the password
     look = f'See {shown}' if uri.startswith('http') else f'To see it: mlflow ui --backend-store-uri {shown}'
     return dict(run_id=run_id, experiment=experiment, uri=shown,
-                look=look)
+        look=look)

@@ -28,7 +28,7 @@ class TensorScan(TensorImageBW):
     def create(cls, a): return a if isinstance(a, cls) else cls(torch.from_numpy(np.ascontiguousarray(a)))
     def show(self, ctx=None, **kwargs):
         return show_image(self[len(self)//2][None], ctx=ctx,
-                          **{'cmap': 'gray', **kwargs})
+            **{'cmap': 'gray', **kwargs})
 
 def score_limit(steps):
     "Largest z-score that the `steps` give; None if they give grey levels"
@@ -81,12 +81,12 @@ class SquarePad(DisplayedTransform):
     def encodes(self, x:TensorScan):
         if x.shape[-2:]==(self.size,)*2: return x
         res = F.pad(x.as_subclass(torch.Tensor),
-                    self.pads(*x.shape[-2:]))
+            self.pads(*x.shape[-2:]))
         if res.shape[-1]!=self.size:
             res = F.interpolate(res[None].float(), size=(self.size,)*2,
-                                mode='bilinear', antialias=True)[0]
+                mode='bilinear', antialias=True)[0]
         return TensorScan(res.to(x.dtype) if x.is_floating_point()
-                          else res.float().round().clamp(0, 255).byte())
+            else res.float().round().clamp(0, 255).byte())
 
     def encodes(self, x:PILMask):
         a = np.array(x)
@@ -125,25 +125,25 @@ class Bend:
         n = len(x)
         some = self.size*torch.randn(n,2,5,5)*(torch.rand(n,1,1,1)<self.p)
         self.shifts = F.interpolate(some, size=x.shape[-2:],
-                                    mode='bicubic',
-                                    align_corners=True).movedim(1, -1).to(x.device)
+            mode='bicubic',
+            align_corners=True).movedim(1, -1).to(x.device)
     def __call__(self, coords): return coords + self.shifts
 
 @delegates(aug_transforms)
 def augment_tfms(max_rotate=8., min_zoom=.9, max_lighting=.15,
-                 max_warp=0.,
-                 bend=0., **kwargs):
+    max_warp=0.,
+    bend=0., **kwargs):
     "fastai's `aug_transforms` with what heads do, and `Bend` of this size"
     more = [AffineCoordTfm(coord_fs=Bend(bend))] if bend else None
     return aug_transforms(max_rotate=max_rotate, min_zoom=min_zoom,
-                          max_lighting=max_lighting, max_warp=max_warp,
-                          xtra_tfms=more, **kwargs)
+        max_lighting=max_lighting, max_warp=max_warp,
+        xtra_tfms=more, **kwargs)
 
 # %% ../nbs/library/13_training.ipynb #c018x
 FEW_IMAGES = 16 # training images; below, heads are bent, scaled and lit more than they are likely to differ
 STRONGER = dict(max_rotate=15., min_zoom=.8, max_zoom=1.25,
-                max_lighting=.3,
-                bend=.1)
+    max_lighting=.3,
+    bend=.1)
 
 def augmentation(recipe, n_train):
     "Arguments of `augment_tfms` for `n_train` training images"
@@ -153,14 +153,14 @@ def augmentation(recipe, n_train):
 def dice_per_image(pred, targ):
     "Foreground Dice of each image, then the mean; an image where truth and prediction are both empty counts 1"
     p,t = (o.as_subclass(torch.Tensor).flatten(1)>0
-           for o in (pred.argmax(1), targ))
+        for o in (pred.argmax(1), targ))
     both,total = (p&t).sum(1), p.sum(1)+t.sum(1)
     return torch.where(total==0, 1., 2*both/total.clamp(min=1)).mean()
 
 # %% ../nbs/library/13_training.ipynb #f3f4927c
 adamw = partial(OptimWrapper,
-                opt=partial(torch.optim.AdamW, betas=(.9,.99), eps=1e-5,
-                            fused=True)) # all weights in one go
+    opt=partial(torch.optim.AdamW, betas=(.9,.99), eps=1e-5,
+        fused=True)) # all weights in one go
 
 class FastBatches(Callback):
     "Plain channels-last batches; in the first part of training a random window, the same for all of a batch"
@@ -178,9 +178,9 @@ class FastBatches(Callback):
         x,y = self.x,[o.as_subclass(torch.Tensor) for o in self.yb]
         if self.training and self.window<1 and self.pct_train<self.until:
             sides = [min(o, math.ceil(o*self.window/32)*32)
-                     for o in x.shape[-2:]]
+                for o in x.shape[-2:]]
             a,b = (int(torch.randint(o-s+1, ()))
-                   for o,s in zip(x.shape[-2:], sides))
+                for o,s in zip(x.shape[-2:], sides))
             at = ..., slice(a, a+sides[0]), slice(b, b+sides[1])
             x,y = x[at], [o[at] for o in y]
         self.learn.xb,self.learn.yb = (plain_batch(x),), tuple(y)
@@ -197,7 +197,7 @@ class AverageWeights(Callback):
             share = 1-min(self.decay, (1+float(n))/(10+float(n)))
             return torch.lerp(avg, new, share) if avg.is_floating_point() else new
         self.average = AveragedModel(self.model, avg_fn=mean,
-                                     use_buffers=True)
+            use_buffers=True)
         self.mean = False
 
     def after_batch(self):
@@ -214,7 +214,7 @@ class AverageWeights(Callback):
         if self.mean in (None, mean): return
         self.mean = mean
         states = (o.state_dict().values()
-                  for o in (self.average.module, self.model))
+            for o in (self.average.module, self.model))
         with torch.no_grad():
             for a,b in zip(*states):
                 kept = a.clone()
@@ -222,7 +222,7 @@ class AverageWeights(Callback):
                 b.copy_(kept)
 
     def state(self): return dict(self.average.state_dict(),
-                                 mean=self.mean)
+        mean=self.mean)
     def load(self, state):
         self.mean = state.pop('mean')
         self.average.load_state_dict(state)
@@ -231,7 +231,7 @@ class AverageWeights(Callback):
 def plain_state(o):
     "Nested dicts and lists with tensors and Python's own numbers"
     if isinstance(o, dict): return {k: plain_state(v)
-                                    for k,v in o.items()}
+        for k,v in o.items()}
     if isinstance(o, (list, tuple, L)): return [plain_state(v) for v in o]
     return o.tolist() if isinstance(o, (np.generic, np.ndarray)) else o
 
@@ -239,8 +239,8 @@ def random_state(dls):
     "Where all random numbers stand"
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return dict(torch=torch.get_rng_state(), cuda=cuda,
-                numpy=plain_state(np.random.get_state()),
-                python=random.getstate(), loader=dls.train.rng.getstate())
+        numpy=plain_state(np.random.get_state()),
+        python=random.getstate(), loader=dls.train.rng.getstate())
 
 def set_random_state(dls, s):
     "Go on with the random numbers from there"
@@ -261,7 +261,7 @@ class Checkpoint(Callback):
 
     def read(self):
         try: self.state = torch.load(self.path, map_location='cpu',
-                                     weights_only=True) # nothing is executed
+            weights_only=True) # nothing is executed
         except Exception as e:
             warnings.warn(f'{self.path}: a damaged checkpoint ({type(e).__name__}); this training starts anew.')
         else: self.phase,self.curve = self.state['phase'], self.state['curve']
@@ -271,8 +271,8 @@ class Checkpoint(Callback):
 
     def before_fit(self):
         self.began = time.time() - (self.curve[-1]['seconds']
-                                    if self.curve
-                                    else 0)
+            if self.curve
+            else 0)
         if self.state is None: return
         s = self.state
         self.learn.model.load_state_dict(s['model'])
@@ -285,22 +285,22 @@ class Checkpoint(Callback):
     def after_epoch(self):
         if self.epoch<self.start_epoch: return
         row = dict(zip(('train_loss','valid_loss','valid_dice'),
-                       map(float, self.recorder.values[-1])))
+                map(float, self.recorder.values[-1])))
         if self.best and row['valid_dice'] > max((o['valid_dice'] for o in self.curve), default=-1):
             save_weights(self.model, self.best)
         self.curve.append(dict(epoch=len(self.curve),
-                               seconds=round(time.time()-self.began, 2), **row))
+                seconds=round(time.time()-self.began, 2), **row))
         if self.path and (time.time()-self.saved>self.every
-                          or self.best): self.save()
+            or self.best): self.save()
 
     def save(self):
         smooth = self.recorder.smooth_loss
         mean = getattr(self.learn, 'average_weights', None)
         d = dict(average=mean and mean.state(),
-                 model=self.learn.model.state_dict(),
-                 opt=plain_state(self.learn.opt.state_dict()),
-                 epoch=self.epoch, phase=self.phase, curve=self.curve, random=random_state(self.dls),
-                 smooth=(smooth.count, float(smooth.val)))
+            model=self.learn.model.state_dict(),
+            opt=plain_state(self.learn.opt.state_dict()),
+            epoch=self.epoch, phase=self.phase, curve=self.curve, random=random_state(self.dls),
+            smooth=(smooth.count, float(smooth.val)))
         with written(self.path) as tmp: torch.save(d, tmp)
         self.saved = time.time()
 
@@ -326,8 +326,8 @@ def fit_recipe(
     pretrained = getattr(learn.model, 'pretrained', False)
     phases = [(False, s.epochs, slice(lr/10, lr) if pretrained else lr)]
     if s.recipe=='published': phases = [(True, half, lr),
-                                        (False, s.epochs-half,
-                                         slice(lr/400, lr/4))]
+        (False, s.epochs-half,
+            slice(lr/400, lr/4))]
     for i,(frozen,n,lr) in enumerate(phases):
         if i<ck.phase or not n: continue
         ck.phase = i
@@ -347,12 +347,12 @@ def plot_curves(
     for i,(variant,t) in enumerate(curves.groupby('variant', sort=False)):
         for _,g in t.groupby(['fold','seed']):
             line, = ax.plot(g['epoch']+1, g['valid_dice'],
-                            color=f'C{i}',
-                            lw=1)
+                color=f'C{i}',
+                lw=1)
         line.set_label(variant)
     ax.legend(loc='lower right')
     ax.set(xlabel='epoch', ylabel='per-image Dice, validation',
-           ylim=(0,1))
+        ylim=(0,1))
     return ax
 
 # %% ../nbs/library/13_training.ipynb #87fe4297
@@ -361,7 +361,7 @@ def processor():
     info = Path('/proc/cpuinfo')
     lines = info.read_text(encoding='utf-8').splitlines() if info.exists() else []
     names = [l.partition(':')[2].strip() for l in lines
-             if l.startswith('model name')]
+        if l.startswith('model name')]
     return names[0] if names else platform.processor() or platform.machine()
 
 def installed(package):
@@ -374,5 +374,5 @@ def environment(device=None)->dict:
     name = torch.cuda.get_device_name(device) if device.type=='cuda' else processor()
     packages = 'brainseg_fastai','fastai','torch','torchvision','monai','numpy','pandas','scipy'
     return dict(python=sys.version.split()[0], platform=sys.platform,
-                device=f'{device.type} ({name})',
-                threads=torch.get_num_threads(), bf16=fast_bf16(device), **{o: installed(o) for o in packages})
+        device=f'{device.type} ({name})',
+        threads=torch.get_num_threads(), bf16=fast_bf16(device), **{o: installed(o) for o in packages})

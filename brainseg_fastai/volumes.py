@@ -33,7 +33,7 @@ def network_volume(a, steps=None)->torch.Tensor:
     several = a.ndim==4
     if steps is not None: a = steps(a, channels=several)
     x = torch.from_numpy(np.array(np.moveaxis(a, -1, 0) if several
-                                  else a[None]))
+            else a[None]))
     return x if steps is not None and steps.scaled else zscore_volume(x)
 
 # %% ../nbs/library/14_volumes.ipynb #c013x
@@ -41,19 +41,19 @@ def to_subject(case, codes, steps=None):
     "A case as a TorchIO subject in canonical orientation"
     tio = need_package('torchio', 'volumes')
     need(case.slice in ('','-'), case.image, 'a single slice',
-         'a whole volume',
-         "Make the case table with unit='volume'.")
+        'a whole volume',
+        "Make the case table with unit='volume'.")
     x,y = network_volume(read_image(case.image), steps), read_mask(case.mask, codes)
     shape = tuple(x.shape[1:])
     need(y.shape==shape, case.mask, f'a mask of {y.shape} voxels',
-         f'{shape}, as the image has',
-         'Export both in the same geometry.')
+        f'{shape}, as the image has',
+        'Export both in the same geometry.')
     mm = np.broadcast_to(np.asarray(case.spacing, float), 3)
     affine = np.diag([*np.where(np.isfinite(mm), mm, 1), 1])
     floor = x.amin((1,2,3), keepdim=True)
     mask = tio.LabelMap(tensor=torch.from_numpy(y)[None], affine=affine)
     return tio.Subject(image=tio.ScalarImage(tensor=x-floor, affine=affine),
-                       mask=mask, floor=floor)
+        mask=mask, floor=floor)
 
 # %% ../nbs/library/14_volumes.ipynb #c016x
 SAMPLERS = ('uniform','foreground','label')
@@ -79,11 +79,11 @@ def augment_subject(s, seed=0, kinds=KINDS):
     most = tuple(np.minimum(5, .45*cell).tolist())
     tfm = tio.Compose([
         tio.RandomFlip(axes=0, flip_probability=1,
-                       p=kinds.get('flip', 0)),
+                p=kinds.get('flip', 0)),
         tio.RandomAffine(scales=.1, degrees=10, translation=4,
-                         default_pad_value=0, p=kinds.get('affine', 0)),
+                default_pad_value=0, p=kinds.get('affine', 0)),
         tio.RandomElasticDeformation(max_displacement=most,
-                                     p=kinds.get('elastic', 0)),
+                p=kinds.get('elastic', 0)),
         tio.RandomBiasField(coefficients=.2, order=2, p=kinds.get('bias', 0))])
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -94,31 +94,31 @@ def epoch_order(counts, keep=1, rng=None)->list:
     "What an epoch draws; each volume has a new seed in every shuffled epoch"
     seeds = [rng.randrange(2**31) if rng else 0 for _ in counts]
     tokens = [[(v,i,seeds[v]) for i in range(n)]
-              for v,n in enumerate(counts)]
+        for v,n in enumerate(counts)]
     if rng is None: return sum(tokens, [])
     tokens = rng.sample(tokens, len(tokens))
     parts = [sum(tokens[i:i+keep], [])
-             for i in range(0, len(tokens), keep)]
+        for i in range(0, len(tokens), keep)]
     return [o for p in parts for o in rng.sample(p, len(p))]
 
 # %% ../nbs/library/14_volumes.ipynb #c029x
 def middle(shape, inner):
     "Where a box of size `inner` lies in the middle of a larger one, as slices"
     return tuple(slice((n-i)//2, (n-i)//2+i)
-                 for n,i in zip(shape, inner))
+        for n,i in zip(shape, inner))
 
 class VolumeItems:
     "Volumes, or patches of them: made when a token (volume, number, seed) asks for them, and kept for a while"
     def __init__(self, cases:pd.DataFrame, codes, patch=None,
-                 sampler=None,
-                 n=8, augment=False,
-                 steps=None, multiple=16):
+        sampler=None,
+        n=8, augment=False,
+        steps=None, multiple=16):
         self.cases,self.codes,self.steps = list(cases.itertuples()),codes,steps
         self.patch,self.sampler,self.n = patch,sampler,n
         self.augment,self.multiple,self.kept = augment,multiple,OrderedDict()
         self.keep = 4 if patch and sampler else 1 # volumes whose patches are shuffled together
         self.margin = np.array([-(-o//8) for o in patch] if patch
-                               and augment else [0]*3)
+            and augment else [0]*3)
         self.counts = [self.count(o) for o in self.cases]
 
     def count(self, case):
@@ -126,7 +126,7 @@ class VolumeItems:
         if self.patch is None: return 1
         if self.sampler: return self.n
         return int(np.prod([max(1, -(-n//p))
-                            for n,p in zip(image_size(case.image), self.patch)]))
+                    for n,p in zip(image_size(case.image), self.patch)]))
 
     def __len__(self): return sum(self.counts)
     def order(self, rng=None): return epoch_order(self.counts, self.keep, rng)
@@ -142,8 +142,8 @@ def cut(self:VolumeItems, v, seed):
         if self.patch is None: return [tio.EnsureShapeMultiple(self.multiple)(s)]
         outer = np.array(self.patch)+2*self.margin
         s = tio.CropOrPad(np.maximum(np.add(s.spatial_shape,
-                                            2*self.margin),
-                                     outer).tolist())(s)
+                    2*self.margin),
+                outer).tolist())(s)
         if not self.sampler: return tio.GridSampler(s, self.patch)
         return list(patch_sampler(s, outer.tolist(), self.sampler)(s, self.n))
 
@@ -161,7 +161,7 @@ def __getitem__(self:VolumeItems, token)->tuple: # Image (C,X,Y,Z) float32, clas
     s = self.items(v, seed)[i]
     if self.augment: s = augment_subject(s, seed+i+1)
     inner = (..., *middle(s.spatial_shape,
-                          self.patch or s.spatial_shape))
+            self.patch or s.spatial_shape))
     x = s.image.data[inner]+s['floor']
     return x.float(), s.mask.data[0][inner].long().contiguous()
 
@@ -178,14 +178,14 @@ class VolumeLoader(DataLoader):
     def create_batch(self, b):
         shape = np.max([y.shape for _,y in b], axis=0).tolist()
         x = [widened(x, shape, x.amin((1,2,3), keepdim=True))
-             for x,_ in b]
+            for x,_ in b]
         return torch.stack(x), torch.stack([widened(y, shape)
-                                            for _,y in b])
+                for _,y in b])
 
 def volume_dls(cases:pd.DataFrame, codes, patch=(64,64,64),
-               sampler='uniform',
-               samples_per_volume=8, bs=2, augment=True, steps=None, seed=42, num_workers=0,
-               device=None)->DataLoaders:
+    sampler='uniform',
+    samples_per_volume=8, bs=2, augment=True, steps=None, seed=42, num_workers=0,
+    device=None)->DataLoaders:
     "DataLoaders of patches or whole volumes; validation is a fixed grid that covers each volume, or the whole volume"
     need_package('torchio', 'volumes')
     parts = {o: cases[cases['split']==o] for o in ('train','valid')}
@@ -193,13 +193,13 @@ def volume_dls(cases:pd.DataFrame, codes, patch=(64,64,64),
         need(len(t), f'case table: no rows whose split is {name!r}; expected some, as `with_split` marks them')
         lost = [o.image for o in t.itertuples() if missing(o.mask)]
         need(not lost, *lost[:1], 'no mask',
-             f'a mask for every {name} case',
-             'Leave such cases to prediction.')
+            f'a mask for every {name} case',
+            'Leave such cases to prediction.')
     train = VolumeItems(parts['train'], codes, patch, sampler,
-                        samples_per_volume, augment, steps)
+        samples_per_volume, augment, steps)
     valid = VolumeItems(parts['valid'], codes, patch, steps=steps)
     train,valid = (VolumeLoader(o, bs=bs, shuffle=o is train,
-                                num_workers=num_workers) for o in (train,valid))
+            num_workers=num_workers) for o in (train,valid))
     train.rng = random.Random(seed)
     return DataLoaders(train, valid, device=device or default_device())
 
@@ -209,18 +209,18 @@ def slices_to_volume(preds, cases:pd.DataFrame)->np.ndarray:
     images = list(cases['image'])
     index = {o.index for o in images}
     need(images and None not in index,
-         images[0] if images else 'case table',
-         'no slice of a volume',
-         'slices of a volume', "Make the case table with unit='slice'.")
+        images[0] if images else 'case table',
+        'no slice of a volume',
+        'slices of a volume', "Make the case table with unit='slice'.")
     need(len({o.files for o in images})==1 and len(index)==len(images),
-         images[0],
-         'slices of several scans, or one slice twice', 'slices of one scan, each once',
-         'Group the case table by subject and scan.')
+        images[0],
+        'slices of several scans, or one slice twice', 'slices of one scan, each once',
+        'Group the case table by subject and scan.')
     res = np.zeros(image_size(Pixels(images[0].files)), np.uint8)
     for p,o in zip(preds, images, strict=True):
         need(p.shape==res.shape[1::-1], o,
-             f'a prediction of {p.shape} pixels',
-             f'{res.shape[1::-1]}, as the slice has',
-             'Predict at the size of the image.')
+            f'a prediction of {p.shape} pixels',
+            f'{res.shape[1::-1]}, as the slice has',
+            'Predict at the size of the image.')
         res[:,:,o.index] = np.rot90(p, -1)
     return res

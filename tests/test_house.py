@@ -1,8 +1,11 @@
 "The rules that keep the house readable: floors, lengths, names. They are measured on the text; nothing is run"
 import ast, json, re, subprocess, sys
 from pathlib import Path
+from string import Formatter
 
 import pytest
+
+from brainseg_fastai.core import MESSAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = {p.stem: p.read_text(encoding='utf-8') for p in sorted((ROOT/'brainseg_fastai').glob('*.py'))
@@ -60,6 +63,32 @@ def test_layouts_are_values_not_names():
     name = re.compile(r"""['"](adni|figshare|brats|ibsr|lgg)['"]""")
     assert not {k: name.findall(s) for k,s in TEXT.items() if k not in KNOW_THEIR_NAME and name.search(s)}
 
+def spoken():
+    "Module, name and words of each message that the library asks for by a name that stands there"
+    for k,t in TREES.items():
+        for o in ast.walk(t):
+            if not isinstance(o, ast.Call) or not isinstance(o.func, ast.Name): continue
+            i = {'need': 1, 'say': 0, 'known': 0, 'known_problem': 0}.get(o.func.id)
+            if i is None or len(o.args)<=i or not isinstance(o.args[i], ast.Constant): continue
+            name = o.args[i].value
+            if o.func.id=='known_problem': name = f'checks.{name}'
+            if re.fullmatch(r'\w+\.\w+', name): yield k, name, {a.arg for a in o.keywords}
+
+def test_messages_have_their_words():
+    "Every message that is asked for is there and gets the words it has holes for; none is left over"
+    used = list(spoken())
+    lost = [o for o in used if o[1] not in MESSAGES]
+    assert not lost
+    for module,name,words in used:
+        text = MESSAGES[name]
+        holes = {w.split('.')[0].split('[')[0] for part in ([text] if isinstance(text, str) else text)
+                 for _,w,_,_ in Formatter().parse(part) if w}
+        assert None in words or holes<=words, (module, name, holes-words)
+    everything = '\n'.join(TEXT.values())
+    quoted = {o for name in MESSAGES for o in (name, name.partition('.')[2])
+              if re.search(f"""['"]{re.escape(o)}['"]""", everything)}
+    assert not [o for o in MESSAGES if not {o, o.partition('.')[2]} & quoted]
+
 def test_functions_fit_on_a_screen():
     long = {f'{k}.{f.name}': f.end_lineno-f.lineno+1 for k,f in FUNCTIONS if f.end_lineno-f.lineno>=30}
     assert not long, long
@@ -77,7 +106,7 @@ def test_lines_have_air():
 
 def test_the_library_shrinks():
     "From 509,000 characters, by way of what it has now, to 330,000: this number may only be lowered"
-    assert sum(map(len, TEXT.values())) <= 424_000
+    assert sum(map(len, TEXT.values())) <= 414_500
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.stem)
 def test_exported_code_is_explained(notebook):
