@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MESSAGES', 'DataError', 'asset', 'say', 'known', 'need', 'need_package', 'few', 'plural', 'times', 'missing', 'num',
-           'plain', 'digest', 'beside', 'written', 'written_folder', 'write_text', 'write_json', 'write_csv',
-           'read_json', 'stamp', 'progress', 'in_threads']
+           'plain', 'digest', 'make_folder', 'beside', 'written', 'written_folder', 'write_text', 'write_json',
+           'write_csv', 'read_json', 'stamp', 'progress', 'in_threads']
 
 # %% ../nbs/library/00_core.ipynb #c002x
 import hashlib, importlib, json, math, numbers, os, shutil, sys, tomllib, uuid
@@ -62,12 +62,11 @@ def need_package(module, extra):
     try: return importlib.import_module(module)
     except ImportError as e: raise known('core.package', module=module, extra=extra) from e
 
-# %% ../nbs/library/00_core.ipynb #7b0d1c63
+# %% ../nbs/library/00_core.ipynb #c011x
 def few(xs, n=5):
     "The first `n` of many as text"
     xs = list(xs)
-    return ', '.join(map(str, xs[:n])) + (f', … {len(xs)} in all'
-        if len(xs)>n else '')
+    return ', '.join(map(str, xs[:n])) + f', … {len(xs)} in all'*(len(xs)>n)
 
 def plural(n, word):
     "A number of things: '1 subject', '3 subjects'"
@@ -103,19 +102,24 @@ def digest(*parts, n=16)->str:
     text = json.dumps(plain(parts), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:n]
 
-# %% ../nbs/library/00_core.ipynb #d2fbedb1
+# %% ../nbs/library/00_core.ipynb #c017x
+def make_folder(path):
+    "Make a folder unless it is there"
+    try: path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as e: raise known('core.below_file', path) from e
+
 def beside(path):
-    "A hidden name in the folder of `path` that nobody else uses, with the same ending"
-    path = Path(path)
+    "A hidden name in the folder of `path` that nobody else uses, with the same ending; the folder is made"
+    make_folder(path.parent)
     return path.with_name(f'.{uuid.uuid4().hex[:12]}-{path.name}')
 
 @contextmanager
 def written(
-    path # File to write; its folder is made if there is none
+    path # File to write
 ):       # A temporary path with the same ending
     "Write to the path that is given; it becomes `path` only when the block ends without an error"
-    path,tmp = Path(path), beside(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    tmp = beside(path)
     try:
         yield tmp
         tmp.replace(path)
@@ -124,48 +128,39 @@ def written(
 @contextmanager
 def written_folder(path, replace=False):
     "As `written`, for a whole folder"
-    path,tmp = Path(path), beside(path)
-    tmp.mkdir(parents=True)
+    path = Path(path)
+    tmp = beside(path)
+    tmp.mkdir()
     try:
         yield tmp
         if path.exists(): shutil.rmtree(path) if replace else path.rmdir()
         tmp.rename(path)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../nbs/library/00_core.ipynb #3d7ce4b5
+# %% ../nbs/library/00_core.ipynb #c019x
 def write_text(path, text):
-    "Write a text, all or nothing"
-    with written(path) as tmp: tmp.write_text(text, encoding='utf-8',
-        newline='\n')
+    with written(path) as tmp: tmp.write_text(text, encoding='utf-8', newline='\n')
 
-def write_json(path, d):
-    "Write `d` as JSON, all or nothing"
-    write_text(path, json.dumps(plain(d), indent=1, ensure_ascii=False)+'\n')
+def write_json(path, d): write_text(path, json.dumps(plain(d), indent=1, ensure_ascii=False)+'\n')
 
 def write_csv(path, df):
-    "Write a table as CSV, all or nothing"
-    with written(path) as tmp: df.to_csv(tmp, index=False,
-        lineterminator='\n')
+    with written(path) as tmp: df.to_csv(tmp, index=False, lineterminator='\n')
 
-def read_json(path, what='a JSON object')->dict:
+def read_json(path, what='a JSON object', remedy='Correct or delete the file.')->dict:
     "A JSON object from a file, or a `DataError`"
     try: d = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e:
-        raise DataError.of(path, f'broken JSON ({e})', what,
-            'Correct or delete the file.') from e
-    need(isinstance(d, dict), path, type(d).__name__, what,
-        'Correct or delete the file.')
+    except (OSError, ValueError) as e: raise DataError.of(path, f'broken JSON ({e})', what, remedy) from e
+    need(isinstance(d, dict), path, type(d).__name__, what, remedy)
     return d
 
-# %% ../nbs/library/00_core.ipynb #636cf48c
+# %% ../nbs/library/00_core.ipynb #c021x
 def cache_dir()->Path:
     "The folder for things that can be made again: BRAINSEG_CACHE, else XDG_CACHE_HOME, else the system's"
     e = os.environ
     if e.get('BRAINSEG_CACHE'): return Path(e['BRAINSEG_CACHE']).expanduser()
     if e.get('XDG_CACHE_HOME'): base = Path(e['XDG_CACHE_HOME'])
     elif sys.platform=='darwin': base = Path.home()/'Library/Caches'
-    elif sys.platform=='win32': base = Path(e.get('LOCALAPPDATA')
-        or Path.home()/'AppData/Local')
+    elif sys.platform=='win32': base = Path(e.get('LOCALAPPDATA') or Path.home()/'AppData/Local')
     else: base = Path.home()/'.cache'
     return base/'brainseg_fastai'
 
@@ -173,24 +168,18 @@ def made_once(path, complete, make)->Path:
     "A folder that is made on first use; another process that makes the same at the same time does no harm"
     path = Path(path).expanduser()
     if complete(path): return path
-    need(not path.exists() or path.is_dir() and not any(path.iterdir()),
-        path,
-        'something that is not the complete data set asked for', 'a new or an empty folder',
-        'Remove it or name another.')
+    need(not path.exists() or path.is_dir() and not any(path.iterdir()), 'core.not_the_data', path)
     try:
         with written_folder(path) as tmp: make(tmp)
     except OSError:
         if not complete(path): raise
     return path
 
-# %% ../nbs/library/00_core.ipynb #7676dcb9
+# %% ../nbs/library/00_core.ipynb #c023x
 def stamp(path)->tuple:
     "Absolute path, size and time of change: the key to what was learnt about a file"
     try: s = os.stat(path)
-    except OSError as e:
-        raise DataError.of(path,
-            f'no file that can be read ({e.strerror})',
-            'a file', 'Correct the path.') from e
+    except OSError as e: raise known('core.no_file', path, e=e) from e
     return os.path.abspath(path), s.st_size, s.st_mtime_ns
 
 def progress(
