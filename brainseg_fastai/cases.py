@@ -178,13 +178,13 @@ def patient_rows(p:Patient, names, unit, skip_empty)->list:
 
 def volume_cases(
     root,           # Data folder
-    find,           # Function of the folder that gives its `Patient`s
-    choices,        # Inputs that the data set has
-    what,           # What the folder should hold, for messages
     inputs=None,    # Inputs as channels, such as 'flair+t1ce'; None: all
     unit='slice',   # 'slice' (axial) or 'volume'
     labelled=True,  # False: patients without a segmentation, whose `mask` is None
-    skip_empty=True # Leave out slices without brain
+    skip_empty=True, # Leave out slices without brain
+    *, find,        # Function of the folder that gives its `Patient`s
+    choices,        # Inputs that the data set has
+    what            # What the folder should hold, for messages
 )->pd.DataFrame: # Case table whose images are `Pixels`; spacing in mm: row and column, or x, y and z
     "Slices or volumes of a data set of volumes"
     one_unit(unit)

@@ -6,7 +6,7 @@
 __all__ = ['predict_scan', 'predict_scans']
 
 # %% ../nbs/library/23_prediction.ipynb #f22ad321
-import re, time
+import re, time, tomllib
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -18,17 +18,15 @@ from scipy import ndimage as ndi
 
 from . import __version__
 from .core import (
-    DataError, digest, in_threads, need, plain, plural, progress as bar, read_json, stamp,
+    DataError, asset, digest, in_threads, need, plain, plural, progress as bar, read_json, say, stamp,
     write_csv, write_json, write_text, written)
-from .images import (
-    foreground, is_picture, largest_part, list_files, otsu, stem_of, write_mask)
+from .images import foreground, is_picture, largest_part, list_files, otsu, stem_of, write_mask
 from .inference import predict
 from .trust import agreement, find_flags, predicted_dice, scan_features
-from brainseg_fastai.scans import (
-    SCALP_AND_SKULL, Scan, find_scans_to_predict, has_skull, read_scan, scan_names, slab_slices,
-    top_of_brain)
+from .scans import (
+    SCALP_AND_SKULL, Scan, find_scans_to_predict, has_skull, read_scan, scan_names, slab_slices, top_of_brain)
 from .runs import load_bundle
-from .qc import qc_page
+from .qc import measures, qc_page
 
 # %% ../nbs/library/23_prediction.ipynb #add385ac
 def widths(m):
@@ -39,8 +37,7 @@ def inner_width(a, m, mm):
     "Largest inner width of the skull in a slice (X,Y), mm; None if it cannot be told"
     def depth(o): return ndi.distance_transform_edt(o, sampling=mm)
     tissue = np.pad((a>otsu(a)) | ndi.binary_fill_holes(m), 1)
-    core = depth(tissue)[1:-1,1:-1]>4 # bridges from brain to scalp are thinner
-    core = largest_part(core)
+    core = largest_part(depth(tissue)[1:-1,1:-1]>4) # bridges from brain to scalp are thinner
     if not core.any(): return None
     brain = ndi.binary_fill_holes(depth(~core)<=4)
     inner,outer = (widths(o).max()*mm[0] for o in (brain, foreground(a)))
@@ -58,9 +55,7 @@ def evans_index(a, mask, mm, ks)->dict:
     i = len(ks)-1-int(widest[::-1].argmax()) # the highest of equals
     horns,k = widest[i]*mm[0], int(ks[i])
     skull = inner_width(a[:,:,k], mask[:,:,k], mm[:2])
-    if not skull: return {}
-    return dict(index=horns/skull, slice=k, horns_mm=horns,
-        skull_mm=skull)
+    return dict(index=horns/skull, slice=k, horns_mm=horns, skull_mm=skull) if skull else {}
 
 # %% ../nbs/library/23_prediction.ipynb #d6e72497
 class Part(NamedTuple):
@@ -74,30 +69,22 @@ def slab_of(config, slab=None):
     "mm below the top of the brain where a model may be used; None: everywhere"
     if slab is None: return (config['slab'] or {}).get('below_top_mm')
     lo,hi = map(float, slab)
-    need(0<=lo<=hi, f'slab {lo:g} to {hi:g}: expected mm below the top '
-        'of the brain, the smaller number first')
+    need(0<=lo<=hi, 'prediction.slab', lo=lo, hi=hi)
     return [lo,hi]
 
 def part_of_volume(scan, config, slab=None)->Part:
     "The slices of a volume that a model of slices can be asked about"
     slab,n = slab_of(config, slab), scan.extent[2]
-    need(slab or config['whole'], scan.path, 'a volume',
-        'to know which slices the model was trained on, which its bundle does not say',
-        'Give them as --slab LO,HI (in Python slab=(LO,HI)): '
-        'mm below the top of the brain, for example 55,70.')
+    need(slab or config['whole'], 'prediction.which_slices', scan.path)
     try: top,skull = top_of_brain(scan.grey, scan.spacing)
     except DataError as e: raise DataError(f'{scan.path}: {e}') from e
     if not slab: return Part(tuple(range(n)), True, skull)
     ks,inside = slab_slices(top, n, scan.spacing[2], slab)
-    where = '{:g} to {:g} mm below the top of the brain'.format(*slab)
-    need(len(ks), scan.path, f'no slice {where}',
-        'a scan that reaches there',
-        'Check the scan, or give another --slab.')
-    notes = [f'slices {ks[0]} to {ks[-1]} of 0 to {n-1}, from below, '
-        f'lie in the slab of the model ({where}); the others were left empty']
-    if skull: notes.append('the top of the brain was taken to lie '
-        f'{SCALP_AND_SKULL:g} mm below the top of the head')
-    if not inside: notes.append('the scan does not reach over the whole slab')
+    lo,hi = slab
+    need(len(ks), 'prediction.no_slice', scan.path, lo=lo, hi=hi)
+    notes = [say('prediction.slices', first=ks[0], last=ks[-1], n=n-1, lo=lo, hi=hi)]
+    if skull: notes.append(say('prediction.top', mm=SCALP_AND_SKULL))
+    if not inside: notes.append(say('prediction.short'))
     return Part(tuple(ks.tolist()), inside, skull, tuple(notes))
 
 # %% ../nbs/library/23_prediction.ipynb #31f61aa3
@@ -107,20 +94,17 @@ def measure(scan, m, label, part, whole)->dict:
     sizes = np.atleast_1d(m.sum((0,1)))
     k = int(sizes.argmax())
     px,mm2 = int(sizes[k]), mm[0]*mm[1] if mm else np.nan
-    ml = float(m.sum()*np.prod(mm)/1000) if whole else np.nan
-    res = dict(name=scan.name, label=label['name'], code=label['code'],
-        area_mm2=px*mm2, area_px=px, volume_ml=ml,
+    res = dict(
+        name=scan.name, label=label['name'], code=label['code'], area_mm2=px*mm2, area_px=px,
+        volume_ml=float(m.sum()*np.prod(mm)/1000) if whole else np.nan,
         slice=k if volume and px else None, slices=len(part.slices),
         brain_mm2=np.nan, ventricle_brain_ratio=np.nan, evans_index=np.nan)
     if 'ventric' not in label['name'].lower(): return res
-    if not part.skull:
-        brain = (grey[:,:,k] if volume else grey)>0
-        n = int(ndi.binary_fill_holes(brain).sum())
-        if n: res |= dict(brain_mm2=n*mm2, ventricle_brain_ratio=px/n)
-    elif volume and scan.oriented:
-        evans = evans_index(grey, m, mm, part.slices)
-        res['evans_index'] = evans.get('index', np.nan)
-    return res
+    if part.skull and volume and scan.oriented:
+        res['evans_index'] = evans_index(grey, m, mm, part.slices).get('index', np.nan)
+    if part.skull: return res
+    n = int(ndi.binary_fill_holes((grey[:,:,k] if volume else grey)>0).sum())
+    return res | (dict(brain_mm2=n*mm2, ventricle_brain_ratio=px/n) if n else {})
 
 # %% ../nbs/library/23_prediction.ipynb #bc535b5b
 @dataclass
@@ -152,53 +136,36 @@ class Prediction:
 # %% ../nbs/library/23_prediction.ipynb #91f3ab6d
 def assess(model, scan, masks, part, seconds)->Prediction:
     "A `Prediction` from the `Masks` of a part of a scan"
-    config,notes = model.config, [*scan.notes, *part.notes]
+    config,notes,quality = model.config, [*scan.notes, *part.notes], float('nan')
     by_slice,k = model.frame.mode=='slice', part.slices[len(part.slices)//2]
-    quality,mask = float('nan'), masks.mask
-    if masks.mirrored is not None:
-        quality = float(agreement(masks.plain, masks.mirrored,
-                len(model.codes)))
+    if masks.mirrored is not None: quality = float(agreement(masks.plain, masks.mirrored, len(model.codes)))
     dice = predicted_dice(config['calibration'], quality)
-    seen = scan.image, scan.spacing, 3
-    if by_slice: seen = scan.pictures([k])[0], scan.pixel, 2
+    seen = (scan.pictures([k])[0], scan.pixel, 2) if by_slice else (scan.image, scan.spacing, 3)
     flags = [*find_flags(scan_features(*seen), config['reference'])]
-    if not masks.plain.any():
-        flags.append('Nothing was found in this scan: '
-            'look whether there is nothing to find.')
-    if scan.is_volume and by_slice: mask = scan.volume(mask, part.slices)
-    if not scan.spacing:
-        notes.append('areas in pixels only: give --spacing (mm per pixel) for mm²')
-    if scan.is_volume and not config['whole']:
-        notes.append('no volume in mL: the model was not trained over '
-            "the structure's whole extent")
+    if not masks.plain.any(): flags.append(say('prediction.nothing'))
+    mask = scan.volume(masks.mask, part.slices) if scan.is_volume and by_slice else masks.mask
+    if not scan.spacing: notes.append(say('prediction.pixels'))
+    if scan.is_volume and not config['whole']: notes.append(say('prediction.no_ml'))
     whole = scan.is_volume and part.whole and config['whole']
-    more = dict(quality=quality, predicted_dice=dice['dice'],
-        dice_low=dice['low'],
-        dice_high=dice['high'], dice_text=dice['text'],
-        flags='; '.join(flags), seconds=round(seconds, 3))
-    rows = [measure(scan, mask==i, o, part, whole) | more
-        for i,o in enumerate(config['labels'], 1)]
-    return Prediction(scan, mask, model.codes, rows, quality,
-        dice, flags, notes, part.slices)
+    more = dict(quality=quality, predicted_dice=dice['dice'], dice_low=dice['low'], dice_high=dice['high'],
+        dice_text=dice['text'], flags='; '.join(flags), seconds=round(seconds, 3))
+    rows = [measure(scan, mask==i, o, part, whole) | more for i,o in enumerate(config['labels'], 1)]
+    return Prediction(scan, mask, model.codes, rows, quality, dice, flags, notes, part.slices)
 
 # %% ../nbs/library/23_prediction.ipynb #ceb53b3b
 def config_of(model):
-    need(model.config, 'a model without a config: expected what load_bundle gives. '
-        'Save it as a bundle, then load it.')
+    need(model.config, 'prediction.no_config')
     return model.config
 
 def read_for(model, path, spacing=None, name=None)->Scan:
     "A scan as a model wants it; a `DataError` if the two do not fit"
     config,scan = config_of(model), path
-    channels,volume = config['channels'], model.frame.mode!='slice'
+    channels = config['channels']
     if not isinstance(path, Scan):
-        packed = config['inputs_all'] if config['packed'] else ()
-        scan = read_scan(path, spacing, channels, packed, name)
+        scan = read_scan(path, spacing, channels, config['inputs_all'] if config['packed'] else (), name)
     n = scan.channels.shape[-1]
-    need(n==len(channels), scan.path, plural(n, 'channel'),
-        f'{len(channels)}, as in training', 'Use a model for this kind of image.')
-    need(scan.is_volume or not volume, scan.path, 'a single slice',
-        'a volume, as the model was trained on', 'Give the whole scan.')
+    need(n==len(channels), 'prediction.channels', scan.path, n=plural(n, 'channel'), want=len(channels))
+    need(scan.is_volume or model.frame.mode=='slice', 'prediction.no_volume', scan.path)
     return scan
 
 # %% ../nbs/library/23_prediction.ipynb #a5d0c9e2
@@ -207,30 +174,23 @@ def predict_volume(model, scan, slab=None, flips=True)->Prediction:
     start = time.time()
     if model.frame.mode=='slice':
         part = part_of_volume(scan, model.config, slab)
-        pics = scan.pictures(list(part.slices))
-        masks = predict(model, pics, scan.pixel, flips, volume=True)
+        masks = predict(model, scan.pictures(list(part.slices)), scan.pixel, flips, volume=True)
     else:
-        skull = has_skull(scan.grey, scan.spacing)
-        part = Part(tuple(range(scan.extent[2])), True, skull)
+        part = Part(tuple(range(scan.extent[2])), True, has_skull(scan.grey, scan.spacing))
         masks = predict(model, scan.image, scan.spacing, flips)
     return assess(model, scan, masks, part, time.time()-start)
 
 def predict_pictures(model, scans, flips=True)->list:
     "`Prediction`s of slices, those of one size and spacing at once"
     groups,res = {}, [None]*len(scans)
-    for i,s in enumerate(scans):
-        groups.setdefault((s.image.shape, s.spacing), []).append(i)
+    for i,s in enumerate(scans): groups.setdefault((s.image.shape, s.spacing), []).append(i)
     for (_,mm),ids in groups.items():
         start = time.time()
-        masks = predict(model, np.stack([scans[i].image for i in ids]),
-            mm,
-            flips)
+        masks = predict(model, np.stack([scans[i].image for i in ids]), mm, flips)
         seconds = (time.time()-start)/len(ids)
         for i,one in zip(ids, masks.each()):
-            skull = has_skull(scans[i].grey,
-                mm or model.frame.spacing or 1.)
-            res[i] = assess(model, scans[i], one, Part(skull=skull),
-                seconds)
+            skull = has_skull(scans[i].grey, mm or model.frame.spacing or 1.)
+            res[i] = assess(model, scans[i], one, Part(skull=skull), seconds)
     return res
 
 # %% ../nbs/library/23_prediction.ipynb #ad76e0ea
@@ -247,23 +207,14 @@ def predict_scan(
     return predict_pictures(model, [scan], flips)[0]
 
 # %% ../nbs/library/23_prediction.ipynb #e4fdb30b
-LABEL_FILES = { # first lines, and the line of a label
-    'dseg.tsv': ('index\tname\tcolor\n0\tbackground\t#000000\n',
-        '{code}\t{name}\t{colour}\n'),
-    'labels.txt': ('# ITK-SnaP Label Description File\n'
-        '# IDX -R- -G- -B- -A-- VIS MSH LABEL\n'
-        '    0    0    0    0        0  0  0    "Clear Label"\n',
-        '{code:5d} {r:4d} {g:4d} {b:4d}        1  1  1    "{name}"\n'),
-    'labels.ctbl': ('# Color table file\n0 background 0 0 0 0\n',
-        '{code} {word} {r} {g} {b} 255\n')}
+LABEL_FILES = tomllib.loads(asset('labels.toml')) # for BIDS, ITK-SNAP and 3D Slicer
 
 def write_labels(labels, out):
-    "Names and colours of the labels for BIDS, ITK-SNAP and 3D Slicer"
+    "Names and colours of the labels for other programs"
     for file,(text,line) in LABEL_FILES.items():
         for o in labels:
             r,g,b = bytes.fromhex(o['colour'][1:])
-            word = re.sub(r'\W+', '_', o['name'])
-            text += line.format(**o, r=r, g=g, b=b, word=word)
+            text += line.format(**o, r=r, g=g, b=b, word=re.sub(r'\W+', '_', o['name']))
         write_text(Path(out)/file, text)
 
 def mask_path(name, volume, out)->Path:
@@ -274,8 +225,7 @@ def mask_path(name, volume, out)->Path:
     who = [o for o in parts if o.startswith(('sub-','ses-'))]
     rest = [o for o in parts if not o.startswith('desc-')]
     desc = ''.join(o for o in parts if o not in rest) or 'desc-'
-    return Path(out, *who, 'anat',
-        '_'.join([*rest, desc+suffix, 'dseg.nii.gz']))
+    return Path(out, *who, 'anat', '_'.join([*rest, desc+suffix, 'dseg.nii.gz']))
 
 # %% ../nbs/library/23_prediction.ipynb #d13839ca
 PROGRAM = dict(Name='brainseg_fastai', Version=__version__)
@@ -289,8 +239,8 @@ def input_stamps(path):
 
 def bundle_key(config): return digest(config.get('sha256') or config)
 
-def write_prediction(p:Prediction, out, config=None, **options)->Path:
-    "Write mask, sidecar and a picture for the quality page"
+def write_prediction(p:Prediction, out, **made)->Path:
+    "Write mask, sidecar (with `made`: `bundle` and `options`) and a picture for the quality page"
     scan,out,ks = p.scan, Path(out), p.slices
     path = mask_path(scan.name, scan.is_volume, out)
     sidecar_of(path).unlink(missing_ok=True)
@@ -298,12 +248,9 @@ def write_prediction(p:Prediction, out, config=None, **options)->Path:
     with written(out/'qc'/f'{scan.name}.png') as tmp:
         Image.fromarray(np.stack(p.middle(), -1).astype(np.uint8)).save(tmp)
     write_json(sidecar_of(path), dict(
-        Sources=[o.name for o in scan.files], SpatialReference='orig',
-        GeneratedBy=[PROGRAM], NotAMedicalDevice=True,
-        bundle=config and bundle_key(config), options=options,
-        stamps=input_stamps(scan.path), mask=path.name, name=scan.name,
-        slices=[ks[0], ks[-1]] if scan.is_volume else None,
-        quality=p.quality, predicted=p.predicted,
+        Sources=[o.name for o in scan.files], SpatialReference='orig', GeneratedBy=[PROGRAM], NotAMedicalDevice=True,
+        **made, stamps=input_stamps(scan.path), mask=path.name, name=scan.name,
+        slices=[ks[0], ks[-1]] if scan.is_volume else None, quality=p.quality, predicted=p.predicted,
         flags=p.flags, notes=p.notes, rows=p.rows))
     return path
 
@@ -314,35 +261,22 @@ def read_sidecar(f):
     except DataError: return None
     return d if (Path(f).parent/d.get('mask', '')).is_file() else None
 
-def rows_before(path, name, out, config, options):
+def rows_before(path, name, out, made):
     "Rows of a scan that this bundle predicted before with these options, else None"
-    if not out: return None
-    now = dict(bundle=bundle_key(config), options=options,
-        stamps=input_stamps(path))
+    now = made | dict(stamps=input_stamps(path))
     for volume in (True, False):
         d = read_sidecar(sidecar_of(mask_path(name, volume, out))) or {}
         if now.items() <= d.items(): return d['rows']
 
 # %% ../nbs/library/23_prediction.ipynb #aecea839
-MEASURES = dict(area_mm2='area, mm²', area_px='area, px',
-    volume_ml='volume, mL',
-    ventricle_brain_ratio='ventricle/brain', evans_index='Evans index')
-
 def qc_row(d, labels, out)->dict:
     "A row of the quality page from the content of a sidecar"
-    with Image.open(Path(out)/'qc'/f"{d['name']}.png") as im:
-        image,mask = map(np.array, im.split())
-    measures = {}
-    for r in d['rows']:
-        known = [k for k in MEASURES if r.get(k) is not None]
-        if 'area_mm2' in known: known.remove('area_px')
-        which = f"{r['label']}: " if len(d['rows'])>1 else ''
-        measures |= {which+MEASURES[k]: r[k] for k in known}
-    colours = {i: o['colour'] for i,o in enumerate(labels, 1)}
-    names = {i: o['name'] for i,o in enumerate(labels, 1)}
+    with Image.open(Path(out)/'qc'/f"{d['name']}.png") as im: image,mask = map(np.array, im.split())
+    def which(r): return f"{r['label']}: " if len(d['rows'])>1 else ''
+    shown = {which(r)+k: v for r in d['rows'] for k,v in measures(r).items()}
+    colours,names = ({i: o[k] for i,o in enumerate(labels, 1)} for k in ('colour','name'))
     same = {k: d[k] for k in ('name','quality','predicted','flags','notes')}
-    return dict(same, image=image, mask=mask, measures=measures,
-        colours=colours, names=names)
+    return dict(same, image=image, mask=mask, measures=shown, colours=colours, names=names)
 
 def write_tables(out, config):
     "volumes.csv, qc.html and label names, of all that a bundle predicted"
@@ -350,53 +284,41 @@ def write_tables(out, config):
     found = {f: read_sidecar(f) for f in sorted(out.rglob('*_dseg.json'))}
     done = {f: d for f,d in found.items() if d and d.get('bundle')==key}
     if not done: return
-    rows = []
-    for f,d in done.items():
-        mask = (f.parent/d['mask']).relative_to(out).as_posix()
-        rows += [r | dict(mask=mask) for r in d['rows']]
-    write_csv(out/'volumes.csv', pd.DataFrame(rows))
+    write_csv(out/'volumes.csv', pd.DataFrame(
+        [r | dict(mask=(f.parent/d['mask']).relative_to(out).as_posix()) for f,d in done.items() for r in d['rows']]))
     write_labels(labels, out)
     qc_page([qc_row(d, labels, out) for d in done.values()]).save(out/'qc.html')
     if any(f.parent!=out for f in done): # some are named as in BIDS
         by = PROGRAM | dict(Description=f'bundle {key}')
-        write_json(out/'dataset_description.json', dict(
-            Name='Segmentations by brainseg_fastai', BIDSVersion='1.9.0',
-            DatasetType='derivative', GeneratedBy=[by]))
+        write_json(out/'dataset_description.json', dict(Name='Segmentations by brainseg_fastai',
+            BIDSVersion='1.9.0', DatasetType='derivative', GeneratedBy=[by]))
 
 # %% ../nbs/library/23_prediction.ipynb #2b7f6ad2
 def attempt(f, *args, **kw):
     "What `f` gives, or the text of its error"
     try: return f(*args, **kw)
-    except (DataError, OSError) as e: return str(e)
-    except Exception as e: return f'{type(e).__name__}: {e}'
+    except Exception as e: return str(e) if isinstance(e, (DataError, OSError)) else f'{type(e).__name__}: {e}'
 
-def predict_each(model, jobs, spacing=None, slab=None, flips=True,
-    some=16):
+def predict_each(model, jobs, spacing=None, slab=None, flips=True, some=16):
     "Each job, a path and a name, with its `Prediction` or an error's text"
-    def read(job): return attempt(read_for, model, job[0], spacing,
-        job[1])
+    def read(job): return attempt(read_for, model, job[0], spacing, job[1])
     flat = [j for j in jobs if is_picture(j[0]) and j[0].is_file()]
-    rest = set(jobs)-set(flat)
     for i in range(0, len(flat), some):
         part = flat[i:i+some]
         scans = in_threads(read, part)
-        good = [s for s in scans if isinstance(s, Scan)]
-        res = attempt(predict_pictures, model, good, flips)
+        res = attempt(predict_pictures, model, [s for s in scans if isinstance(s, Scan)], flips)
         res = repeat(res) if isinstance(res, str) else iter(res)
-        for job,s in zip(part, scans):
-            yield job, s if isinstance(s, str) else next(res)
+        for job,s in zip(part, scans): yield job, s if isinstance(s, str) else next(res)
+    rest = set(jobs)-set(flat)
     for job in filter(rest.__contains__, jobs):
         s = read(job)
-        if isinstance(s, Scan): s = attempt(predict_volume, model, s,
-            slab,
-            flips)
-        yield job, s
+        yield job, s if isinstance(s, str) else attempt(predict_volume, model, s, slab, flips)
 
-def checked_options(config, spacing, slab, flips)->dict:
+def checked_options(config, paths, spacing, slab, flips)->dict:
     "What decides a prediction beside scan and bundle"
     mm = None if spacing is None else np.ravel(spacing).tolist()
-    need(mm is None or len(mm)<3 and all(0<o<100 for o in mm),
-        f'spacing {mm}: expected mm per pixel, such as 0.94')
+    need(mm is None or len(mm)<3 and all(0<o<100 for o in mm), 'prediction.spacing', mm=mm)
+    need(slab is None or not all(map(is_picture, paths)), 'prediction.slab_of_picture', paths[0])
     return plain(dict(spacing=mm, slab=slab_of(config, slab), flips=flips))
 
 # %% ../nbs/library/23_prediction.ipynb #b5a6572f
@@ -413,17 +335,15 @@ def predict_scans(
     "Predict scans, and write masks, sidecars, volumes.csv and qc.html"
     model = bundle if hasattr(bundle, 'net') else load_bundle(bundle)
     config,failed = config_of(model), []
-    need(not Path(out or '').is_file(), out, 'a file', 'a folder', 'Name another.')
-    options = checked_options(config, spacing, slab, flips)
-    paths = find_scans_to_predict(scans, config['channels'],
-        config['inputs_all'])
+    need(not Path(out or '').is_file(), 'prediction.out', out)
+    paths = find_scans_to_predict(scans, config['channels'], config['inputs_all'])
+    options = checked_options(config, paths, spacing, slab, flips)
+    made = dict(bundle=bundle_key(config), options=options)
     jobs = list(zip(paths, scan_names(paths)))
-    rows = {n: rows_before(p, n, not overwrite and out, config, options)
-        for p,n in jobs}
+    rows = {n: rows_before(p, n, out, made) if out and not overwrite else None for p,n in jobs}
     todo = [j for j in jobs if rows[j[1]] is None]
-    for (path,name),p in bar(predict_each(model, todo, **options),
-        len(todo), progress):
-        done = attempt(write_prediction, p, out, config, **options) if out and isinstance(p, Prediction) else p
+    for (path,name),p in bar(predict_each(model, todo, **options), len(todo), progress):
+        done = attempt(write_prediction, p, out, **made) if out and isinstance(p, Prediction) else p
         if isinstance(done, str): failed.append((str(path), done))
         else: rows[name] = p.rows
     if out: write_tables(out, config)

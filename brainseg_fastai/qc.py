@@ -17,45 +17,39 @@ from .report import TEXTS, Report, para, piece
 from .trust import review_list
 
 # %% ../nbs/library/22_quality_page.ipynb #252a62ef
-MOST_PX,LEAST_PX = 512,128 # longest side of a picture
-
 def page_px(n)->int:
     "Longest side of a picture, so that a page stays small: 256 for 200 scans"
-    return int(np.clip(256*(200/max(n,1))**.5, LEAST_PX, MOST_PX))
+    return int(np.clip(256*(200/max(n,1))**.5, 128, 512))
 
 def contour_uri(mask, colours, size)->str:
     "Data address of a transparent picture, twice as large, with the outline of each class"
     w,h = (2*o for o in size)
     rgba = np.zeros((h,w,4), np.uint8)
-    for here,colour in marks([(mask, colours, False)], (w,h)):
-        rgba[here] = *colour, 255
+    for here,colour in marks([(mask, colours, False)], (w,h)): rgba[here] = *colour, 255
     return data_uri(Image.fromarray(rgba), 'PNG')
 
 # %% ../nbs/library/22_quality_page.ipynb #e049dfa4
-USUAL = dict(colours={}, names={}, measures={}, quality=None,
-    predicted={},
-    flags=[], notes=[])
+USUAL = dict(colours={}, names={}, measures={}, quality=None, predicted={}, flags=[], notes=[])
 
-def checked(
-    row # dict, as in `qc_page`
-)->dict:
-    "The same with everything in it, or an error that names it"
+def checked(row)->dict:
+    "A row of `qc_page` with everything in it, or an error that names it"
     r = USUAL | {k: v for k,v in row.items() if v is not None}
-    need({'name','image'} <= set(r), 'A row of the page',
-        few(row) or 'nothing', 'name and image at least',
-        'Add them.')
+    need({'name','image'} <= set(r), 'qc.row', 'A row of the page', found=few(row) or 'nothing')
     image = np.asarray(r['image'])
     mask = np.asarray(r.get('mask', np.zeros(image.shape[:2], int)))
     fits = image.shape[2:] in ((), (3,)) and mask.ndim==2 and mask.size and mask.shape==image.shape[:2]
-    need(fits, r['name'], f'an image of {image.shape} and a mask of {mask.shape}',
-        'a slice (h, w) or (h, w, 3) and a mask of equal size', 'Give the slice that is to be shown.')
+    need(fits, 'qc.shapes', r['name'], image=image.shape, mask=mask.shape)
     flags = [r['flags']] if isinstance(r['flags'], str) else r['flags']
-    empty = [] if mask.any() else ['The mask of this picture is empty.']
-    return r | dict(name=str(r['name']), image=image, mask=mask,
-        flags=flags,
-        notes=[*r['notes'], *empty])
+    notes = [*r['notes'], *['The mask of this picture is empty.']*(not mask.any())]
+    return r | dict(name=str(r['name']), image=image, mask=mask, flags=flags, notes=notes)
 
 def class_name(r, c): return str(r['names'].get(c, f'class {c}'))
+
+def measures(row)->dict:
+    "What a row of volumes.csv tells, by the names that people read; pixels only where nothing is known in mm"
+    res = {k: row[k] for k in TEXTS['measures'] if not missing(row.get(k))}
+    if 'area_mm2' in res: res.pop('area_px', None)
+    return {TEXTS['measures'][k]: v for k,v in res.items()}
 
 def measure_text(v):
     "A measure for people, with three digits or so"
@@ -68,13 +62,10 @@ def scan_row(i, r, measures, px)->dict:
     "What the page shows of one scan, the `i`-th"
     mask,p = r['mask'], r['predicted']
     im = draw_case(r['image'], px=min(px, max(mask.shape)))
-    values = [(v, measure_text(v))
-        for v in map(r['measures'].get, measures)]
-    return dict(
-        i=i, name=r['name'], notes=r['notes'], flags=r['flags'], cells=values, quality=r['quality'], predicted=p,
+    return r | dict(
+        i=i, cells=[(v, measure_text(v)) for v in map(r['measures'].get, measures)],
         below=data_uri(im), above=contour_uri(mask, r['colours'], im.size), width=im.width, height=im.height,
-        seen=', '.join(class_name(r, c)
-            for c in np.unique(mask[mask>0]).tolist()),
+        seen=', '.join(class_name(r, c) for c in np.unique(mask[mask>0]).tolist()),
         care=piece('care') if r['flags'] and p.get('calibrated') else '')
 
 # %% ../nbs/library/22_quality_page.ipynb #c016x
@@ -91,15 +82,17 @@ def in_order(rows):
 
 def key_figures(rows):
     "What stands above the table"
-    def least(values): return min((v for v in values if not missing(v)),
-        default=None)
+    def least(values): return min((v for v in values if not missing(v)), default=None)
     dice,quality = least(r['predicted'].get('dice') for r in rows), least(r['quality'] for r in rows)
-    return [('Scans', num(len(rows))),
-        ('Flagged', num(sum(bool(r['flags']) for r in rows))),
+    return [('Scans', num(len(rows))), ('Flagged', num(sum(bool(r['flags']) for r in rows))),
         ('Lowest predicted Dice', 'uncalibrated' if dice is None else num(dice)), ('Lowest quality', num(quality))]
 
 # %% ../nbs/library/22_quality_page.ipynb #c018x
-def qc_page(rows, title='Predicted masks, worst first', px=None)->QcPage:
+def qc_page(
+    rows, # dicts: name, image, and if known mask, colours, names, measures, quality, predicted, flags, notes
+    title='Predicted masks, worst first',
+    px=None # Longest side of a picture
+)->QcPage:
     "Every predicted scan on one page that stands alone: picture, contour, measures, quality, flags"
     rows = in_order([*map(checked, rows)])
     keys = dict.fromkeys((r['colours'].get(c), class_name(r, c))
@@ -107,10 +100,8 @@ def qc_page(rows, title='Predicted masks, worst first', px=None)->QcPage:
     kinds = {}
     for r in rows:
         for k,v in r['measures'].items(): kinds[k] = 'text' if isinstance(v, str) else kinds.get(k, 'num')
-    shown = [scan_row(i, r, kinds, px or page_px(len(rows)))
-        for i,r in enumerate(rows, 1)]
-    return QcPage(title, piece('quality', title, key_figures(rows),
-            TEXTS['quality'].values(), keys, list(kinds.items()), shown))
+    shown = [scan_row(i, r, kinds, px or page_px(len(rows))) for i,r in enumerate(rows, 1)]
+    return QcPage(title, piece('quality', title, key_figures(rows), TEXTS['quality'].values(), keys, list(kinds.items()), shown))
 
 # %% ../nbs/library/22_quality_page.ipynb #c021x
 def nifti_bytes(a, spacing):
@@ -121,30 +112,26 @@ def nifti_bytes(a, spacing):
 def label_map(mask, colours):
     "The colours of classes as NiiVue wants them; background is transparent"
     n = int(np.max(mask))+1
-    rgb = np.array([(0,0,0),
-            *(rgb_of(colours.get(c)) for c in range(1, n))]).T.tolist()
+    rgb = np.array([(0,0,0), *(rgb_of(colours.get(c)) for c in range(1, n))]).T.tolist()
     ids = list(range(n))
-    return dict(zip('RGB', rgb)) | dict(A=[0]+[255]*(n-1), I=ids,
-        labels=[*map(str, ids)])
+    return dict(zip('RGB', rgb)) | dict(A=[0]+[255]*(n-1), I=ids, labels=[*map(str, ids)])
 
 def view_3d(
-    image,       # Volume (x, y, z) in RAS+ orientation
-    mask=None,   # Classes (x, y, z), 0 is background
-    spacing=1.,  # mm per voxel, one number or one per axis
+    image,        # Volume (x, y, z) in RAS+ orientation
+    mask=None,    # Classes (x, y, z), 0 is background
+    spacing=1.,   # mm per voxel, one number or one per axis
     colours=None, # {class: '#rrggbb'}
-    height=400   # Pixels
-):               # The widget; without ipyniivue one line that says how to get it
+    height=400    # Pixels
+):                # The widget; without ipyniivue one line that says how to get it
     "A volume and its mask to be turned and cut in a notebook"
     image = np.asarray(image)
-    need(image.ndim==3 and (mask is None or np.shape(mask)==image.shape),
-        f'The image is {image.shape} and the mask {np.shape(mask)}; expected volumes (x, y, z) of equal size.')
+    need(image.ndim==3 and (mask is None or np.shape(mask)==image.shape), 'qc.volumes',
+        image=image.shape, mask=np.shape(mask))
     try: nv = need_package('ipyniivue', 'view')
     except DataError as e: return para(str(e).replace('this data set or option', 'the 3-D view'))
-    mm = np.broadcast_to(np.asarray(1. if spacing is None else spacing,
-            float), 3)
+    mm = np.broadcast_to(np.asarray(1. if spacing is None else spacing, float), 3)
     if image.dtype!=np.uint8: image = image.astype(np.float32)
-    vs = [nv.Volume(name='image.nii.gz', data=nifti_bytes(image, mm),
-            colormap='gray')]
+    vs = [nv.Volume(name='image.nii.gz', data=nifti_bytes(image, mm), colormap='gray')]
     if mask is not None:
         data = nifti_bytes(np.asarray(mask).astype(np.uint8), mm)
         vs.append(nv.Volume(name='mask.nii.gz', data=data, opacity=.5))
