@@ -117,7 +117,6 @@ ABLATIONS = { # ours with one thing changed, see `CHANGES` in systems.py
     'ours-whole':      'whole images from the start, no windows',
     'ours-resize':     'progressive resizing (images of 3/4 of the side) in place of windows',
     'ours-alike':      'first guesses alike for all classes, not at their share of the pixels',
-    'ours-last':       'no average of the weights',
     'ours-ce':         'cross-entropy alone, without Dice',
     'ours-rate':       "largest learning rate 1e-3, fastai's default",
     'ours-batch':      'batches of 8',
@@ -127,7 +126,8 @@ ABLATIONS = { # ours with one thing changed, see `CHANGES` in systems.py
     'ours-compile':    '`torch.compile`'}
 
 DROPPED = { # brought nothing and is gone; its results are kept
-    'ours-fastai_aug': "fastai's `aug_transforms` of the same strength"}
+    'ours-fastai_aug': "fastai's `aug_transforms` of the same strength",
+    'ours-last':       'no average of the weights'}
 
 NAMES = dict(ours='ours', published='published recipe', stock='fastai `unet_learner` resnet34, defaults',
              smp='SMP U-Net resnet34', monai_unet='MONAI UNet', monai_basic='MONAI BasicUNet',

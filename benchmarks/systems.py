@@ -94,13 +94,6 @@ class Ours(Fastai):
         self.about = {k: getattr(self.settings, k) for k in ('recipe','arch','epochs','bs','schedule')}
         return prepare_learner(self.cases, self.settings, self.codes)
     def fit(self): fit_recipe(self.learn, self.settings)
-    def predict(self, cases):
-        "By the weights that would be kept, which are the averaged ones where the recipe averages them"
-        mean = getattr(self.learn, 'average_weights', None)
-        if mean: mean.show(mean=True)
-        try: return super().predict(cases)
-        finally:
-            if mean: mean.show(mean=False)
 
 # ---- ours with one thing changed: what does each bring?
 
@@ -149,8 +142,6 @@ def resized_images(learn):
 
 def guesses_alike(learn): torch.nn.init.zeros_(learn.model.head[-1][0].bias)
 
-def last_weights(learn): learn.remove_cb(learn.average_weights)
-
 def cross_entropy(learn): learn.loss_func = make_loss('ce')
 
 def usual_rate(learn): RECIPES['light'] = RECIPES['light'] | dict(lr=1e-3)
@@ -176,7 +167,7 @@ def compiled(learn): learn.model.scores = torch.compile(learn.model.scores)
 
 CHANGES = dict(float32=in_float32, contiguous=contiguous, decoder=full_decoder, three=three_channels,
                whole=whole_images,
-               resize=resized_images, alike=guesses_alike, last=last_weights, ce=cross_entropy, rate=usual_rate,
+               resize=resized_images, alike=guesses_alike, ce=cross_entropy, rate=usual_rate,
                batch=None,
                reading=read_each_time, single=one_by_one, workers=with_workers,
                compile=compiled)

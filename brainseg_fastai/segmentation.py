@@ -24,7 +24,7 @@ from .settings import Settings
 from .splits import (
     by_group, closest_but, closest_subset, old_fold, read_split, split_table, tested_folds)
 from .training import (
-    AverageWeights, FastBatches, InMemory, ReadImage, ReadMask, SquarePad, TensorScan, adamw, augment_tfms,
+    FastBatches, InMemory, ReadImage, ReadMask, SquarePad, TensorScan, adamw, augment_tfms,
     dice_per_image, normaliser)
 from .trust import agreement
 from .volumes import slices_to_volume
@@ -219,7 +219,7 @@ def brainseg_learner(
     if s.recipe=='light': usual['opt_func'] = adamw
     learn = Learner(dls, net.to(dls.device), **usual | kwargs)
     learn.pretrained,learn.settings,learn.frame = net.pretrained, s, frame
-    if s.recipe=='light': learn.add_cbs([FastBatches(window=.75 if light else 1.), AverageWeights()])
+    if s.recipe=='light': learn.add_cb(FastBatches(window=.75 if light else 1.))
     return learn
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #353196ff

@@ -11,9 +11,8 @@ from brainseg_fastai.images import read_image
 from brainseg_fastai.networks import build_model, class_shares, make_loss
 from brainseg_fastai.settings import Settings
 from brainseg_fastai.steps import make_steps
-from brainseg_fastai.training import (AverageWeights, Bend, Checkpoint, FastBatches, ImageZScore, InMemory, ReadImage, ReadMask,
-                                      SquarePad, TensorScan, adamw, augment_tfms, augmentation, dice_per_image, environment, fit_recipe, normaliser,
-                                      plot_curves)
+from brainseg_fastai.training import (Bend, Checkpoint, FastBatches, ImageZScore, InMemory, ReadImage, ReadMask,
+                                      SquarePad, TensorScan, adamw, augment_tfms, augmentation, dice_per_image, environment, fit_recipe, normaliser)
 from helpers import make_folder
 
 @pytest.fixture(autouse=True)
@@ -45,7 +44,7 @@ def learner(cases, size=64, cbs=(), **kwargs):
     s = Settings(size=size, pretrained=False)
     net = build_model(s, 1, 2, shares=class_shares(dls.train_ds, (0,255)))
     return Learner(dls, net, make_loss('dice_ce'), metrics=dice_per_image, opt_func=adamw, wd=s.how['wd'],
-                   cbs=[FastBatches(window=.75), AverageWeights(), *cbs])
+                   cbs=[FastBatches(window=.75), *cbs])
 
 def leftovers(folder): return [p.name for p in Path(folder).rglob('*') if p.name.startswith('.') or 'tmp' in p.suffix]
 
@@ -147,18 +146,6 @@ def test_augmentation_moves_mask_with_image(cases):
     assert np.mean([dice_per_image(found(x), y).item() for x,y in seen]) > .95
     assert all(len(set(y.sum((1,2)).tolist()))==2 for _,y in seen) # every time another size
 
-def test_the_average_is_validated_and_kept(cases):
-    learn = watched(cases, epochs=2)
-    steps,mean = learn.watch.weights,None
-    for n,new in enumerate(steps):
-        keep = min(learn.average_weights.decay, (1+n)/(10+n))
-        mean = new if mean is None else [keep*a+(1-keep)*b for a,b in zip(mean, new)]
-    close = lambda a,b: all(torch.allclose(x, y, atol=1e-5) for x,y in zip(a, b))
-    assert close(learn.model.parameters(), mean) and close(learn.watch.valid[-1], mean) and not close(steps[-1], mean)
-    before = [o.detach().clone() for o in learn.model.parameters()]
-    with learn.no_bar(), learn.no_logging(): learn.validate()
-    assert all(torch.equal(a, b) for a,b in zip(learn.model.parameters(), before)) # validating again changes nothing
-
 def test_few_images_are_changed_more():
     more = augmentation('light', 15)
     assert more['max_rotate'] > 8 and more['bend'] > 0
@@ -174,7 +161,7 @@ def test_augmentation_happens_where_the_batch_is():
     assert z.device.type=='meta' and z.shape==x.shape
 
 def test_pieces_pickle_and_show(cases):
-    pieces = ReadImage(), ReadMask((0,255)), SquarePad(64), ImageZScore(), FastBatches(), AverageWeights(), make_loss('dice+ce')
+    pieces = ReadImage(), ReadMask((0,255)), SquarePad(64), ImageZScore(), FastBatches(), make_loss('dice+ce')
     assert [type(o) for o in pickle.loads(pickle.dumps(pieces))]==[type(o) for o in pieces]
     loaders(cases, bs=4).show_batch(max_n=4, vmin=0, vmax=1)
     assert sum(len(ax.images) for ax in matplotlib.pyplot.gcf().axes) >= 4
@@ -303,13 +290,6 @@ def test_interrupt_leaves_no_autocast(cases, monkeypatch):
     finally: torch.set_autocast_enabled('cpu', False)
 
 # ---- what is told of a training
-
-def test_curves_are_drawn_by_variant():
-    rows = [dict(variant=v, fold=f, seed=f, epoch=e, valid_dice=.5) for v in ('b','a') for f in range(3) for e in range(2)]
-    ax = plot_curves(pd.DataFrame(rows))
-    names = [o.get_text() for o in ax.get_legend().get_texts()]
-    assert len(ax.lines)==6 and names==['b','a'] and len({o.get_color() for o in ax.lines})==2
-    matplotlib.pyplot.close('all')
 
 def test_environment():
     e = environment('cpu')
