@@ -101,7 +101,8 @@ def qc_page(
     for r in rows:
         for k,v in r['measures'].items(): kinds[k] = 'text' if isinstance(v, str) else kinds.get(k, 'num')
     shown = [scan_row(i, r, kinds, px or page_px(len(rows))) for i,r in enumerate(rows, 1)]
-    return QcPage(title, piece('quality', title, key_figures(rows), TEXTS['quality'].values(), keys, list(kinds.items()), shown))
+    return QcPage(title, piece('quality', title, key_figures(rows), TEXTS['quality'].values(), keys,
+        list(kinds.items()), shown))
 
 # %% ../nbs/library/22_quality_page.ipynb #c021x
 def nifti_bytes(a, spacing):
