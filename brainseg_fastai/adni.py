@@ -21,7 +21,6 @@ from .images import IMAGE_SUFFIXES, is_picture, list_files
 
 # %% ../nbs/library/06_adni.ipynb #9d2283a2
 def subject_id(path)->str:
-    "The part of the file name before the first dash"
     subject,dash,_ = Path(path).name.partition('-')
     need(subject and dash, path, 'a name without a subject',
         'SUBJECT-SCAN-KIND-SLICE.png',
@@ -74,7 +73,6 @@ def csv_rule(file, kinds):
 
 # %% ../nbs/library/06_adni.ipynb #93b4951s
 def regex_rule(pattern):
-    "Subjects by a regular expression"
     try: r = re.compile(pattern)
     except re.error as e:
         raise DataError.of('--subject', f'{pattern!r} ({e})',
@@ -100,7 +98,6 @@ def subject_rule(subject, kinds)->tuple:
 
 # %% ../nbs/library/06_adni.ipynb #3c47f0c1
 def scan_and_slice(stem, kind, subject):
-    "Scan and slice from a name, the last part being the slice"
     if parts := adni_parts(stem, kind): return parts[1:]
     rest = swap_kind(stem, kind)
     if subject: rest = rest.removeprefix(subject).strip('-_/ ')
@@ -202,7 +199,6 @@ def adni_cases(
 
 # %% ../nbs/library/06_adni.ipynb #c025x
 def bad_names(rows, file, expected):
-    "Names that do not tell the subject, and two files for one case"
     seen = {}
     for o in rows:
         f,key = file(o['image']), (o['inputs'], o['subject'], o['scan'],
@@ -211,7 +207,6 @@ def bad_names(rows, file, expected):
         elif (first := seen.setdefault(key, f))!=f: yield known_problem('same_case', f, first=first)
 
 def no_partner(rows, file, kinds):
-    "Images without a mask or without their partner in another kind"
     def key(o): return o['subject'], o['scan'], o['slice']
     have = {}
     for o in rows: have.setdefault(key(o), set()).add(o['inputs'])
@@ -225,11 +220,9 @@ def no_partner(rows, file, kinds):
 
 # %% ../nbs/library/06_adni.ipynb #c027x
 def bare_masks(t, kinds):
-    "Masks without an image"
     for f in t.file[t.is_mask & ~t.used]: yield known_problem('bare_mask', f, kinds=' or '.join(kinds))
 
 def few_subjects(rows, kinds):
-    "Too few subjects in one kind, or in all of them together"
     subjects = [{o['subject'] for o in rows if o['inputs']==k
             and o['subject'] and o['mask']} for k in kinds]
     alone = [p for k,s in zip(kinds, subjects)
@@ -239,7 +232,6 @@ def few_subjects(rows, kinds):
         'with images in every kind')
 
 def other_files(root, kinds):
-    "Files in the folders that are no images"
     for d in [*kinds, 'mask']:
         names = [p.name for p in list_files(root/d) if not is_picture(p)]
         if names: yield known_problem('other_files', d,
@@ -277,12 +269,10 @@ def check_cases(
 
 # %% ../nbs/library/06_adni.ipynb #68bf5295
 def adni_standin(folder, n, rng):
-    "A small demo cohort"
     from brainseg_fastai.demo import wanted, write_cohort
     write_cohort(folder, wanted(n, 42, 128), progress=False)
 
 def adni_demo():
-    "The demo cohort"
     from brainseg_fastai.demo import demo_cohort
     return demo_cohort()
 

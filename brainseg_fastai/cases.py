@@ -108,13 +108,11 @@ def data_folder(
 
 # %% ../nbs/library/02_cases.ipynb #3f1b7a11
 def ellipsoid(shape, centre, radii)->np.ndarray:
-    "A body to draw simulated data with"
     axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape),
         indexing='ij', sparse=True)
     return sum(((x-c)/r)**2 for x,c,r in zip(axes, centre, radii))
 
 def write_nifti(a, affine, path):
-    "Write an array as a volume; its folder is made if there is none"
     import nibabel as nib
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(a, affine), path)
@@ -154,7 +152,6 @@ def choose_inputs(inputs, choices)->tuple:
     return names
 
 def one_unit(unit, choices=('slice','volume')):
-    "Refuse a unit that the data set does not have"
     need(unit in choices, 'unit', repr(unit),
         ' or '.join(map(repr, choices)), 'Ask for one of them.')
 

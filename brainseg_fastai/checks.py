@@ -22,7 +22,6 @@ LEVELS = 'error','warning','note'
 
 
 def problem(level:str, file, found:str, expected:str, remedy:str)->dict:
-    "One problem"
     return dict(level=level, file=str(file), found=found,
         expected=expected,
         remedy=remedy)
@@ -38,7 +37,6 @@ def failure(e:DataError, level='error', **more)->dict:
     return problem(level, **e.parts | more)
 
 def problem_table(rows)->pd.DataFrame:
-    "Problems, errors first"
     df = pd.DataFrame(list(rows),
         columns=['level','file','found','expected','remedy'],
         dtype=object)
@@ -110,13 +108,11 @@ def file_table(rows, root, masks=(), progress=False)->pd.DataFrame:
 def damaged(
     t # From `file_table`, as in all checks below
 ):
-    "Files that cannot be read"
     for o in t[t.error.notna()].itertuples():
         yield failure(o.error, 'error' if o.used else 'warning',
             file=o.file)
 
 def unequal_sizes(t):
-    "Images with a mask of another size"
     ok = t[t.error.isna() & t.used]
     size = {o.path: o.shape for o in ok[ok.is_mask].itertuples()}
     for o in ok[~ok.is_mask].itertuples():
@@ -128,7 +124,6 @@ def unequal_sizes(t):
 
 # %% ../nbs/library/04_checks.ipynb #c014x
 def duplicates(t):
-    "The same pixels twice"
     ok = t[t.error.isna() & ~t.is_mask & t.subject.notna() & (t.constant==False)]
     for _,g in ok.groupby(['inputs','sha'], sort=False):
         first,*more = g.itertuples()
@@ -141,7 +136,6 @@ def duplicates(t):
                 other=(other or first).file)
 
 def too_few_subjects(where, subjects, what='with image and mask'):
-    "Fewer subjects than a split into three parts takes"
     n = len(set(subjects))
     if n<3: yield known_problem('few_subjects', where,
         n=plural(n, 'subject'), what=what)
@@ -160,7 +154,6 @@ def odd_codes(t):
     yield from soft_edges(t, codes, odd) if odd else mixed_codes(t, codes[0])
 
 def soft_edges(t, codes, odd):
-    "Masks with values that fill no region"
     solid = few(c for c in codes if c not in odd)
     for o in t.itertuples():
         here = [c for c in o.codes if c in odd]
@@ -192,7 +185,6 @@ def mask_codes(
 
 # %% ../nbs/library/04_checks.ipynb #c020x
 def odd_masks(t):
-    "Codes that cannot be believed, and empty masks"
     masks = t[t.is_mask & t.used & t.error.isna()]
     if masks.empty: return
     yield from odd_codes(masks)
@@ -203,7 +195,6 @@ def odd_masks(t):
         all=len(masks), names=few(empty, 3))
 
 def unknown_labels(t, labels:dict):
-    "Codes that the data set does not have"
     known = ', '.join(f'{c} ({name})' for c,name in labels.items())
     for o in t[t.is_mask & t.error.isna()].itertuples():
         odd = sorted(set(o.codes)-set(labels))
@@ -236,14 +227,12 @@ def no_mask(where, path, root, what='segmentation'):
         what=what)
 
 def nothing_here(root, what):
-    "The table of problems of a folder without a patient"
     found = 'no patient' if any(Path(root).iterdir()) else 'an empty folder'
     return problem_table([known_problem('no_patient', root, found=found,
                 what=what)])
 
 # %% ../nbs/library/04_checks.ipynb #c027x
 def patient_problems(patients, names, choices, root):
-    "What patients' folders lack, or have twice"
     first = {}
     for p in patients:
         where = p.folder.relative_to(root).as_posix() if p.folder!=root else p.subject
@@ -260,7 +249,6 @@ def patient_problems(patients, names, choices, root):
 
 @as_problem
 def check_volumes(root, inputs=None, progress=False, *, find, choices, what, labels)->pd.DataFrame:
-    "Check a data set of volumes"
     root,names = data_root(root, what), choose_inputs(inputs, choices)
     patients = find(root)
     if not patients: return nothing_here(root, what)

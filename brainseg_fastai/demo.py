@@ -182,7 +182,6 @@ def slice_tag(z):
     return f'ax{min(max(int((z-5)/3.6), 0), 4)+1}'
 
 def make_scan(s, c, t, size=256):
-    "The three pictures of one scan"
     pts,mm = slice_points(c, size)
     near = np.hypot(pts[0]/85, (pts[1]+18)/108)<1 # no brain reaches farther
     m = np.zeros((len(t.maps),size,size), np.float32)
@@ -226,7 +225,6 @@ def is_complete(path, want)->bool:
 
 # %% ../nbs/library/05_demo.ipynb #a35b5f02
 def make_subject(i, want, t, out)->list:
-    "Make and write all scans of one subject"
     s,rows = draw_subject(i, want['seed']), []
     for k in range(s['n_scans']):
         c = draw_scan(s, k)

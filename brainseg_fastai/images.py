@@ -47,7 +47,6 @@ def list_files(folder, suffixes='')->list:
 
 # %% ../nbs/library/01_images.ipynb #129a3472
 def decode(path, what='an image', keep=False)->np.ndarray:
-    "The values of a picture file as they are stored"
     try:
         with Image.open(path) as im:
             pages,mode = getattr(im, 'n_frames', 1), im.mode
@@ -116,14 +115,12 @@ def to_bytes(a, window=None)->np.ndarray:
 
 # %% ../nbs/library/01_images.ipynb #2dda8c80
 def otsu(a)->int:
-    "Otsu's threshold"
     n = np.bincount(a.ravel('K'), minlength=256).astype(float)
     w,s = n.cumsum(), (n*np.arange(256)).cumsum()
     between = (s[-1]*w/w[-1]-s)**2/(w*(w[-1]-w)).clip(1)
     return int(between.argmax())
 
 def largest_part(m):
-    "The largest connected part of a mask"
     from scipy import ndimage as ndi
     parts,n = ndi.label(m)
     return m if n<2 else parts==1+np.bincount(parts.ravel())[1:].argmax()
@@ -214,7 +211,6 @@ def in_cache(path, suffix): return cache_dir()/'volumes'/(digest(2, stamp(path),
 
 # %% ../nbs/library/01_images.ipynb #7e8f6a7f
 def count_values(a):
-    "Pixels of each value, as a dict"
     if a.dtype.kind in 'iu' and a.size and a.min()>=0 and a.max()<256:
         return {i: n for i,n in enumerate(np.bincount(a.ravel('K')).tolist()) if n}
     values,n = np.unique(a, return_counts=True)
@@ -268,7 +264,6 @@ def volume_facts(path):
 
 # %% ../nbs/library/01_images.ipynb #684ce25b
 def unpack_volume(path, to):
-    "Write a volume as a plain NIfTI file"
     import nibabel as nib
     im = load_volume(path)
     a = np.asanyarray(im.dataobj)
@@ -334,7 +329,6 @@ class Pixels:
                 for f in self.files], self.files)
 
     def mask(self):
-        "Raw codes"
         a = self.values(mask=True)
         return np.round(a).astype(np.int32) if a.dtype.kind=='f' else a
 
@@ -344,7 +338,6 @@ class Pixels:
 
 # %% ../nbs/library/01_images.ipynb #f7e93a9f
 def grey_levels(x:Pixels)->np.ndarray:
-    "Grey levels as bytes"
     a = x.values()
     exact = a.dtype==np.uint8 or is_volume(x)
     return to_bytes(a if exact else a.astype(float), x.window(a))

@@ -233,7 +233,6 @@ PROGRAM = dict(Name='brainseg_fastai', Version=__version__)
 def sidecar_of(mask): return Path(mask).with_name(f'{stem_of(mask)}.json')
 
 def input_stamps(path):
-    "Name, size and time of change of every file of an input"
     files = list_files(path) if Path(path).is_dir() else [Path(path)]
     return [[f.name, *stamp(f)[1:]] for f in files]
 
@@ -270,7 +269,6 @@ def rows_before(path, name, out, made):
 
 # %% ../nbs/library/23_prediction.ipynb #aecea839
 def qc_row(d, labels, out)->dict:
-    "A row of the quality page from the content of a sidecar"
     with Image.open(Path(out)/'qc'/f"{d['name']}.png") as im: image,mask = map(np.array, im.split())
     def which(r): return f"{r['label']}: " if len(d['rows'])>1 else ''
     shown = {which(r)+k: v for r in d['rows'] for k,v in measures(r).items()}

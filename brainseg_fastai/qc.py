@@ -59,7 +59,6 @@ def measure_text(v):
 
 # %% ../nbs/library/22_quality_page.ipynb #c013x
 def scan_row(i, r, measures, px)->dict:
-    "What the page shows of one scan, the `i`-th"
     mask,p = r['mask'], r['predicted']
     im = draw_case(r['image'], px=min(px, max(mask.shape)))
     return r | dict(
@@ -74,14 +73,12 @@ class QcPage(Report):
     styles,script = ('report.css','qc.css'), 'qc.js'
 
 def in_order(rows):
-    "Rows, worst first"
     if not rows: return []
     t = pd.DataFrame([{k: r[k] for k in ('name','quality','flags')} | r['predicted'] for r in rows])
     t['path'] = [f'{i:09d}' for i in range(len(rows))] # tells namesakes apart
     return [rows[int(i)] for i in review_list(t).path]
 
 def key_figures(rows):
-    "What stands above the table"
     def least(values): return min((v for v in values if not missing(v)), default=None)
     dice,quality = least(r['predicted'].get('dice') for r in rows), least(r['quality'] for r in rows)
     return [('Scans', num(len(rows))), ('Flagged', num(sum(bool(r['flags']) for r in rows))),

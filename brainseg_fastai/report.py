@@ -336,7 +336,6 @@ def plain_text(v):
     return f'{v:g}' if isinstance(v, float) else str(v)
 
 def dict_html(d):
-    "A dict, perhaps of dicts, as a table of two columns"
     flat = pd.json_normalize(d, sep=' ').to_dict('records')[0]
     return table_html([(k.replace('_', ' '), plain_text(v))
             for k,v in flat.items()], ['','value'])
@@ -360,7 +359,6 @@ def sheet_html(scores, out, simulated):
     return para(*(TEXTS[k] for k,v in notes.items() if v)), contact_sheet(scores, out)
 
 def groups_html(scores):
-    "Mean Dice of each group of cases, such as each type of tumour"
     if 'label' not in scores: return ()
     rows = [(variant_name(v), label, t.subject.nunique(), len(t),
             t.dice.mean())
@@ -409,14 +407,12 @@ def page(tag, colour, sentence, figures, sections, simulated=False)->Report:
 
 # %% ../nbs/library/21_report.ipynb #053f9d3f
 def verdict_tag(c):
-    "The verdict in two or three words, and the class of its colour"
     v = str(c['verdict'])
     for name,variant,colour in zip(c['names'], pair_of(c), COLOURS):
         if v==f'{name} better': return f'{variant_name(variant)} better', colour
     return v[:1].upper()+v[1:], 'ok' if v=='equivalent' else ''
 
 def rule_terms(c)->dict:
-    "What was estimated, and how the verdict follows from it"
     of = dict(case=c['case'], margin=f'{c["margin"]:g}')
     rules = {k.format(**of): v.format(**of)
         for k,v in TEXTS['rules'].items()}
@@ -444,7 +440,6 @@ def control_text(c):
         estimate=estimate(k), n=k['n_subjects'])
 
 def key_facts(c, means):
-    "The figures below the verdict"
     each = [(variant_name(v), num(t['mean'].dice),
             f'95 %: {interval([t.low.dice, t.high.dice])}')
         for v,t in means.items()]

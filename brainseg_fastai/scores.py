@@ -15,7 +15,6 @@ from .intervals import bootstrap_t
 
 # %% ../nbs/library/08_scores.ipynb #ae0330f7
 def empty_score(true_empty, pred_empty, diagonal)->dict|None:
-    "The one policy for empty masks"
     if true_empty and pred_empty: return dict(dice=1, jaccard=1, hd95=0,
         nsd=1)
     if true_empty or pred_empty: return dict(dice=0, jaccard=0,

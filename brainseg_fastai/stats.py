@@ -23,7 +23,6 @@ ESTIMAND = (
 KEYS = ['subject','scan','slice','fold','repeat'] # what tells cases apart
 
 def keyed(scores, metric='dice')->pd.DataFrame:
-    "A score table whose cases can be told apart"
     need({'subject',metric} <= set(scores), 'A score table',
         f'the columns {list(scores)}',
         f"'subject' and {metric!r} among them", 'Add them.')
@@ -89,7 +88,6 @@ def what_would_help(c)->str:
     return f'About {n} test subjects would bring the half-width of the interval down to {c.margin:g}.'
 
 def verdict_sentence(c)->str:
-    "The verdict of a `Comparison` for people"
     one,two = c.names
     about = 'For this kind of input' if c.what=='input' else 'For data like these'
     if len(c.by_training)==1: about = 'For these two trained models'
@@ -209,7 +207,6 @@ def paired_means(scores, diff)->dict:
     return means | dict(pooled_dice=pooled_dice(s))
 
 def units(*tables):
-    "Units of the distances in score tables"
     return sorted({u for t in tables if 'unit' in t
             for u in t.unit.unique()})
 

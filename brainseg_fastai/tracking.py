@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 import numpy as np, pandas as pd
 
-from .core import DataError, missing, need, need_package, read_json
+from .core import known, missing, need, need_package, read_json, say
 from .scores import METRICS, summarise_scores
 
 # %% ../nbs/library/24_tracking.ipynb #bd8bc1e3
@@ -25,10 +25,7 @@ def local_store(folder)->str:
 def tracking_uri(out, uri=None)->str:
     "Where the runs of `out` are kept: `uri`, else `MLFLOW_TRACKING_URI`, else a database beside `out`"
     if uri is None: return os.environ.get('MLFLOW_TRACKING_URI') or local_store(Path(out).resolve().parent)
-    need('@' not in urlsplit(str(uri)).netloc, hide_secrets(uri),
-        'a name or password', 'an address without',
-        'Put them into the environment variables MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, '
-        'or the whole address into MLFLOW_TRACKING_URI.')
+    need('@' not in urlsplit(str(uri)).netloc, 'tracking.password', hide_secrets(uri))
     return str(uri)
 
 # %% ../nbs/library/24_tracking.ipynb #804dd1f8
@@ -37,13 +34,11 @@ SECRET = re.compile('TOKEN|PASSW|SECRET|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY|MLF
 def hide_secrets(text)->str:
     "`text` without the credentials of this environment and without those inside addresses"
     address = urlsplit(os.environ.get('MLFLOW_TRACKING_URI', ''))
-    values = [unquote(o or '')
-        for o in (address.username, address.password)]
+    values = [unquote(o or '') for o in (address.username, address.password)]
     values += [v for k,v in os.environ.items() if SECRET.search(k)]
     values = {v for v in values if len(v)>=6} # shorter ones would be found by chance
     for v in tuple(values): # as they stand in addresses, pages and JSON
-        values |= {quote(v), html.escape(v), json.dumps(v)[1:-1],
-            json.dumps(v, ensure_ascii=False)[1:-1]}
+        values |= {quote(v), html.escape(v), *(json.dumps(v, ensure_ascii=o)[1:-1] for o in (True, False))}
     text = str(text)
     for v in sorted(values, key=len, reverse=True): text = text.replace(v, '***')
     return re.sub(r'(?<=://)[^/\s@"\'<>]+@', '***@', text)
@@ -52,8 +47,7 @@ def hide_secrets(text)->str:
 def check_track(track, out='.', uri=None, timeout=5)->bool:
     "Refuse what could not be logged later; to be called before the training"
     if not track: return False
-    need(track=='mlflow', 'track', repr(track), 'mlflow, or nothing',
-        'Correct it.')
+    need(track=='mlflow', 'tracking.which', 'track', track=track)
     need_package('mlflow', 'track')
     uri = tracking_uri(out, uri)
     if not uri.startswith(('http://','https://')): return True
@@ -61,17 +55,14 @@ def check_track(track, out='.', uri=None, timeout=5)->bool:
     from urllib.request import urlopen
     try: urlopen(re.sub('(?<=://)[^/]*@', '', uri), timeout=timeout).close()
     except HTTPError: pass # it answers; whether it lets us in is seen when a run is logged
-    except (OSError, ValueError) as e:
-        raise DataError.of(hide_secrets(uri),
-            f'no MLflow server answers ({hide_secrets(e)})',
-            'one', 'Start it, or correct the address.') from None
+    except (OSError, ValueError) as e: raise known('tracking.silent', hide_secrets(uri), e=hide_secrets(e)) from None
     return True
 
 # %% ../nbs/library/24_tracking.ipynb #5fcc386a
 def flat(d, sep)->dict:
     "Values of nested dicts by path, in letters that MLflow takes"
-    rows = pd.json_normalize(d, sep=sep).to_dict('records')
-    return {re.sub(r'[^\w.\-/ ]', '_', k): v for k,v in rows[0].items()}
+    row, = pd.json_normalize(d, sep=sep).to_dict('records')
+    return {re.sub(r'[^\w.\-/ ]', '_', k): v for k,v in row.items()}
 
 def flat_params(settings)->dict:
     "Settings as MLflow wants them, texts by dotted name; those that are None are left out"
@@ -84,54 +75,34 @@ def flat_numbers(results)->dict:
     res = {}
     for k,v in flat(results, '/').items():
         pair = isinstance(v, list) and len(v)==2
-        for k,v in ((f'{k}_low',v[0]), (f'{k}_high',v[1])) if pair else ((k,v),):
-            if isinstance(v, (int,float)) and not isinstance(v, bool) and not missing(v): res[k] = float(v)
-    return res
+        res |= {f'{k}_low': v[0], f'{k}_high': v[1]} if pair else {k: v}
+    def number(v): return isinstance(v, (int,float)) and not isinstance(v, bool) and not missing(v)
+    return {k: float(v) for k,v in res.items() if number(v)}
 
 # %% ../nbs/library/24_tracking.ipynb #82cecac0
 def split_params(split)->dict:
     "Number of subjects in each part of each fold of a split table"
     n = split.assign(fold=split.get('fold', 0)).groupby(['fold','split'])['subject'].nunique()
-    return {f'split.fold{f}.{part}_subjects': str(v)
-        for (f,part),v in n.items()}
+    return {f'split.fold{f}.{part}_subjects': str(v) for (f,part),v in n.items()}
 
 def score_means(scores)->dict:
     "Means over subjects and the ends of their 95 % intervals, for each variant"
-    res = {}
-    for variant,g in scores.groupby('variant'):
-        holes = [m for m in METRICS if m in g
-            and not np.isfinite(g[m]).all()] # undefined somewhere: no mean
+    def one(g):
+        holes = [m for m in METRICS if m in g and not np.isfinite(g[m]).all()] # undefined somewhere: no mean
         t = summarise_scores(g.drop(columns=holes))
-        res[variant] = dict(subjects=g['subject'].nunique(),
-            **t['mean'],
-            **t['low'].add_suffix('_low'),
-            **t['high'].add_suffix('_high'))
-    return res
+        return dict(t['mean'], subjects=g['subject'].nunique(), **t['low'].add_suffix('_low'), **t['high'].add_suffix('_high'))
+    return {variant: one(g) for variant,g in scores.groupby('variant')}
 
-# %% ../nbs/library/24_tracking.ipynb #82ceca1s
 def curve_points(curves, end)->list:
     "Name, value, time in ms and epoch of every point of every curve; the last one ends at `end` seconds"
     where = [k for k in ('variant','fold','seed') if k in curves]
-    values = [k for k in curves.select_dtypes('number')
-        if k not in (*where,'epoch','seconds')]
-    t,res = curves['seconds']-curves['seconds'].max()+end,[]
+    values = [k for k in curves.select_dtypes('number') if k not in (*where,'epoch','seconds')]
+    t,res = curves['seconds']-curves['seconds'].max()+end, []
     for i,r in curves.iterrows():
-        path = ['curve', *(f'{"" if k=="variant" else k}{r[k]}'
-                for k in where)]
-        for k in values:
-            if not missing(r[k]):
-                name, = flat({'/'.join([*path, k]): 0}, '/')
-                res.append((name, float(r[k]), int(1000*t[i]),
-                        int(r['epoch'])))
+        path = '/'.join(['curve', *(f'{"" if k=="variant" else k}{r[k]}' for k in where)])
+        points = flat({f'{path}/{k}': r[k] for k in values}, '/')
+        res += [(k, float(v), int(1000*t[i]), int(r['epoch'])) for k,v in points.items() if not missing(v)]
     return res
-
-def run_files(out)->list:
-    "Files to keep with a run, each with the folder that it goes to"
-    own = [(p,None) for p in sorted(out.iterdir()) if p.is_file()
-        and not p.name.startswith('.')]
-    return own+[(p,p.parent.relative_to(out).as_posix())
-        for p in sorted(out.glob('runs/*/*'))
-        if p.name in ('model.safetensors','config.json','curve.csv')]
 
 # %% ../nbs/library/24_tracking.ipynb #d63aa4b6
 @contextmanager
@@ -146,59 +117,57 @@ def quiet():
 
 def experiment_id(client, name, uri):
     "An experiment, made if there is none; a local store keeps files beside its database"
-    found,place = client.get_experiment_by_name(name),None
+    found,place = client.get_experiment_by_name(name), None
     if found: return found.experiment_id
-    if uri.startswith('sqlite:///'):
-        place = (Path(unquote(uri.removeprefix('sqlite:///'))).parent/'mlartifacts').as_uri()
+    if uri.startswith('sqlite:///'): place = (Path(unquote(uri.removeprefix('sqlite:///'))).parent/'mlartifacts').as_uri()
     return client.create_experiment(name, artifact_location=place)
 
 def log_files(client, run_id, out):
-    "The files of a result folder, without secrets"
-    for p,to in run_files(out):
+    "The files of a result folder and of its trainings, without secrets"
+    files = [p for p in sorted(out.iterdir()) if p.is_file() and not p.name.startswith('.')]
+    kept = 'model.safetensors','config.json','curve.csv'
+    for p in files + [p for p in sorted(out.glob('runs/*/*')) if p.name in kept]:
         text = p.read_text(encoding='utf-8') if p.suffix in ('.json','.csv','.html','.txt','.md') else None
-        clean = text and hide_secrets(text)
-        if clean==text: client.log_artifact(run_id, str(p), to)
-        else: client.log_text(run_id, clean,
-            f'{to}/{p.name}' if to else p.name)
+        clean,name = text and hide_secrets(text), p.relative_to(out)
+        if clean==text: client.log_artifact(run_id, str(p), None if p in files else name.parent.as_posix())
+        else: client.log_text(run_id, clean, name.as_posix())
 
 # %% ../nbs/library/24_tracking.ipynb #d63aa41s
 def log_folder(client, run_id, out, settings):
     "Everything of a result folder into an open run"
     from mlflow.entities import Metric, Param, RunTag
-    now,params,points = time.time(),flat_params(settings),[]
-    result = next((read_json(p)
-            for p in (out/'comparison.json', out/'summary.json') if p.exists()), {})
-    numbers = dict(result=result)
-    tables = {k: pd.read_csv(out/f'{k}.csv',
-            dtype=dict.fromkeys(('subject','scan','slice'), str))
+    now,params,points = time.time(), flat_params(settings), []
+    found = [out/o for o in ('comparison.json','summary.json') if (out/o).exists()]
+    result = read_json(found[0]) if found else {}
+    tables = {k: pd.read_csv(out/f'{k}.csv', dtype=dict.fromkeys(('subject','scan','slice'), str))
         for k in ('split','scores','curves') if (out/f'{k}.csv').exists()}
+    numbers = dict(result=result)
     if 'split' in tables: params |= split_params(tables['split'])
     if 'scores' in tables: numbers['scores'] = score_means(tables['scores'])
     if 'curves' in tables: points = curve_points(tables['curves'], now)
-    points += [(k, v, int(1000*now), 0)
-        for k,v in flat_numbers(numbers).items()]
-    tags = {'mlflow.note.content': result.get('sentence'),
-        **{k: result.get(k) for k in ('verdict','simulated')}}
-    client.log_batch(run_id,
-        tags=[RunTag(k, hide_secrets(v))
-            for k,v in tags.items() if v is not None])
-    ps,ms = [Param(*o) for o in params.items()],[Metric(*o) for o in points]
+    points += [(k, v, int(1000*now), 0) for k,v in flat_numbers(numbers).items()]
+    tags = {'mlflow.note.content': result.get('sentence')} | {k: result.get(k) for k in ('verdict','simulated')}
+    client.log_batch(run_id, tags=[RunTag(k, hide_secrets(v)) for k,v in tags.items() if v is not None])
+    ps,ms = [Param(*o) for o in params.items()], [Metric(*o) for o in points]
     for i in range(0, len(ps), 100): client.log_batch(run_id, params=ps[i:i+100]) # MLflow's limits for one call
     for i in range(0, len(ms), 1000): client.log_batch(run_id, metrics=ms[i:i+1000])
     log_files(client, run_id, out)
 
 # %% ../nbs/library/24_tracking.ipynb #cea09c04
-def log_run(track, out, name=None, uri=None, experiment=None)->dict:
+def log_run(
+    track,          # 'mlflow', or nothing: then nothing is done
+    out,            # Folder of a finished run
+    name=None,      # Of the run; None: that of the folder
+    uri=None,       # Of the store; None: as `tracking_uri` says
+    experiment=None # None: named as the data
+)->dict: # run_id, experiment, uri, look (how to see it)
     "Log a result folder as one run of MLflow"
-    out,run_id = Path(out).resolve(),None
+    out,run_id = Path(out).resolve(), None
     if not check_track(track, out, uri): return None
-    need((out/'settings.json').exists(), out, 'no settings.json',
-        'the folder of a finished run',
-        'Give the one that was named with --out.')
+    need((out/'settings.json').exists(), 'tracking.no_run', out)
     from mlflow import MlflowClient
-    settings,uri = read_json(out/'settings.json'),tracking_uri(out, uri)
-    experiment,shown = experiment or str(settings.get('data')
-        or 'brainseg_fastai'),hide_secrets(uri)
+    settings,uri = read_json(out/'settings.json'), tracking_uri(out, uri)
+    experiment,shown = experiment or str(settings.get('data') or 'brainseg_fastai'), hide_secrets(uri)
     try:
         with quiet():
             client = MlflowClient(uri)
@@ -209,8 +178,6 @@ def log_run(track, out, name=None, uri=None, experiment=None)->dict:
         with quiet(), suppress(Exception): # where the server is gone, the first error is the one to tell
             if run_id: client.set_terminated(run_id, status='FAILED')
         why = (hide_secrets(e).strip() or type(e).__name__).splitlines()[0][:300].rstrip('.')
-        raise DataError(f'MLflow at {shown}: {why}. The results in {out} are complete; '
-            f"to log them later: log_run('mlflow', {out.name!r}).") from None # the original may show the password
-    look = f'See {shown}' if uri.startswith('http') else f'To see it: mlflow ui --backend-store-uri {shown}'
-    return dict(run_id=run_id, experiment=experiment, uri=shown,
-        look=look)
+        raise known('tracking.failed', uri=shown, why=why, out=out, name=out.name) from None # it may show the password
+    look = f'See {shown}' if uri.startswith('http') else say('tracking.look', uri=shown)
+    return dict(run_id=run_id, experiment=experiment, uri=shown, look=look)
