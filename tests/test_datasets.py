@@ -235,7 +235,7 @@ def other_size(r):
     with h5py.File(r/'1.mat', 'r+') as h: del h['cjdata/tumorMask']; h['cjdata/tumorMask'] = np.ones((9,9), np.uint8)
 def relabel(r):
     with h5py.File(r/'1.mat', 'r+') as h: h['cjdata/label'][...] = 7
-def twice(r): p = MatSlice(r/'18.mat'); write_mat(r/'1.mat', p.values(), p.mask(), '100000', 1)
+def twice(r): p = MatSlice(r/'18.mat'); write_mat(r/'1.mat', p.values(), p.values(mask=True), '100000', 1)
 def nan(v, x=np.nan): v = v.astype(np.float32); v[3,3,3] = x; return v
 def relabelled(v): v[10,10,10] = 3; return v
 def tif(r, a): Image.fromarray(a).save(r/g(0,1))

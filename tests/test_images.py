@@ -10,7 +10,7 @@ from PIL import Image
 from brainseg_fastai.checks import damaged, duplicates, file_table, mask_codes, odd_masks, unequal_sizes
 from brainseg_fastai.core import DataError
 from brainseg_fastai.images import (
-    Pixels, data_fingerprint, file_facts, foreground, image_size, load_volume, open_volume, otsu, raw_mask, read_image,
+    Pixels, data_fingerprint, facts_of, foreground, image_size, load_volume, open_volume, otsu, raw_mask, read_image,
     read_mask, stem_of, to_bytes, volume_facts, write_mask)
 from helpers import draw_case
 
@@ -124,7 +124,7 @@ def test_damaged_volumes_are_refused(case, word, end, tmp_path):
     for g in (open_volume, load_volume, read_image, lambda p: read_image(Pixels(p, 3)), lambda p: mask_codes([p])):
         with pytest.raises(DataError, match=f.name) as e: g(f)
         assert word in str(e.value) and e.value.parts['remedy']
-    assert word in str(file_facts(f)['error'])
+    assert word in str(facts_of([f])[str(f),False]['error'])
 
 def test_a_slice_that_is_not_there(tmp_path):
     a,b = tmp_path/'large.nii.gz', tmp_path/'small.nii'
