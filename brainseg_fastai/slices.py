@@ -11,15 +11,15 @@ from pathlib import Path
 import nibabel as nib, numpy as np, pandas as pd
 from PIL import Image
 from .core import (
-    DataError, few, in_threads, need, plural, times, write_csv, write_json, written_folder)
+    DataError, few, in_threads, known, need, plural, say, times, write_csv, write_json, written_folder)
 from .images import is_volume, load_volume, stem_of, to_bytes
 
 # %% ../nbs/library/18_slices.ipynb #64651800
-ventricles = {4: 'Left-Lateral-Ventricle', 5: 'Left-Inf-Lat-Vent',
-    14: '3rd-Ventricle',
+ventricles = {4: 'Left-Lateral-Ventricle', 5: 'Left-Inf-Lat-Vent', 14: '3rd-Ventricle',
     15: '4th-Ventricle', 43: 'Right-Lateral-Ventricle', 44: 'Right-Inf-Lat-Vent'}
 choroid_plexus = {31: 'Left-choroid-plexus', 63: 'Right-choroid-plexus'}
 NAMES = 'T1','brainmask','aseg'
+KINDS = 'orig','brain','mask'
 ENDS = '.mgz','.nii.gz','.nii','.mgh'
 
 def volume_named(folder, name):
@@ -32,12 +32,10 @@ def scan_of(name, subject=None)->tuple:
     "Subject and scan from the name of a folder; without a rule: ADNI, BIDS, `.long.`, else the whole name"
     def clean(s): return re.sub(r'[^\w.+]+', '_', s).strip('_.')
     scan,_,base = name.partition('.long.')
-    known = re.match(r'(\d{3}_S_\d{4,5}(?!\d)|sub-[A-Za-z0-9]+)', name) # ADNI, BIDS
-    m = re.search(subject, name) if subject else known
+    usual = re.match(r'(\d{3}_S_\d{4,5}(?!\d)|sub-[A-Za-z0-9]+)', name) # ADNI, BIDS
+    m = re.search(subject, name) if subject else usual
     person = m[1] if m else '' if subject else base or name
-    need(person and clean(person), name,
-        'a name that does not tell the subject',
-        f'a name that fits {subject or "anything"}', 'Rename the folder, or correct the expression.')
+    need(person and clean(person), 'slices.no_subject', name, rule=subject or 'anything')
     rest = clean((scan if base else name).replace(person, '', 1))
     return clean(person),rest or 'T1'
 
@@ -46,8 +44,7 @@ def places(root, folders, names):
     "Folder, prefix of the files' names, and name of each scan"
     for d in sorted(root.glob(folders)):
         average = d.name.startswith(('.','fsaverage','cvs_avg')) or (d/'base-tps').is_file()
-        some = d.is_dir() and any(volume_named(d, o)
-            for o in (*names, 'brain'))
+        some = d.is_dir() and any(volume_named(d, o) for o in (*names, 'brain'))
         prefix = stem_of(d).removesuffix(names[0])
         if some and not average: yield d,'',d.name
         if is_volume(d) and prefix not in ('', stem_of(d)): yield root,prefix,prefix.strip('_-. ')
@@ -55,92 +52,61 @@ def places(root, folders, names):
 def incomplete(folder, prefix, names):
     "A `DataError` if volumes are missing, else None"
     lost = [prefix+o for o in names if not volume_named(folder, prefix+o)]
-    p = volume_named(folder, f'{prefix}brain')
-    if p and f'{prefix}brainmask' in lost: return DataError.of(
-        p, 'this, but no brainmask', 'brainmask.mgz, the grey levels of T1.mgz without the skull',
-        'brain.mgz will not do: its intensities were normalised again, so that brain and full '
-        'skull would differ in more than the skull. Copy mri/brainmask.mgz as well, or make it '
-        'with recon-all -autorecon1.')
-    if lost: return DataError.of(folder, f'no {" and no ".join(lost)}',
-        f'{few(names)} as {few(ENDS)}',
-        'Finish recon-all for this scan, or leave it out.')
+    brain = volume_named(folder, f'{prefix}brain')
+    if brain and f'{prefix}brainmask' in lost: return known('slices.brain', brain)
+    if lost: return known('slices.lost', folder, lost=' and no '.join(lost), names=few(names), ends=few(ENDS))
 
 # %% ../nbs/library/18_slices.ipynb #b2a04596
 def check_subject_rule(subject):
     "Refuse what is no regular expression with one group"
     try: n = re.compile(subject or '()').groups
     except re.error as e: n = e
-    need(n==1, 'subject', f'{subject!r} ({n} groups)'
-        if isinstance(n, int)
-        else f'{subject!r} ({n})',
-        'a regular expression with one group in parentheses', r"For example '(sub-\d+)'.")
+    need(n==1, 'slices.rule', 'subject', subject=subject, n=f'{n} groups' if isinstance(n, int) else n)
 
 def find_scans(subjects_dir, folders='*', subject=None, names=NAMES)->list:
     "All scans below a folder, whether complete or not"
     root,res = Path(subjects_dir),{}
     check_subject_rule(subject)
-    need(root.is_dir(), root, 'no such folder',
-        'a folder with a subfolder for each scan', 'Correct the path.')
+    need(root.is_dir(), 'slices.no_folder', root)
     for d,prefix,name in places(root, folders, names):
         who,where = scan_of(name, subject),(d/prefix).relative_to(root).as_posix()
-        if who in res: raise DataError.of(
-            root/where, f'subject {who[0]}, scan {who[1]}, the same as in {res[who]["folder"]}', 'each scan once',
-            'Rename one of them, or give a rule for the subject.')
+        need(who not in res, 'slices.twice', root/where, who=who, other=res.get(who, {}).get('folder'))
         paths = [volume_named(d, prefix+o) for o in names]
-        res[who] = dict(subject=who[0], scan=who[1], folder=where,
-            error=incomplete(d, prefix, names),
-            **dict(zip(('orig','brain','mask'), paths)),
-            files=[p.relative_to(root).as_posix() for p in paths if p])
-    need(res, root, 'no scan',
-        f'subfolders with mri/{names[0]}.mgz and so on',
-        'Give the folder that holds those of the scans.')
-    for f in [o['folder'] for o in res.values()]:
-        twin = any(o['folder'].startswith(f'{f}.long.')
-            for o in res.values())
-        need(not twin, root, f'{f} and {f}.long.…', 'each scan once',
-            "Choose, for example with folders='*.long.*'.")
+        res[who] = dict(zip(KINDS, paths), subject=who[0], scan=who[1], folder=where,
+            error=incomplete(d, prefix, names), files=[p.relative_to(root).as_posix() for p in paths if p])
+    need(res, 'slices.no_scan', root, name=names[0])
+    found = [o['folder'] for o in res.values()]
+    for f in found: need(not any(o.startswith(f'{f}.long.') for o in found), 'slices.long', root, folder=f)
     return list(res.values())
 
 # %% ../nbs/library/18_slices.ipynb #ab7ae1b6
 def load_scan(scan, labels)->dict:
     "The three volumes of a scan on one grid"
     if scan['error']: raise scan['error']
-    ims = [nib.as_closest_canonical(load_volume(scan[k]))
-        for k in ('orig','brain','mask')]
+    ims = [nib.as_closest_canonical(load_volume(scan[k])) for k in KINDS]
     a = ims[0]
-    for im,k in zip(ims, ('orig','brain','mask')):
+    for im,k in zip(ims, KINDS):
         same = im.shape==a.shape and np.allclose(im.affine, a.affine, atol=1e-3)
-        need(same, scan[k], f'the shape {times(im.shape)} and the affine {im.affine.round(3).tolist()}',
-            f'{times(a.shape)} and {a.affine.round(3).tolist()} as in {scan["orig"].name}',
-            'Resample it to the grid of the T1 image.')
+        need(same, 'slices.grid', scan[k], shape=times(im.shape), affine=im.affine.round(3).tolist(),
+            want=times(a.shape), there=a.affine.round(3).tolist(), name=scan['orig'].name)
     t1,brain,seg = (np.asanyarray(im.dataobj) for im in ims)
-    need((seg==np.round(seg)).all(), scan['mask'],
-        'labels that are not whole numbers', 'one whole number per voxel',
-        'Resample labels with nearest neighbour.')
+    need((seg==np.round(seg)).all(), 'slices.halves', scan['mask'])
     by_hand = scan['brain'].suffix in ('.mgz','.mgh') and brain.max()>1 # then 1 stands for `taken out`
     brain,mask = brain>int(by_hand),np.isin(seg, labels)
-    need(brain.any(), scan['brain'], 'no voxel above 0', 'the brain',
-        'Look at the skull stripping of this scan.')
-    need(mask.any(), scan['mask'],
-        f'none of the labels {few(labels, 99)}',
-        'some voxels of the structure',
-        'Check that these are the labels of aseg.mgz.')
-    return dict(orig=to_bytes(t1), brain=brain, mask=mask,
-        mm=nib.affines.voxel_sizes(a.affine).round(5))
+    need(brain.any(), 'slices.no_brain', scan['brain'])
+    need(mask.any(), 'slices.no_label', scan['mask'], labels=few(labels, 99))
+    return dict(orig=to_bytes(t1), brain=brain, mask=mask, mm=nib.affines.voxel_sizes(a.affine).round(5))
 
 # %% ../nbs/library/18_slices.ipynb #7dbcb324
 heights = dict(largest=None, height=63., fraction=.585)
 
 def say_rule(rule, height, n, gap):
     "The rule in words"
-    which = dict(largest='with the largest area of the structure',
-        height=f'{height} mm below the top of the brain',
-        fraction=f"at {height} of the brain's extent from bottom to top")[rule]
+    which = say(f'slices.by_{rule}', height=height)
     return f'the axial slice {which}' if n==1 else f'{n} axial slices {gap:g} mm apart, around the one {which}'
 
-def choose_slices(brain, mask, mm, rule='largest', height=None, n=1,
-    gap=5.)->tuple:
-    "Axial slices of one scan"
+def choose_slices(brain, mask, mm, rule='largest', height=None, n=1, gap=5.)->tuple:
+    "Axial slices of one scan, and the highest of the brain"
     area = brain.sum((0,1))*mm[0]*mm[1]
     zs = np.flatnonzero(area>=min(100, area.max()))
     bottom,top = zs[0],zs[-1]
@@ -154,23 +120,15 @@ def slice_scan(scan, out, labels, **rule)->list:
     "Write the slices of one scan"
     v = load_scan(scan, labels)
     mm,nz = v['mm'],v['orig'].shape[2]
-    need(abs(mm[0]/mm[1]-1)<.01, scan['orig'],
-        f'pixels of {mm[0]:g} by {mm[1]:g} mm',
-        'square pixels in axial slices',
-        'Resample the three volumes, as recon-all or mri_convert --conform does.')
+    need(abs(mm[0]/mm[1]-1)<.01, 'slices.pixels', scan['orig'], x=mm[0], y=mm[1])
     zs,top = choose_slices(v['brain'], v['mask'], mm, **rule)
     what = f'slice {few(zs, 99)} ({say_rule(**rule)})'
-    need(zs[0]>=0 and zs[-1]<nz, scan['orig'], f'{nz} slices', what,
-        'Ask for others.')
-    need(v['mask'][...,zs].any(), scan['mask'],
-        f'nothing of the structure in {what}', 'something to segment',
-        'Choose another height, or leave this scan out.')
+    need(zs[0]>=0 and zs[-1]<nz, 'slices.outside', scan['orig'], nz=nz, what=what)
+    need(v['mask'][...,zs].any(), 'slices.nothing', scan['mask'], what=what)
     rows,mm2 = [],float(mm[0]*mm[1])
     for z in map(int, zs):
-        orig,brain,mask = (np.rot90(v[k][...,z])
-            for k in ('orig','brain','mask'))
-        for k,a in dict(orig=orig, brain=orig*brain,
-            mask=mask*np.uint8(255)).items():
+        orig,brain,mask = (np.rot90(v[k][...,z]) for k in KINDS)
+        for k,a in zip(KINDS, (orig, orig*brain, mask*np.uint8(255))):
             name = f"{scan['subject']}-{scan['scan']}-{k}-z{z:03d}.png"
             Image.fromarray(np.ascontiguousarray(a)).save(out/k/name)
         rows.append(dict(
@@ -182,11 +140,9 @@ def slice_scan(scan, out, labels, **rule)->list:
 # %% ../nbs/library/18_slices.ipynb #c2c964fb
 def checked_rule(rule, height, n, gap):
     "Refuse what is no rule; the rule with its height"
-    def check(ok, found, expected): need(ok, 'slices', found, expected,
-        'Correct it.')
+    def check(ok, found, expected): need(ok, 'slices.option', 'slices', found=found, expected=expected)
     check(rule in heights, f'the rule {rule!r}', few(heights))
-    check(rule!='largest' or height is None,
-        f'height={height} for the rule largest', 'another rule')
+    check(rule!='largest' or height is None, f'height={height} for the rule largest', 'another rule')
     height = heights[rule] if height is None else float(height)
     most,words = (1,'between 0 and 1') if rule=='fraction' else (300,'mm below the top of the brain')
     check(rule=='largest' or 0<height<most, f'height={height}', words)
@@ -197,40 +153,35 @@ def checked_rule(rule, height, n, gap):
 def refuse_bad(errors, n, skip):
     "Raise if some of `n` scans are bad, unless they are to be skipped and others are left"
     if not errors or skip and len(errors)<n: return
-    lines = [f'{len(errors)} of {n} scans cannot be used; nothing was written', *map(str, errors[:5])]
+    lines = [say('slices.bad', bad=len(errors), n=n), *map(str, errors[:5])]
     if len(errors)>5: lines.append(f'… and {len(errors)-5} more')
-    if len(errors)<n: lines.append('Mend them, or leave them out with skip (--skip).')
+    if len(errors)<n: lines.append(say('slices.skip'))
     raise DataError('\n  '.join(lines))
 
 def describe(scans, done):
     "What `cohort.json` says of each scan"
-    res = dict(scans=[], left_out=[])
-    for s,rows in zip(scans, done):
-        if isinstance(rows, DataError): res['left_out'].append(dict(folder=s['folder'], why=str(rows)))
-        else: res['scans'].append(dict(
-            subject=s['subject'], scan=s['scan'], spacing=rows[0]['spacing'], files=s['files'],
-            slices=[o['slice'] for o in rows], below_top={o['slice']: o['mm_below_top'] for o in rows}))
-    return res
+    each = [dict(scan, rows=rows) for scan,rows in zip(scans, done)]
+    good = [o for o in each if isinstance(o['rows'], list)]
+    def one(o): return dict(
+        subject=o['subject'], scan=o['scan'], spacing=o['rows'][0]['spacing'], files=o['files'],
+        slices=[r['slice'] for r in o['rows']], below_top={r['slice']: r['mm_below_top'] for r in o['rows']})
+    return dict(scans=[*map(one, good)], left_out=[
+        dict(folder=o['folder'], why=str(o['rows'])) for o in each if o not in good])
 
 # %% ../nbs/library/18_slices.ipynb #ba7d3ced
-def write_slices(scans, out, labels, rule, skip=False, workers=None,
-    progress=False):
+def write_slices(scans, out, labels, rule, skip=False, workers=None, progress=False):
     "Pictures and tables of all scans; the table"
-    for k in ('orig','brain','mask'): (out/k).mkdir()
+    for k in KINDS: (out/k).mkdir()
     def one(scan):
         try: return slice_scan(scan, out, labels, **rule)
         except DataError as e: return e
     done = in_threads(one, scans, progress, workers) # unpacking lets threads run side by side
-    refuse_bad([o for o in done if isinstance(o, DataError)], len(scans),
-        skip)
-    t = pd.DataFrame([r for rows in done if isinstance(rows, list)
-            for r in rows])
+    refuse_bad([o for o in done if isinstance(o, DataError)], len(scans), skip)
+    t = pd.DataFrame([r for rows in done if isinstance(rows, list) for r in rows])
     write_csv(out/'slices.csv', t)
     write_json(out/'cohort.json', dict(
         source=f'{plural(len(scans), "scan")} with labels', rule=dict(rule, sentence=say_rule(**rule)),
-        labels=labels, orientation='RAS+, rows from front to back, columns to the right',
-        scaling='bytes as they are, others by the 0.1 and 99.9 percentiles of what is not 0; '
-            'the same for orig and brain', **describe(scans, done)))
+        labels=labels, orientation=say('slices.orientation'), scaling=say('slices.scaling'), **describe(scans, done)))
     return t
 
 # %% ../nbs/library/18_slices.ipynb #098a3ff6
@@ -252,10 +203,7 @@ def make_slices(
 )->pd.DataFrame:    # A row per slice, as in slices.csv
     "Slices in the layout of `adni_cases` from volumes with labels"
     out,rule = Path(out).expanduser(),checked_rule(rule, height, n, gap)
-    new = not out.exists() or out.is_dir() and not any(out.iterdir())
-    need(new, out, 'something that is there already',
-        'a new or an empty folder', 'Remove it or name another.')
-    labels = [int(o) for o in labels
-        or [*ventricles, *(choroid_plexus if choroid else ())]]
+    need(not out.exists() or out.is_dir() and not any(out.iterdir()), 'slices.out', out)
+    labels = [int(o) for o in labels or [*ventricles, *(choroid_plexus if choroid else ())]]
     scans = find_scans(subjects_dir, folders, subject, names)
     with written_folder(out) as tmp: return write_slices(scans, tmp, labels, rule, skip, workers, progress)

@@ -87,7 +87,8 @@ def test_messages_have_their_words():
     everything = '\n'.join(TEXT.values())
     quoted = {o for name in MESSAGES for o in (name, name.partition('.')[2])
               if re.search(f"""['"]{re.escape(o)}['"]""", everything)}
-    assert not [o for o in MESSAGES if not {o, o.partition('.')[2]} & quoted]
+    families = tuple(re.findall(r"""f['"](\w+\.\w+_)\{""", everything)) # such as f'slices.by_{rule}'
+    assert not [o for o in MESSAGES if not {o, o.partition('.')[2]} & quoted and not (families and o.startswith(families))]
 
 def test_functions_fit_on_a_screen():
     long = {f'{k}.{f.name}': f.end_lineno-f.lineno+1 for k,f in FUNCTIONS if f.end_lineno-f.lineno>=30}
