@@ -21,32 +21,24 @@ COLUMNS = ['subject','scan','slice','inputs','image','mask','spacing']
 def case_table(rows:list, root, what:str, labelled=True, more=())->pd.DataFrame:
     "The rows as a case table; a `DataError` if there are none"
     remedy = 'See `brainseg check`.' if labelled else 'Every case here has a mask: leave out labelled=False.'
-    need(rows, root, f'no case {"with" if labelled else "without"} a mask',
-        what, remedy)
+    need(rows, 'cases.none', root, which='with' if labelled else 'without', what=what, remedy=remedy)
     return pd.DataFrame(rows, columns=[*COLUMNS, *more])
 
 def case_name(case)->str:
     "Path of a case's image from the folder of its inputs on"
     parts = str(case.image).replace(os.sep, '/').split('/')
-    start = max((i for i,o in enumerate(parts[:-1]) if o==case.inputs),
-        default=len(parts)-1)
+    start = max((i for i,o in enumerate(parts[:-1]) if o==case.inputs), default=len(parts)-1)
     return '/'.join(parts[start:])
 
 # %% ../nbs/library/02_cases.ipynb #3f80a754
-def pair_cases(
-    a:pd.DataFrame, # Case table
-    b:pd.DataFrame  # Case table, usually of other inputs
-)->tuple: # Both tables, row by row the same subject, scan and slice
-    "Only those cases that are in both tables"
+def pair_cases(a, b)->tuple: # Row by row the same subject, scan and slice
+    "Only those cases that are in both of two case tables, usually of other inputs"
     on = ['subject','scan','slice']
     for t in (a, b):
         again = t['image'][t.duplicated(on)]
-        need(again.empty, again.get(again.first_valid_index()),
-            'a second image of the same subject, scan and slice',
-            'one image per case', 'Delete or rename one of them.')
+        need(again.empty, 'cases.second', again.get(again.first_valid_index()))
     both = a[on].merge(b[on], on=on).sort_values(on)
-    return tuple(both.merge(t, on=on, how='left')[list(t.columns)]
-        for t in (a, b))
+    return tuple(both.merge(t, on=on, how='left')[list(t.columns)] for t in (a, b))
 
 # %% ../nbs/library/02_cases.ipynb #326eab12
 @dataclass(frozen=True)
@@ -69,9 +61,7 @@ class Layout:
     demo:callable=None   # () → folder to show things on; None: a stand-in
 
 # %% ../nbs/library/02_cases.ipynb #2d8df89d
-def cohort(
-    root # Data folder
-)->dict:
+def cohort(root)->dict:
     "What the folder's `cohort.json` says, if it has one"
     f = Path(root)/'cohort.json'
     return read_json(f) if f.is_file() else {}
@@ -91,11 +81,9 @@ def standin(
         try: return want.items() <= cohort(folder).items()
         except DataError: return False
     def make(folder):
-        layout.standin(folder, n,
-            np.random.default_rng([n, *layout.name.encode()]))
+        layout.standin(folder, n, np.random.default_rng([n, *layout.name.encode()]))
         write_json(folder/'cohort.json', {**cohort(folder), **want})
-    return made_once(root or cache_dir()/f'standin-{layout.name}-v1-{n}',
-        complete, make)
+    return made_once(root or cache_dir()/f'standin-{layout.name}-v1-{n}', complete, make)
 
 def data_folder(
     default:str,  # Subfolder to use where `BRAINSEG_DATA` names a folder of data sets
@@ -108,8 +96,7 @@ def data_folder(
 
 # %% ../nbs/library/02_cases.ipynb #3f1b7a11
 def ellipsoid(shape, centre, radii)->np.ndarray:
-    axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape),
-        indexing='ij', sparse=True)
+    axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing='ij', sparse=True)
     return sum(((x-c)/r)**2 for x,c,r in zip(axes, centre, radii))
 
 def write_nifti(a, affine, path):
@@ -129,9 +116,7 @@ class Patient:
 def data_root(root, what):
     "An existing data folder as an absolute path, or a `DataError`"
     root = Path(root).expanduser().resolve()
-    need(root.is_dir(), root,
-        'a file' if root.exists() else 'no such folder', what,
-        'Give the path of the data folder.')
+    need(root.is_dir(), 'cases.root', root, found='a file' if root.exists() else 'no such folder', what=what)
     return root
 
 def list_niftis(root)->dict:
@@ -143,31 +128,24 @@ def list_niftis(root)->dict:
 def choose_inputs(inputs, choices)->tuple:
     "Names of inputs from None (all), 'flair+t1' or a list"
     if inputs is None: return tuple(choices)
-    names = tuple(re.split('[+,]', inputs) if isinstance(inputs, str)
-        else inputs)
-    known = names and set(names)<=set(choices) and len(set(names))==len(names)
-    need(known, 'inputs', few(names) or 'none',
-        f'one or more of {", ".join(choices)}, each once',
-        "For example 'flair+t1'.")
+    names = tuple(re.split('[+,]', inputs) if isinstance(inputs, str) else inputs)
+    ok = names and set(names)<=set(choices) and len(set(names))==len(names)
+    need(ok, 'cases.inputs', 'inputs', names=few(names) or 'none', choices=', '.join(choices))
     return names
 
 def one_unit(unit, choices=('slice','volume')):
-    need(unit in choices, 'unit', repr(unit),
-        ' or '.join(map(repr, choices)), 'Ask for one of them.')
+    need(unit in choices, 'cases.unit', 'unit', unit=unit, choices=' or '.join(map(repr, choices)))
 
 # %% ../nbs/library/02_cases.ipynb #e5b978e6
 def patient_rows(p:Patient, names, unit, skip_empty)->list:
     "Rows of one patient: one, or one for each slice"
-    lost = [k for k in names if k not in p.images]
-    need(not lost, p.folder,
-        f'no {", ".join(lost)} (there is {few(p.images) or "no image"})',
-        f'the sequences {", ".join(names)}', 'Add the file, or ask for other inputs.')
+    lost = ', '.join(k for k in names if k not in p.images)
+    need(not lost, 'cases.lost', p.folder, lost=lost, there=few(p.images) or 'no image', names=', '.join(names))
     files = [p.images[k] for k in names]
     f = volume_facts(files[0])
     x,y,z = f['spacing']
     def row(slice, index, spacing):
-        return dict(subject=p.subject, scan='-', slice=slice,
-            inputs='+'.join(names), image=Pixels(files, index),
+        return dict(subject=p.subject, scan='-', slice=slice, inputs='+'.join(names), image=Pixels(files, index),
             mask=p.mask and Pixels(p.mask, index), spacing=spacing)
     if unit=='volume': return [row('', None, (x,y,z))]
     ks = f['slices'] if skip_empty else range(f['shape'][2])
@@ -187,6 +165,5 @@ def volume_cases(
     one_unit(unit)
     root,names = data_root(root, what), choose_inputs(inputs, choices)
     patients = [p for p in find(root) if bool(p.mask)==bool(labelled)]
-    rows = in_threads(lambda p: patient_rows(p, names, unit, skip_empty),
-        patients)
+    rows = in_threads(lambda p: patient_rows(p, names, unit, skip_empty), patients)
     return case_table(sum(rows, []), root, what, labelled)
