@@ -14,17 +14,14 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from .cases import Layout, choose_inputs, data_root, volume_cases
-from .core import MESSAGES, DataError, few, known, missing, need, plural, times
+from .core import MESSAGES, DataError, few, known, missing, need, plural, say, times
 from .images import facts_of
 
 # %% ../nbs/library/04_checks.ipynb #c005x
 LEVELS = 'error','warning','note'
 
-
-def problem(level:str, file, found:str, expected:str, remedy:str)->dict:
-    return dict(level=level, file=str(file), found=found,
-        expected=expected,
-        remedy=remedy)
+def problem(level, file, found, expected, remedy)->dict:
+    return dict(level=level, file=str(file), found=found, expected=expected, remedy=remedy)
 
 def known_problem(name, file, /, **words)->dict:
     "One of the `checks` in `messages.toml`"
@@ -37,11 +34,8 @@ def failure(e:DataError, level='error', **more)->dict:
     return problem(level, **e.parts | more)
 
 def problem_table(rows)->pd.DataFrame:
-    df = pd.DataFrame(list(rows),
-        columns=['level','file','found','expected','remedy'],
-        dtype=object)
-    return df.sort_values('level', key=lambda s: s.map(LEVELS.index),
-        kind='stable', ignore_index=True)
+    df = pd.DataFrame(list(rows), columns=['level','file','found','expected','remedy'], dtype=object)
+    return df.sort_values('level', key=lambda s: s.map(LEVELS.index), kind='stable', ignore_index=True)
 
 def as_problem(check):
     "A check whose own `DataError`, such as that of a folder that is none, becomes the only problem in its table"
@@ -57,11 +51,9 @@ def refuse_errors(
 ):
     "Raise a `DataError` if there is an error among the problems"
     es = problems[problems.level=='error']
-    def line(o): return f'  {o.file}: found {o.found}; expected {o.expected}. {o.remedy}\n'
-    first = ''.join(line(o) for o in es.head(3).itertuples())
-    more = f'  … and {len(es)-3} more\n' if len(es)>3 else ''
-    need(es.empty, f'training on this folder would be wrong: {plural(len(es), "error")}\n{first}{more}'
-        'See them all with `brainseg check`.')
+    first = ''.join(say('checks.line', o=o) for o in es.head(3).itertuples())
+    if len(es)>3: first += f'  … and {len(es)-3} more\n'
+    need(es.empty, 'checks.refused', n=plural(len(es), 'error'), first=first)
 
 def format_problems(
     problems:pd.DataFrame, # From a check
@@ -72,11 +64,8 @@ def format_problems(
     levels = problems.level.tolist()
     res = [', '.join(plural(levels.count(l), l) for l in LEVELS)]
     for (level,remedy),g in problems.groupby(['level','remedy'], sort=False):
-        res += ['', level.upper() + (f' ({len(g)} times)' if len(g)>1
-                else '')]
-        for o in g.head(n).itertuples():
-            res += [f'  {o.file}', f'    found {o.found}',
-                f'    expected {o.expected}']
+        res += ['', level.upper() + f' ({len(g)} times)'*(len(g)>1)]
+        for o in g.head(n).itertuples(): res += [f'  {o.file}', f'    found {o.found}', f'    expected {o.expected}']
         if len(g)>n: res.append(f'  … and {len(g)-n} more')
         res.append(f'  -> {remedy}')
     return '\n'.join(res)
@@ -88,29 +77,22 @@ FILE_COLUMNS = ['file','path','is_mask','used','subject','scan','slice','inputs'
 def file_table(rows, root, masks=(), progress=False)->pd.DataFrame:
     "What is known of every file"
     if isinstance(rows, pd.DataFrame): rows = rows.to_dict('records')
-    facts = facts_of([o['image'] for o in rows],
-        [*(o['mask'] for o in rows), *masks], progress)
+    facts = facts_of([o['image'] for o in rows], [*(o['mask'] for o in rows), *masks], progress)
     cases = {}
     for o in rows:
         used = not missing(o['mask'])
         cases[os.fspath(o['image']), False] = dict(o, used=used)
-        if used: cases.setdefault((os.fspath(o['mask']), True),
-            dict(o, used=True))
+        if used: cases.setdefault((os.fspath(o['mask']), True), dict(o, used=True))
     def row(path, is_mask):
-        file = Path(path).relative_to(root).as_posix()
         case = cases.get((path, is_mask), dict(used=False))
-        return {**case, **facts[path, is_mask], 'file': file,
-            'path': path,
-            'is_mask': is_mask}
+        file = Path(path).relative_to(root).as_posix()
+        return {**case, **facts[path, is_mask], 'file': file, 'path': path, 'is_mask': is_mask}
     return pd.DataFrame([row(*o) for o in facts], columns=FILE_COLUMNS)
 
 # %% ../nbs/library/04_checks.ipynb #c012x
-def damaged(
-    t # From `file_table`, as in all checks below
-):
+def damaged(t): # from `file_table`, as in all checks below
     for o in t[t.error.notna()].itertuples():
-        yield failure(o.error, 'error' if o.used else 'warning',
-            file=o.file)
+        yield failure(o.error, 'error' if o.used else 'warning', file=o.file)
 
 def unequal_sizes(t):
     ok = t[t.error.isna() & t.used]
@@ -118,27 +100,21 @@ def unequal_sizes(t):
     for o in ok[~ok.is_mask].itertuples():
         m = size.get(os.fspath(o.mask))
         if m and o.shape[:len(m)]!=m:
-            yield known_problem('unequal_size', o.file,
-                image=times(o.shape[1::-1]),
-                mask=times(m[::-1]))
+            yield known_problem('unequal_size', o.file, image=times(o.shape[1::-1]), mask=times(m[::-1]))
 
 # %% ../nbs/library/04_checks.ipynb #c014x
 def duplicates(t):
     ok = t[t.error.isna() & ~t.is_mask & t.subject.notna() & (t.constant==False)]
     for _,g in ok.groupby(['inputs','sha'], sort=False):
         first,*more = g.itertuples()
-        stranger = next((o for o in more if o.subject!=first.subject),
-            None)
+        stranger = next((o for o in more if o.subject!=first.subject), None)
         for o in more:
             other = first if o.subject!=first.subject else stranger
-            yield known_problem('twin_stranger' if other else 'twin',
-                o.file,
-                other=(other or first).file)
+            yield known_problem('twin_stranger' if other else 'twin', o.file, other=(other or first).file)
 
 def too_few_subjects(where, subjects, what='with image and mask'):
     n = len(set(subjects))
-    if n<3: yield known_problem('few_subjects', where,
-        n=plural(n, 'subject'), what=what)
+    if n<3: yield known_problem('few_subjects', where, n=plural(n, 'subject'), what=what)
 
 # %% ../nbs/library/04_checks.ipynb #c016x
 def odd_codes(t):
@@ -158,9 +134,7 @@ def soft_edges(t, codes, odd):
     for o in t.itertuples():
         here = [c for c in o.codes if c in odd]
         pixels = plural(sum(o.codes[c] for c in here), 'pixel')
-        if here: yield known_problem('soft_edges', o.file,
-            values=few(here),
-            pixels=pixels, solid=solid)
+        if here: yield known_problem('soft_edges', o.file, values=few(here), pixels=pixels, solid=solid)
 
 def mixed_codes(t, background):
     "Masks whose only foreground code is another than in most"
@@ -176,11 +150,9 @@ def mask_codes(
 )->tuple: # Raw codes, sorted; their positions are the classes
     "The raw codes that occur in any of the masks; a `DataError` if they are those of smoothed or mixed masks"
     facts = facts_of((), masks, strict=True)
-    need(facts, 'mask', 'no mask', 'at least one mask',
-        'Give the masks of a case table.')
+    need(facts, 'checks.no_masks', 'mask')
     t = pd.DataFrame([dict(d, file=f) for (f,_),d in facts.items()])
-    for p in odd_codes(t): raise DataError.of(p['file'], p['found'],
-        p['expected'], p['remedy'])
+    for p in odd_codes(t): raise DataError.of(p['file'], p['found'], p['expected'], p['remedy'])
     return tuple(sorted(set().union(*t.codes)))
 
 # %% ../nbs/library/04_checks.ipynb #c020x
@@ -191,30 +163,26 @@ def odd_masks(t):
     background = min(map(min, masks.codes))
     empty = masks.file[[set(o)=={background} for o in masks.codes]].tolist()
     if len(empty)==len(masks): yield known_problem('all_empty', 'mask', n=len(empty))
-    elif empty: yield known_problem('some_empty', empty[0], n=len(empty),
-        all=len(masks), names=few(empty, 3))
+    elif empty: yield known_problem('some_empty', empty[0], n=len(empty), all=len(masks), names=few(empty, 3))
 
-def unknown_labels(t, labels:dict):
-    known = ', '.join(f'{c} ({name})' for c,name in labels.items())
+def unknown_labels(t, labels):
+    names = ', '.join(f'{c} ({name})' for c,name in labels.items())
     for o in t[t.is_mask & t.error.isna()].itertuples():
         odd = sorted(set(o.codes)-set(labels))
         if odd: yield known_problem('unknown_labels', o.file,
-            labels='label'+'s'*(len(odd)>1),
-            odd=few(odd), known=known)
+            labels='label'+'s'*(len(odd)>1), odd=few(odd), known=names)
 
 # %% ../nbs/library/04_checks.ipynb #c025x
 def off_grid(t):
     "Volumes that do not lie on the grid of the first image beside them"
     ok = t[t.error.isna()]
-    for _,g in ok.groupby([ok.subject, ok.path.map(os.path.dirname)],
-        sort=False):
+    for _,g in ok.groupby([ok.subject, ok.path.map(os.path.dirname)], sort=False):
         first,*more = g.itertuples()
         name = Path(first.path).name
         corners = np.stack(np.meshgrid(*((0,n-1) for n in first.shape))).reshape(3, -1)
         for o in more:
             if o.shape!=first.shape:
-                yield known_problem('other_shape', o.file,
-                    shape=times(o.shape), first=times(first.shape), name=name)
+                yield known_problem('other_shape', o.file, shape=times(o.shape), first=times(first.shape), name=name)
                 continue
             mm = (np.array(first.affine)-o.affine)[:3] @ np.vstack([corners, np.ones(8)])
             if abs(mm).max()>.1: yield known_problem('other_place', o.file, mm=abs(mm).max(), name=name)
@@ -223,13 +191,11 @@ def no_mask(where, path, root, what='segmentation'):
     "A missing mask is an error unless the name says that this is the part of a challenge to be predicted"
     name = Path(Path(root).name, Path(path).relative_to(root)).as_posix()
     later = re.search('(?<![a-z])(valid|test)', name, re.I) and not re.search('train', name, re.I)
-    return known_problem('unlabelled' if later else 'no_labels', where,
-        what=what)
+    return known_problem('unlabelled' if later else 'no_labels', where, what=what)
 
 def nothing_here(root, what):
     found = 'no patient' if any(Path(root).iterdir()) else 'an empty folder'
-    return problem_table([known_problem('no_patient', root, found=found,
-                what=what)])
+    return problem_table([known_problem('no_patient', root, found=found, what=what)])
 
 # %% ../nbs/library/04_checks.ipynb #c027x
 def patient_problems(patients, names, choices, root):
@@ -239,21 +205,17 @@ def patient_problems(patients, names, choices, root):
         lost = [k for k in names if k not in p.images]
         file = f'{p.subject}{"_"+lost[0] if lost and len(choices)>1 else ""}.nii.gz'
         there = few(p.images) or 'no image'
-        if lost: yield known_problem('lost_channel', where,
-            lost=', '.join(lost), there=there,
-            file=file)
+        if lost: yield known_problem('lost_channel', where, lost=', '.join(lost), there=there, file=file)
         if not p.mask: yield no_mask(where, p.folder/p.subject, root)
         one = first.setdefault(p.subject, where)
-        if one!=where: yield known_problem('second_folder', where,
-            subject=p.subject, one=one)
+        if one!=where: yield known_problem('second_folder', where, subject=p.subject, one=one)
 
 @as_problem
 def check_volumes(root, inputs=None, progress=False, *, find, choices, what, labels)->pd.DataFrame:
     root,names = data_root(root, what), choose_inputs(inputs, choices)
     patients = find(root)
     if not patients: return nothing_here(root, what)
-    rows = [dict(subject=p.subject, scan='-', slice='', inputs=k, image=f,
-            mask=p.mask)
+    rows = [dict(subject=p.subject, scan='-', slice='', inputs=k, image=f, mask=p.mask)
         for p in patients for k,f in p.images.items()]
     t = file_table(rows, root, [p.mask for p in patients], progress)
     return problem_table([

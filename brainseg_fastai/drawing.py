@@ -8,6 +8,7 @@ __all__ = ['TRUTH', 'PRED', 'PALETTE', 'safe_colour', 'rgb_of', 'outline', 'mark
 
 # %% ../nbs/library/03_drawing.ipynb #451391e1
 import base64, io, re
+from itertools import cycle
 
 import numpy as np
 from PIL import Image
@@ -25,7 +26,6 @@ def safe_colour(c):
     return c if re.fullmatch('#[0-9a-fA-F]{6}', str(c)) else PRED
 
 def rgb_of(colour)->np.ndarray:
-    "Red, green and blue of '#rrggbb'"
     c = safe_colour(colour)
     return np.array([int(c[i:i+2], 16) for i in (1,3,5)])
 
@@ -48,19 +48,22 @@ def marks(layers, size, box=None, fill=0.):
             colour = colours if isinstance(colours, str) else colours.get(c)
             yield m if fill else outline(m, outside), rgb_of(colour)
 
-def draw_case(image, layers=(), box=None, px=None, fill=0.)->Image.Image:
+def draw_case(
+    image,     # (H,W) or (H,W,3)
+    layers=(), # Triples: mask, colour or colours by class, is the outline to lie outside?
+    box=None,  # What to show: left, top, right, bottom
+    px=None,   # Longest side; None: as the image
+    fill=0.    # Opacity of the masks; 0: outlines
+)->Image.Image:
     "A picture with masks on top"
     im = Image.fromarray(np.ascontiguousarray(to_bytes(np.asarray(image))))
     box = box or (0, 0, *im.size)
     size = box[2]-box[0], box[3]-box[1]
     if px: size = tuple(max(1, round(o*px/max(size))) for o in size)
     big = tuple(2*o for o in size) if px and layers else size # smooth outlines
-    im = im.convert('RGB').crop(box).resize(big, Image.Resampling.BICUBIC)
-    rgb = np.array(im, np.float32)
-    for here,colour in marks(layers, big, box, fill):
-        rgb[here] += (fill or 1)*(colour-rgb[here])
-    im = Image.fromarray(rgb.round().astype(np.uint8))
-    return im.resize(size, Image.Resampling.LANCZOS)
+    rgb = np.array(im.convert('RGB').crop(box).resize(big, Image.Resampling.BICUBIC), np.float32)
+    for here,colour in marks(layers, big, box, fill): rgb[here] += (fill or 1)*(colour-rgb[here])
+    return Image.fromarray(rgb.round().astype(np.uint8)).resize(size, Image.Resampling.LANCZOS)
 
 # %% ../nbs/library/03_drawing.ipynb #59684c88
 def crop_box(mask, margin=.25, least=.4)->tuple:
@@ -79,27 +82,18 @@ def crop_box(mask, margin=.25, least=.4)->tuple:
 def middle_slice(image, *masks, channel=None)->tuple:
     "One channel, and of a volume the axial slice with most to see"
     nd = masks[0].ndim
-    need(all(o.shape==image.shape[:nd] for o in masks),
-        f'The image is {image.shape}, the masks {[o.shape for o in masks]}; expected one size.')
-    if image.ndim>nd:
-        image = image[..., image.shape[-1]//2 if channel is None
-            else channel]
+    need(all(o.shape==image.shape[:nd] for o in masks), 'drawing.size', image=image.shape,
+        masks=[o.shape for o in masks])
+    if image.ndim>nd: image = image[..., image.shape[-1]//2 if channel is None else channel]
     if nd==2: return image, *masks
     seen = sum((o>0).sum((0,1)) for o in masks)
     k = seen.argmax() if seen.any() else len(seen)//2
     return tuple(np.rot90(o[:,:,k]) for o in (image, *masks))
 
-def case_tile(
-    image,     # File or `Pixels`, as the next two
-    mask,      # The true mask
-    prediction,
-    px=192     # Side of the tile
-)->Image.Image:
-    "One scored case, cut around its structure: truth in sky blue, prediction in orange"
-    parts = read_image(image), raw_mask(mask), raw_mask(prediction)
-    image,truth,pred = middle_slice(*parts)
-    layers = [(truth, TRUTH, True), (pred, PRED, False)]
-    return draw_case(image, layers, crop_box((truth>0)|(pred>0)), px)
+def case_tile(image, mask, prediction, px=192)->Image.Image:
+    "One scored case (files or `Pixels`), cut around its structure: truth in sky blue, prediction in orange"
+    image,truth,pred = middle_slice(read_image(image), raw_mask(mask), raw_mask(prediction))
+    return draw_case(image, [(truth, TRUTH, True), (pred, PRED, False)], crop_box((truth>0)|(pred>0)), px)
 
 # %% ../nbs/library/03_drawing.ipynb #6f10d29a
 def data_uri(im, format='JPEG')->str:
@@ -117,19 +111,16 @@ def show_cases(
     import matplotlib.pyplot as plt
     at = np.linspace(0, len(cases)-1, min(n, len(cases))).round().astype(int)
     shown = [*cases.iloc[at].itertuples()]
-    masks = [np.zeros(image_size(o.image), int) if missing(o.mask)
-        else raw_mask(o.mask) for o in shown]
-    codes = np.unique(np.concatenate([np.unique(m[m>0]) for m in masks])).tolist()
-    colours = {c: PALETTE[i%len(PALETTE)] for i,c in enumerate(codes)}
-    fig,axs = plt.subplots(1, len(shown), figsize=(2*len(shown), 2.4),
-        squeeze=False, layout='constrained')
+    masks = [np.zeros(image_size(o.image), int) if missing(o.mask) else raw_mask(o.mask) for o in shown]
+    codes = sorted(set().union(*(np.unique(m[m>0]).tolist() for m in masks)))
+    colours = dict(zip(codes, cycle(PALETTE)))
+    fig,axs = plt.subplots(1, len(shown), figsize=(2*len(shown), 2.4), squeeze=False, layout='constrained')
     for ax,o,m in zip(axs[0], shown, masks):
         names = str(o.inputs).split('+')
         flair = names.index('flair') if 'flair' in names else None
         im,m = middle_slice(read_image(o.image), m, channel=flair)
         mm = o.spacing if isinstance(o.spacing, tuple) and len(o.spacing)==2 else (1,1)
-        ax.imshow(draw_case(im, [(m, colours, False)], px=300),
-            aspect=mm[0]/mm[1])
+        ax.imshow(draw_case(im, [(m, colours, False)], px=300), aspect=mm[0]/mm[1])
         ax.set_title(f'{o.subject}\n{o.scan} {o.slice}', fontsize=7)
         ax.axis('off')
     plt.close(fig)
