@@ -9,33 +9,20 @@ __all__ = ['Comparison', 'compare_scores']
 from dataclasses import asdict, dataclass
 import numpy as np, pandas as pd
 from scipy.stats import wilcoxon
-from .core import few, need, num, plain, plural
+from .core import few, need, num, plain, plural, say
 from .intervals import bootstrap_t, simulate_coverage, subjects_needed
 from .scores import METRICS, pooled_dice
-
-# %% ../nbs/library/09_statistics.ipynb #a371ba66
-ESTIMAND = (
-    "The mean over test subjects of each subject's mean difference in per-{case} Dice between the "
-    'two {what}s, for the same {case}s: every subject counts once, however many {case}s and repeated '
-    'trainings it has.').format
 
 # %% ../nbs/library/09_statistics.ipynb #65cf706f
 KEYS = ['subject','scan','slice','fold','repeat'] # what tells cases apart
 
 def keyed(scores, metric='dice')->pd.DataFrame:
-    need({'subject',metric} <= set(scores), 'A score table',
-        f'the columns {list(scores)}',
-        f"'subject' and {metric!r} among them", 'Add them.')
+    need({'subject',metric} <= set(scores), 'stats.columns', 'A score table', columns=list(scores), metric=metric)
     variants = scores['variant'].unique() if 'variant' in scores else ()
-    need(len(variants)<2, 'A score table',
-        f'the variants {few(variants)}',
-        'one', 'Select its rows.')
+    need(len(variants)<2, 'stats.variants', 'A score table', variants=few(variants))
     bad = scores.subject[~np.isfinite(scores[metric].astype(float))]
-    need(bad.empty, 'A score table',
-        f'rows without a finite {metric} (subject {few(bad, 1)})',
-        'numbers', 'Score these cases again.')
-    d = scores.assign(**{k: scores[k].astype(str) for k in KEYS[:3]
-            if k in scores})
+    need(bad.empty, 'stats.infinite', 'A score table', metric=metric, bad=few(bad, 1))
+    d = scores.assign(**{k: scores[k].astype(str) for k in KEYS[:3] if k in scores})
     for k in ('fold','seed'):
         if k not in d: d[k] = 0
     return d.assign(repeat=d.groupby('fold').seed.rank(method='dense').astype(int)-1)
@@ -47,13 +34,11 @@ def paired_differences(a, b, metric='dice')->pd.DataFrame:
     keys = [k for k in KEYS if k in a and k in b]
     for d in (a,b):
         twice = d.loc[d.duplicated(keys), keys].to_dict('records')
-        need(not twice, 'A score table', f'cases twice: {few(twice, 1)}',
-            'each once per training', 'Remove the copies.')
+        need(not twice, 'stats.twice', 'A score table', cases=few(twice, 1))
     a,b = (d[keys].assign(x=d[metric].astype(float)) for d in (a,b))
     pairs = a.merge(b, on=keys).rename(columns=dict(x_x='a', x_y='b'))
-    need(len(pairs), 'The two score tables',
-        f'that they share no case; they begin with {a[keys].head(1).values.tolist()} '
-        f'and {b[keys].head(1).values.tolist()}', f'the same {", ".join(keys)}', 'Score both on the same test cases.')
+    first,second = (d[keys].head(1).values.tolist() for d in (a,b))
+    need(len(pairs), 'stats.no_pair', 'The two score tables', first=first, second=second, keys=', '.join(keys))
     return pairs.assign(diff=pairs.a-pairs.b).sort_values(keys, ignore_index=True)
 
 def subject_means(diff)->pd.Series:
@@ -77,32 +62,24 @@ def verdict(
 # %% ../nbs/library/09_statistics.ipynb #3f749005
 def what_would_help(c)->str:
     "Why the data of an inconclusive comparison cannot tell, and how many subjects could"
-    n,signs = c.subjects_needed,{np.sign(o['difference'])
-        for o in c.by_training}
-    if len(signs)>1 and (c.ci95[0]>0 or c.ci95[1]<0):
-        return 'The sign of the difference changes between folds or repeats: train more repeats.'
-    if n is None: return 'Too few subjects to say how many would be needed.'
-    if n<=c.n_subjects:
-        return (f'The interval is already as narrow as ±{c.margin:g}: the difference itself is about '
-            'as large as the margin.')
-    return f'About {n} test subjects would bring the half-width of the interval down to {c.margin:g}.'
+    n,signs = c.subjects_needed,{np.sign(o['difference']) for o in c.by_training}
+    if len(signs)>1 and (c.ci95[0]>0 or c.ci95[1]<0): return say('stats.sign_changes')
+    if n is None: return say('stats.too_few')
+    return say('stats.narrow' if n<=c.n_subjects else 'stats.more', n=n, margin=c.margin)
 
 def verdict_sentence(c)->str:
+    "The verdict of a `Comparison` for people"
     one,two = c.names
     about = 'For this kind of input' if c.what=='input' else 'For data like these'
     if len(c.by_training)==1: about = 'For these two trained models'
-    mean,low,high = (num(o, 4, sign=True)
-        for o in (c.difference, *c.ci95))
-    facts = (f'mean difference in per-{c.case} Dice ({one} − {two}) {mean}, 95 % interval '
-        f'{low} to {high}, {plural(c.n_subjects, "test subject")}.')
-    if c.verdict=='equivalent':
-        return f'{about}, {one} and {two} are equivalent within ±{c.margin:g} Dice: {facts}'
-    if c.verdict=='inconclusive':
-        return (f'{about}, the data cannot tell whether {one} or {two} is better (inconclusive): '
-            f'{facts} {what_would_help(c)}')
-    best,other = (one,two) if c.verdict==f'{one} better' else (two,one)
-    small = f' by less than the margin of {c.margin:g}'*c.by_less_than_margin
-    return f'{about}, {best} is better than {other}{small}: {facts}'
+    mean,low,high = (num(o, 4, sign=True) for o in (c.difference, *c.ci95))
+    best,other = (two,one) if c.verdict==f'{two} better' else (one,two)
+    kind = c.verdict if c.verdict in ('equivalent','inconclusive') else 'better'
+    facts = say('stats.facts', c=c, one=one, two=two, mean=mean, low=low, high=high,
+        n=plural(c.n_subjects, 'test subject'))
+    return say(f'stats.is_{kind}', about=about, one=one, two=two, best=best, other=other, c=c, facts=facts,
+        small=say('stats.small', margin=c.margin)*c.by_less_than_margin,
+        help=what_would_help(c) if kind=='inconclusive' else '')
 
 # %% ../nbs/library/09_statistics.ipynb #5254fb27
 FAILED = .2   # a Dice below it is a complete failure
@@ -113,8 +90,7 @@ def rare_failures(diff):
     x,d = subject_means(diff),diff['diff']
     fail = (diff.a<FAILED)!=(diff.b<FAILED)
     skew = (((x-x.mean())/(x.std(ddof=0) or 1))**3).mean()
-    if fail.any() or len(x)<10 or abs(skew)<=MAX_SKEW:
-        return fail,f'Dice below {FAILED:g} under one input alone'
+    if fail.any() or len(x)<10 or abs(skew)<=MAX_SKEW: return fail,f'Dice below {FAILED:g} under one input alone'
     dev = (d-d.median()).abs()
     far = dev>5*(1.4826*dev.median() or d.std(ddof=0))
     return far,f'differences far from all others, skewness {num(skew, 1)}'
@@ -130,9 +106,7 @@ def failure_warning(diff)->str|None:
         ordinary,hit = bulk*r.normal(size=size),r.random(size)<rate
         return (ordinary + hit*r.choice(jumps, size) - rate*jumps.mean()).mean(0)
     share = simulate_coverage(draw, n, (1,1), n_boot=999, within=0)['coverage']
-    return (f'Rare failures in {fail.sum()} of {len(d)} cases ({why}). In simulated studies like this '
-        f'one, {n} subjects, the 95 % interval contains the true mean difference in {share:.0%} of '
-        f'studies{" only"*(share<.94)}.')
+    return say('stats.failures', failed=fail.sum(), all=len(d), why=why, n=n, share=share, only=' only'*(share<.94))
 
 # %% ../nbs/library/09_statistics.ipynb #8a6907d6
 SHOWN_AS = {'orig': 'full skull'} # what a variant is called in words
@@ -140,14 +114,12 @@ SHOWN_AS = {'orig': 'full skull'} # what a variant is called in words
 def found_nothing(scores)->list:
     "Trainings that failed as a whole"
     if not {'size_true','size_pred'} <= set(scores): return []
-    show = dict(variant=lambda v: str(SHOWN_AS.get(v, v)),
-        fold=lambda v: f'fold {v+1}', seed=lambda v: f'seed {v}')
+    show = dict(variant=lambda v: str(SHOWN_AS.get(v, v)), fold=lambda v: f'fold {v+1}', seed=lambda v: f'seed {v}')
     by,res = [k for k in show if k in scores],[]
     for keys,g in scores.groupby(by, sort=False) if by else [((), scores)]:
         if g.size_pred.any() or not g.size_true.any(): continue
         who = ', '.join(show[k](v) for k,v in zip(by, keys)) or 'This training'
-        res.append(f'{who}: the network found nothing in any of its {len(g)} test cases. Its training got '
-            'stuck, or was too short; take more epochs, another seed, or a smaller batch.')
+        res.append(say('stats.nothing', who=who, n=len(g)))
     return res
 
 # %% ../nbs/library/09_statistics.ipynb #db8dd9b9
@@ -159,10 +131,8 @@ def same_input_control(scores)->dict|None:
         if second.empty: continue
         x = subject_means(paired_differences(second, first))
         low,high,p = bootstrap_t(x)
-        seeds = [[first.seed[first.fold==f].iloc[0],o]
-            for f,o in second.groupby('fold').seed.first().items()]
-        return plain(dict(variant=variant, seeds=seeds, n_subjects=len(x),
-                difference=x.mean(), ci95=[low,high], p_value=p))
+        seeds = [[first.seed[first.fold==f].iloc[0],o] for f,o in second.groupby('fold').seed.first().items()]
+        return plain(dict(variant=variant, seeds=seeds, n_subjects=len(x), difference=x.mean(), ci95=[low,high], p_value=p))
 
 # %% ../nbs/library/09_statistics.ipynb #9f97c7a4
 @dataclass(frozen=True)
@@ -194,30 +164,26 @@ class Comparison:
 
     @property
     def sentence(self): return verdict_sentence(self)
-    def to_dict(self): return plain(dict(sentence=self.sentence,
-            **asdict(self)))
+    def to_dict(self): return plain(dict(sentence=self.sentence, **asdict(self)))
     def __str__(self): return '\n'.join([self.sentence, *self.warnings])
 
 # %% ../nbs/library/09_statistics.ipynb #7bd122cc
 def paired_means(scores, diff)->dict:
     "Mean over subjects of every metric, and `pooled_dice`, of the paired cases alone"
     s = keyed(scores).merge(diff[[k for k in KEYS if k in diff]])
-    means = {m: float(s.groupby('subject')[m].mean().mean())
-        for m in METRICS if m in s}
+    means = {m: float(s.groupby('subject')[m].mean().mean()) for m in METRICS if m in s}
     return means | dict(pooled_dice=pooled_dice(s))
 
-def units(*tables):
-    return sorted({u for t in tables if 'unit' in t
-            for u in t.unit.unique()})
+def units(*tables): return sorted({u for t in tables if 'unit' in t for u in t.unit.unique()})
 
 def cautions(tables, diff)->list:
     "What to know beside the verdict"
     n,res = diff.subject.nunique(),[]
     lost = len(tables[0])+len(tables[1])-2*len(diff)
-    if lost: res.append(f'Left out, without a partner under the other input: {plural(lost, "scored case")}.')
-    if n<10: res.append(f'Only {plural(n, "test subject")}: the interval rests on few people.')
+    if lost: res.append(say('stats.left_out', cases=plural(lost, 'scored case')))
+    if n<10: res.append(say('stats.few_people', n=plural(n, 'test subject')))
     u = units(*tables[:2])
-    if len(u)>1: res.append(f'HD95 and sizes mix the units {" and ".join(u)}: compare Dice alone.')
+    if len(u)>1: res.append(say('stats.units', units=' and '.join(u)))
     res += dict.fromkeys(o for t in tables for o in found_nothing(t))
     return res+[o for o in [failure_warning(diff)] if o]
 
@@ -236,15 +202,13 @@ def compare_scores(
     diff = paired_differences(a, b)
     x,shown = subject_means(diff),tuple(SHOWN_AS.get(o, o) for o in names)
     *ci95,p = bootstrap_t(x)
-    ci95,ci90 = (tuple(np.clip(o, -1, 1).tolist())
-        for o in (ci95, bootstrap_t(x, .9)[:2])) # no Dice differs by more
+    ci95,ci90 = (tuple(np.clip(o, -1, 1).tolist()) for o in (ci95, bootstrap_t(x, .9)[:2])) # no Dice differs by more
     each = [dict(fold=f, repeat=r, difference=float(subject_means(g).mean()))
         for (f,r),g in diff.groupby(['fold','repeat'])]
-    words,small = verdict(ci95, ci90, margin,
-        [o['difference'] for o in each], shown)
+    words,small = verdict(ci95, ci90, margin, [o['difference'] for o in each], shown)
     case = 'volume' if 'slice' in a and a['slice'].fillna('').eq('').all() else 'image'
     return Comparison(
-        verdict=words, by_less_than_margin=small, estimand=ESTIMAND(case=case, what=what), names=shown,
+        verdict=words, by_less_than_margin=small, estimand=say('stats.estimand', case=case, what=what), names=shown,
         n_subjects=len(x), n_images=len(diff.drop_duplicates([k for k in KEYS[:3] if k in diff])),
         metrics={n: paired_means(t, diff) for n,t in zip(names, (a,b))}, case=case, what=what,
         unit=' and '.join(units(a, b)), difference=float(x.mean()), ci95=ci95, ci90=ci90, p_value=p,
@@ -264,10 +228,6 @@ def late_gain(y):
     return y[-k:].mean()-y[-2*k:-k].mean(),noise*np.sqrt(2/k)
 
 # %% ../nbs/library/09_statistics.ipynb #dc429ec8
-ANSWERS = {'yes': 'training longer would probably help',
-    'no': 'training longer with this schedule would not help',
-    'cannot tell': 'the curves cannot tell whether training longer would help'}
-
 def training_longer(
     curves       # Curve table: variant, fold, seed, epoch, valid_dice
 )->pd.DataFrame: # Per variant: answer, gain, error, best_epoch, epochs, trainings, sentence
@@ -279,12 +239,12 @@ def training_longer(
         gains,errors = np.transpose([late_gain(y) for y in runs])
         gain,error = gains.mean(),np.sqrt((errors**2).sum())/len(runs)
         answer = ('yes' if gain>max(2*error, WORTHWHILE/2) else
-            'no' if gain+2*error<WORTHWHILE else 'cannot tell')
+            'no' if gain+2*error<WORTHWHILE else 'unknown')
         n,best = max(map(len, runs)),float(np.median([y.argmax()+1 for y in runs]))
-        found = (f'over the last fifth of {n} epochs the mean validation Dice changed by '
-            f'{num(gain, 4, sign=True)} ± {num(2*error, 4)}')
-        if np.isnan(gain): found = f'{n} epochs are too few to see a trend'
+        found = say('stats.short' if np.isnan(gain) else 'stats.gain', n=n, gain=num(gain, 4, sign=True),
+            error=num(2*error, 4))
         res[variant] = dict(
-            answer=answer, gain=gain, error=error, best_epoch=best, epochs=n, trainings=len(runs),
-            sentence=f'{SHOWN_AS.get(variant, variant)}: {ANSWERS[answer]} ({found}; the best epoch was {best:g}).')
+            answer=answer.replace('unknown', 'cannot tell'), gain=gain, error=error, best_epoch=best, epochs=n,
+            trainings=len(runs), sentence=say(f'stats.longer_{answer}', who=SHOWN_AS.get(variant, variant),
+                found=found, best=best))
     return pd.DataFrame(res).T.rename_axis('variant')
