@@ -6,18 +6,18 @@
 __all__ = ['TRUTH', 'PRED', 'PALETTE', 'safe_colour', 'rgb_of', 'outline', 'marks', 'draw_case', 'crop_box', 'middle_slice',
            'case_tile', 'data_uri', 'show_cases']
 
-# %% ../nbs/library/03_drawing.ipynb #451391e1
+# %% ../nbs/library/03_drawing.ipynb #c002x
 import base64, io, re
 from itertools import cycle
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageColor
 from scipy.ndimage import binary_dilation
 
 from .core import missing, need
 from .images import image_size, raw_mask, read_image, to_bytes
 
-# %% ../nbs/library/03_drawing.ipynb #293d57cd
+# %% ../nbs/library/03_drawing.ipynb #c007x
 TRUTH,PRED = '#56b4e9','#ff9f1c'
 PALETTE = '#e6194b','#3cb44b','#4363d8','#f58231','#911eb4','#42d4f4','#f032e6','#bfef45'
 
@@ -25,19 +25,13 @@ def safe_colour(c):
     "`c` if it is '#rrggbb'; else orange, as colours may come from a file"
     return c if re.fullmatch('#[0-9a-fA-F]{6}', str(c)) else PRED
 
-def rgb_of(colour)->np.ndarray:
-    c = safe_colour(colour)
-    return np.array([int(c[i:i+2], 16) for i in (1,3,5)])
+def rgb_of(colour): return np.array(ImageColor.getrgb(safe_colour(colour)))
 
-def outline(
-    mask,          # Boolean array
-    outside=False,
-    width=3        # Pixels
-)->np.ndarray:
-    "The pixels just inside of a mask, or just outside; along the border of the picture it stays open"
+def outline(mask, outside=False, width=3):
+    "The pixels just inside of a boolean mask, or just outside; along the border of the picture it stays open"
     return binary_dilation(mask==outside, iterations=width) & (mask!=outside)
 
-# %% ../nbs/library/03_drawing.ipynb #6441a867
+# %% ../nbs/library/03_drawing.ipynb #c010x
 def marks(layers, size, box=None, fill=0.):
     "What to paint, and how"
     for mask,colours,outside in layers:
@@ -61,29 +55,27 @@ def draw_case(
     size = box[2]-box[0], box[3]-box[1]
     if px: size = tuple(max(1, round(o*px/max(size))) for o in size)
     big = tuple(2*o for o in size) if px and layers else size # smooth outlines
-    rgb = np.array(im.convert('RGB').crop(box).resize(big, Image.Resampling.BICUBIC), np.float32)
+    im = im.convert('RGB').crop(box).resize(big, Image.Resampling.BICUBIC)
+    rgb = np.array(im, np.float32)
     for here,colour in marks(layers, big, box, fill): rgb[here] += (fill or 1)*(colour-rgb[here])
     return Image.fromarray(rgb.round().astype(np.uint8)).resize(size, Image.Resampling.LANCZOS)
 
-# %% ../nbs/library/03_drawing.ipynb #59684c88
+# %% ../nbs/library/03_drawing.ipynb #c013x
 def crop_box(mask, margin=.25, least=.4)->tuple:
     "A square around `mask`, within the image where it fits; the whole image if the mask is empty"
-    ys,xs = np.nonzero(mask if mask.any() else ~mask)
-    longest = max(mask.shape)
-    wanted = (max(np.ptp(ys), np.ptp(xs))+1)*(1+2*margin)
+    at,longest = np.nonzero(mask if mask.any() else ~mask), max(mask.shape)
+    wanted = (max(map(np.ptp, at))+1)*(1+2*margin)
     side = int(np.clip(wanted, least*longest, longest))
-    def start(at, n):
+    def start(a, n):
         if side>n: return (n-side)//2
-        return int(np.clip((at.min()+at.max()+1-side)/2, 0, n-side))
-    left,top = start(xs, mask.shape[1]), start(ys, mask.shape[0])
+        return int(np.clip((a.min()+a.max()+1-side)/2, 0, n-side))
+    top,left = map(start, at, mask.shape)
     return left, top, left+side, top+side
 
-# %% ../nbs/library/03_drawing.ipynb #1c5e4b02
 def middle_slice(image, *masks, channel=None)->tuple:
     "One channel, and of a volume the axial slice with most to see"
-    nd = masks[0].ndim
-    need(all(o.shape==image.shape[:nd] for o in masks), 'drawing.size', image=image.shape,
-        masks=[o.shape for o in masks])
+    nd,shapes = masks[0].ndim, [o.shape for o in masks]
+    need({*shapes}=={image.shape[:nd]}, 'drawing.size', image=image.shape, masks=shapes)
     if image.ndim>nd: image = image[..., image.shape[-1]//2 if channel is None else channel]
     if nd==2: return image, *masks
     seen = sum((o>0).sum((0,1)) for o in masks)
@@ -93,16 +85,16 @@ def middle_slice(image, *masks, channel=None)->tuple:
 def case_tile(image, mask, prediction, px=192)->Image.Image:
     "One scored case (files or `Pixels`), cut around its structure: truth in sky blue, prediction in orange"
     image,truth,pred = middle_slice(read_image(image), raw_mask(mask), raw_mask(prediction))
-    return draw_case(image, [(truth, TRUTH, True), (pred, PRED, False)], crop_box((truth>0)|(pred>0)), px)
+    layers = [(truth, TRUTH, True), (pred, PRED, False)]
+    return draw_case(image, layers, crop_box((truth>0)|(pred>0)), px)
 
-# %% ../nbs/library/03_drawing.ipynb #6f10d29a
 def data_uri(im, format='JPEG')->str:
     "A picture as an address, for pages that stand alone"
     f,how = io.BytesIO(), dict(quality=78, subsampling=0) if format=='JPEG' else {}
     im.save(f, format, optimize=True, **how)
     return f'data:image/{format.lower()};base64,' + base64.b64encode(f.getvalue()).decode()
 
-# %% ../nbs/library/03_drawing.ipynb #46315d4f
+# %% ../nbs/library/03_drawing.ipynb #c018x
 def show_cases(
     cases, # Case table
     n=6    # How many, evenly spread over the table
@@ -114,12 +106,12 @@ def show_cases(
     masks = [np.zeros(image_size(o.image), int) if missing(o.mask) else raw_mask(o.mask) for o in shown]
     codes = sorted(set().union(*(np.unique(m[m>0]).tolist() for m in masks)))
     colours = dict(zip(codes, cycle(PALETTE)))
-    fig,axs = plt.subplots(1, len(shown), figsize=(2*len(shown), 2.4), squeeze=False, layout='constrained')
+    fig,axs = plt.subplots(1, len(at), figsize=(2*len(at), 2.4), squeeze=False, layout='constrained')
     for ax,o,m in zip(axs[0], shown, masks):
         names = str(o.inputs).split('+')
         flair = names.index('flair') if 'flair' in names else None
         im,m = middle_slice(read_image(o.image), m, channel=flair)
-        mm = o.spacing if isinstance(o.spacing, tuple) and len(o.spacing)==2 else (1,1)
+        mm = o.spacing if np.size(o.spacing)==2 else (1,1)
         ax.imshow(draw_case(im, [(m, colours, False)], px=300), aspect=mm[0]/mm[1])
         ax.set_title(f'{o.subject}\n{o.scan} {o.slice}', fontsize=7)
         ax.axis('off')
