@@ -31,32 +31,23 @@ def outline(mask, outside=False, width=3):
     "The pixels just inside of a boolean mask, or just outside; along the border of the picture it stays open"
     return binary_dilation(mask==outside, iterations=width) & (mask!=outside)
 
-# %% ../nbs/library/03_drawing.ipynb #c010x
 def marks(layers, size, box=None, fill=0.):
     "What to paint, and how"
     for mask,colours,outside in layers:
         for c in np.unique(mask[mask>0]).tolist():
             m = Image.fromarray((mask==c).astype(np.uint8)*255)
-            m = m.crop(box or (0,0,*m.size)).resize(size, Image.Resampling.BILINEAR)
-            m = np.array(m)>127
+            m = np.array(m.crop(box or (0,0,*m.size)).resize(size, Image.Resampling.BILINEAR))>127
             colour = colours if isinstance(colours, str) else colours.get(c)
             yield m if fill else outline(m, outside), rgb_of(colour)
 
-def draw_case(
-    image,     # (H,W) or (H,W,3)
-    layers=(), # Triples: mask, colour or colours by class, is the outline to lie outside?
-    box=None,  # What to show: left, top, right, bottom
-    px=None,   # Longest side; None: as the image
-    fill=0.    # Opacity of the masks; 0: outlines
-)->Image.Image:
-    "A picture with masks on top"
+def draw_case(image, layers=(), box=None, px=None, fill=0.)->Image.Image:
+    "A picture, (H,W) or (H,W,3), with masks on top; `px` is its longest side, `fill` their opacity, 0 for outlines"
     im = Image.fromarray(np.ascontiguousarray(to_bytes(np.asarray(image))))
     box = box or (0, 0, *im.size)
     size = box[2]-box[0], box[3]-box[1]
     if px: size = tuple(max(1, round(o*px/max(size))) for o in size)
     big = tuple(2*o for o in size) if px and layers else size # smooth outlines
-    im = im.convert('RGB').crop(box).resize(big, Image.Resampling.BICUBIC)
-    rgb = np.array(im, np.float32)
+    rgb = np.array(im.convert('RGB').crop(box).resize(big, Image.Resampling.BICUBIC), np.float32)
     for here,colour in marks(layers, big, box, fill): rgb[here] += (fill or 1)*(colour-rgb[here])
     return Image.fromarray(rgb.round().astype(np.uint8)).resize(size, Image.Resampling.LANCZOS)
 
@@ -94,11 +85,11 @@ def data_uri(im, format='JPEG')->str:
     im.save(f, format, optimize=True, **how)
     return f'data:image/{format.lower()};base64,' + base64.b64encode(f.getvalue()).decode()
 
-# %% ../nbs/library/03_drawing.ipynb #c018x
+# %% ../nbs/library/03_drawing.ipynb #c016x
 def show_cases(
     cases, # Case table
-    n=6    # How many, evenly spread over the table
-):         # matplotlib figure
+    n=6    # How many, evenly spread over it
+): # matplotlib figure
     "Images with the outlines of their masks, a colour for each code"
     import matplotlib.pyplot as plt
     at = np.linspace(0, len(cases)-1, min(n, len(cases))).round().astype(int)
