@@ -34,7 +34,7 @@ def adni_parts(stem, kind):
 def whole_word(kind): return rf'(?<![A-Za-z0-9]){re.escape(kind)}(?![A-Za-z0-9])'
 
 def swap_kind(stem, kind, to=''):
-    "`stem` with its last word `kind` replaced, or taken out together with the separator behind it"
+    "`stem` with its last word `kind` replaced, or taken out with the separator behind it"
     gap = '' if to else '[-_/ ]?'
     res = re.sub(f'(?s)^(.*){whole_word(kind)}{gap}', lambda m: m[1]+to, stem)
     return res if to else res.strip('-_/ ')
@@ -43,6 +43,13 @@ def stem_in(path, folder=''):
     "Path of a file below `folder` without its ending"
     rel = Path(path).as_posix()[len(Path(folder).as_posix()) if folder else 0:]
     return rel.lstrip('/').removesuffix(Path(path).suffix)
+
+def scan_and_slice(stem, kind, subject):
+    if parts := adni_parts(stem, kind): return parts[1:]
+    rest = swap_kind(stem, kind)
+    if subject: rest = rest.removeprefix(subject).strip('-_/ ')
+    m = re.fullmatch('(.*?)[-_/ ]*([^-_/ ]*)', rest)
+    return m[1] or '-', m[2] or '-'
 
 # %% ../nbs/library/06_adni.ipynb #c012x
 def csv_rule(file, kinds):
@@ -76,14 +83,6 @@ def subject_rule(subject, kinds)->tuple:
     else: how,rule = 'by_name', regex_rule(s)
     return rule, partial(say, f'adni.{how}', subject=s)
 
-# %% ../nbs/library/06_adni.ipynb #3c47f0c1
-def scan_and_slice(stem, kind, subject):
-    if parts := adni_parts(stem, kind): return parts[1:]
-    rest = swap_kind(stem, kind)
-    if subject: rest = rest.removeprefix(subject).strip('-_/ ')
-    m = re.fullmatch('(.*?)[-_/ ]*([^-_/ ]*)', rest)
-    return m[1] or '-', m[2] or '-'
-
 # %% ../nbs/library/06_adni.ipynb #c017x
 def subfolders(root): return sorted(d for d in Path(root).iterdir() if d.is_dir() and d.name[0]!='.')
 
@@ -114,9 +113,9 @@ def list_slices(root, kinds=())->dict:
     need(not lost, 'adni.no_kind', root, lost=lost, there=', '.join(images))
     return images
 
-# %% ../nbs/library/06_adni.ipynb #c020x
+# %% ../nbs/library/06_adni.ipynb #c017x
 def match_masks(root, images, kinds, rule):
-    "One row per image, with its mask where there is one; `subject` is None for a name that tells nothing"
+    "One row per image; `mask` is None if there is none, `subject` if the name tells nothing"
     masks = {stem_in(p, root/'mask'): p for p in reversed(list_files(root/'mask', IMAGE_SUFFIXES))}
     def row(p, kind):
         stem = stem_in(p, root/kind)
@@ -129,7 +128,7 @@ def match_masks(root, images, kinds, rule):
     return [row(p, k) for k in kinds for p in images[k]]
 
 def add_cohort(rows, root):
-    "Add what `cohort.json` knows of the whole or of scans: spacing (else NaN), and `below_top` if it does"
+    "Add what `cohort.json` knows: spacing (else NaN), and `below_top` if it does"
     every = cohort(root)
     scans = {(o.get('subject'), o.get('scan')): o for o in every.get('scans', [])}
     def fact(o, name):
@@ -139,7 +138,7 @@ def add_cohort(rows, root):
     more = ['below_top'] if any('below_top' in o for o in [every, *scans.values()]) else []
     return [o | {k: fact(o, k) for k in ['spacing', *more]} for o in rows], more
 
-# %% ../nbs/library/06_adni.ipynb #c021x
+# %% ../nbs/library/06_adni.ipynb #c018x
 def adni_cases(
     root,         # Data folder with a subfolder for `inputs` and one named `mask`
     inputs=None,  # `brain` (skull-stripped; None as well), `orig` (full skull), another of `kinds_in(root)`
@@ -154,12 +153,12 @@ def adni_cases(
     rows = [o for o in match_masks(root, images, [kind], rule) if o['subject'] and o['mask']]
     need(rows, 'adni.no_case', root/kind, expected=expected(kind=kind))
     rows,more = add_cohort(rows, root)
-    df = case_table(rows, root, '', more=more)
-    return df.sort_values(['subject','scan','slice'], kind='stable', ignore_index=True)
+    by = ['subject','scan','slice']
+    return case_table(rows, root, '', more=more).sort_values(by, kind='stable', ignore_index=True)
 
-# %% ../nbs/library/06_adni.ipynb #c024x
+# %% ../nbs/library/06_adni.ipynb #c021x
 def odd_rows(rows, root, kinds, expected):
-    "Names that tell no subject, two images for one case, images without a mask or a partner of another kind"
+    "No subject, two images for one case, no mask, no partner of another kind"
     def case(o): return o['subject'], o['scan'], o['slice']
     def file(o): return o['image'].relative_to(root).as_posix()
     first = {}
@@ -185,7 +184,7 @@ def other_files(root, kinds):
         names = [p.name for p in list_files(root/d) if not is_picture(p)]
         if names: yield known_problem('other_files', d, files=plural(len(names), 'file'), names=few(names, 3))
 
-# %% ../nbs/library/06_adni.ipynb #c026x
+# %% ../nbs/library/06_adni.ipynb #c023x
 def check_cases(
     root,          # Data folder
     inputs=None,   # Kinds to check; None: all
@@ -200,8 +199,8 @@ def check_cases(
     rule,expected = subject_rule(subject, images)
     rows = match_masks(root, images, named or images, rule)
     used = {o['inputs'] for o in rows if o['mask']}
-    strange = [k for k in images if not named and used and k not in used | {'brain','orig'}]
-    kinds = [k for k in named or images if k not in strange]
+    usual = used | {'brain','orig'} if used and not named else images
+    kinds = [k for k in named or images if k in usual]
     rows = [o for o in rows if o['inputs'] in kinds]
     t = file_table(rows, root, list_files(root/'mask', IMAGE_SUFFIXES), progress)
     bare = t.file[t.is_mask & ~t.used]
@@ -209,7 +208,7 @@ def check_cases(
         *odd_rows(rows, root, kinds, expected),
         *(known_problem('bare_mask', f, kinds=' or '.join(kinds)) for f in bare),
         *damaged(t), *unequal_sizes(t), *odd_masks(t), *duplicates(t), *few_subjects(rows, kinds),
-        *other_files(root, kinds), *(known_problem('no_kind', k) for k in strange)])
+        *other_files(root, kinds), *(known_problem('no_kind', k) for k in images if k not in usual)])
 
 # %% ../nbs/library/06_adni.ipynb #68bf5295
 def adni_standin(folder, n, rng):
