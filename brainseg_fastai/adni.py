@@ -53,7 +53,7 @@ def scan_and_slice(stem, kind, subject):
 
 # %% ../nbs/library/06_adni.ipynb #c012x
 def csv_rule(file, kinds):
-    "Subjects from a CSV file with the columns `image` and `subject`; a row serves every kind of its image"
+    "Subjects from a CSV file with the columns `image` and `subject`, whatever kind a row names"
     try: t = pd.read_csv(file, dtype=str, encoding='utf-8-sig', keep_default_na=False)
     except (OSError, ValueError) as e: raise known('adni.csv', file, e=e) from e
     need({'image','subject'}<=set(t.columns), 'adni.columns', file, columns=', '.join(t.columns))
@@ -77,14 +77,16 @@ def regex_rule(pattern):
 def subject_rule(subject, kinds)->tuple:
     "How to find the subject of an image, and what was expected"
     s = str(subject)
-    if subject is None: how,rule = 'grammar', lambda rel,kind: (adni_parts(Path(rel).stem, kind) or [None])[0]
+    def by_grammar(rel, kind): return (adni_parts(Path(rel).stem, kind) or [None])[0]
+    if subject is None: how,rule = 'grammar', by_grammar
     elif s=='folder': how,rule = 'by_folder', lambda rel,kind: Path(rel).parent.name or None
     elif s.lower().endswith('.csv'): how,rule = 'by_row', csv_rule(s, kinds)
     else: how,rule = 'by_name', regex_rule(s)
     return rule, partial(say, f'adni.{how}', subject=s)
 
-# %% ../nbs/library/06_adni.ipynb #c017x
-def subfolders(root): return sorted(d for d in Path(root).iterdir() if d.is_dir() and d.name[0]!='.')
+# %% ../nbs/library/06_adni.ipynb #c014x
+def subfolders(root):
+    return sorted(d for d in Path(root).iterdir() if d.is_dir() and d.name[0]!='.')
 
 def list_kinds(root)->dict:
     "Images by kind, `brain` and `orig` first"
@@ -141,8 +143,8 @@ def add_cohort(rows, root):
 # %% ../nbs/library/06_adni.ipynb #c018x
 def adni_cases(
     root,         # Data folder with a subfolder for `inputs` and one named `mask`
-    inputs=None,  # `brain` (skull-stripped; None as well), `orig` (full skull), another of `kinds_in(root)`
-    subject=None, # None: ADNI names; or a regular expression with a group, 'folder', a CSV file (image, subject)
+    inputs=None,  # `brain` (skull-stripped; the default), `orig` (full skull), another kind
+    subject=None, # None: ADNI names; or a regular expression with one group, 'folder', a CSV file
     unit='slice'  # Slices are all there is
 )->pd.DataFrame: # Case table; spacing in mm per pixel, or NaN; `below_top` where it is known
     "The table of all images of one kind that have a mask, sorted by subject, scan and slice"
@@ -177,12 +179,14 @@ def odd_rows(rows, root, kinds, expected):
 def few_subjects(rows, kinds):
     subjects = [{o['subject'] for o in rows if o['inputs']==k and o['mask']}-{None} for k in kinds]
     alone = [p for k,s in zip(kinds, subjects) for p in too_few_subjects(k, s)]
-    return alone or too_few_subjects(', '.join(kinds), set.intersection(*subjects), 'with images in every kind')
+    both = set.intersection(*subjects)
+    return alone or too_few_subjects(', '.join(kinds), both, 'with images in every kind')
 
 def other_files(root, kinds):
     for d in [*kinds, 'mask']:
         names = [p.name for p in list_files(root/d) if not is_picture(p)]
-        if names: yield known_problem('other_files', d, files=plural(len(names), 'file'), names=few(names, 3))
+        files = plural(len(names), 'file')
+        if names: yield known_problem('other_files', d, files=files, names=few(names, 3))
 
 # %% ../nbs/library/06_adni.ipynb #c023x
 def check_cases(

@@ -91,7 +91,7 @@ def data_folder(default, layout)->Path:
     return root/default if (root/default).is_dir() else root
 
 # %% ../nbs/library/02_cases.ipynb #c016x
-Patient = namedtuple('Patient', 'subject folder images mask', defaults=[None]) # images: files by input, such as 'flair'
+Patient = namedtuple('Patient', 'subject folder images mask', defaults=[None]) # images by input
 
 def data_root(root, what):
     "An existing data folder as an absolute path, or a `DataError`"
@@ -100,7 +100,7 @@ def data_root(root, what):
     return root
 
 def list_niftis(root)->dict:
-    "NIfTI files by folder and stem; of `x.nii` and `x.nii.gz` the first, which need not be unpacked"
+    "NIfTI files by folder and stem; of `x.nii` and `x.nii.gz` the first"
     res = {}
     for p in list_files(root, ('.nii','.nii.gz')): res.setdefault(p.parent, {}).setdefault(stem_of(p), p)
     return res
@@ -148,7 +148,7 @@ def volume_cases(
     *, find,        # Function of the folder that gives its `Patient`s
     choices,        # Inputs that the data set has
     what            # What the folder should hold, for messages
-)->pd.DataFrame: # Case table whose images are `Pixels`; spacing in mm: row and column, or x, y and z
+)->pd.DataFrame: # Case table of `Pixels`; spacing in mm: row and column, or x, y and z
     "Slices or volumes of a data set of volumes"
     one_unit(unit)
     root,names = data_root(root, what), choose_inputs(inputs, choices)

@@ -55,7 +55,7 @@ def refuse_errors(problems):
     need(es.empty, 'checks.refused', n=plural(len(es), 'error'), first=first)
 
 def format_problems(problems, n=5)->str:
-    "The table of a check as text to read in a terminal: alike problems together, with the first `n` files"
+    "The table of a check as text: alike problems together, with their first `n` files"
     if problems.empty: return 'No problems found.'
     levels = problems.level.tolist()
     res = [', '.join(plural(levels.count(l), l) for l in LEVELS)]
@@ -95,7 +95,8 @@ def unequal_sizes(t):
     for o in ok[~ok.is_mask].itertuples():
         m = size.get(os.fspath(o.mask))
         if m and o.shape[:len(m)]!=m:
-            yield known_problem('unequal_size', o.file, image=times(o.shape[1::-1]), mask=times(m[::-1]))
+            sizes = dict(image=times(o.shape[1::-1]), mask=times(m[::-1]))
+            yield known_problem('unequal_size', o.file, **sizes)
 
 def duplicates(t):
     ok = t[t.error.isna() & ~t.is_mask & t.subject.notna() & (t.constant==False)]
@@ -140,7 +141,7 @@ def mixed_codes(t, background):
 def mask_codes(
     masks # Mask files or `Pixels`, all of them; None is passed over
 )->tuple: # Raw codes, sorted; their positions are the classes
-    "The raw codes that occur in any of the masks; a `DataError` if they are those of smoothed or mixed masks"
+    "The raw codes of all masks; a `DataError` if masks were smoothed or have mixed codes"
     facts = facts_of((), masks, strict=True)
     need(facts, 'checks.no_masks', 'mask')
     t = pd.DataFrame([d | dict(file=f) for (f,_),d in facts.items()])
@@ -179,7 +180,7 @@ def off_grid(t):
             if mm>.1: yield known_problem('other_place', o.file, mm=mm, name=name)
 
 def no_mask(where, path, root, what='segmentation'):
-    "A missing mask is an error unless the name says that this is the part of a challenge to be predicted"
+    "A missing mask is an error, but not in the part of a challenge to be predicted"
     name = Path(Path(root).name, Path(path).relative_to(root)).as_posix()
     later = re.search('(?<![a-z])(valid|test)', name, re.I) and not re.search('train', name, re.I)
     return known_problem('unlabelled' if later else 'no_labels', where, what=what)
@@ -216,7 +217,7 @@ def check_volumes(root, inputs=None, progress=False, *, find, choices, what, lab
         *too_few_subjects('images', [o['subject'] for o in rows if o['mask']])])
 
 def volume_layout(name, find, what, standin, labels, inputs, **kwargs)->Layout:
-    "Of a data set of volumes: `find` gives the `Patient`s of a folder, `what` says what it holds; the rest as in `Layout`"
+    "Of volumes: `find` gives the `Patient`s of a folder, `what` says what it holds; the rest as in `Layout`"
     how = dict(find=find, choices=inputs, what=what)
     return Layout(name, partial(volume_cases, **how), partial(check_volumes, **how, labels=labels),
         standin, labels, inputs=inputs, per='volume', whole=True, **kwargs)

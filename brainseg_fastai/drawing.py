@@ -27,7 +27,7 @@ def safe_colour(c):
 def rgb_of(colour): return np.array(ImageColor.getrgb(safe_colour(colour)))
 
 def outline(mask, outside=False, width=3):
-    "The pixels just inside of a boolean mask, or just outside; along the border of the picture it stays open"
+    "The pixels just inside of a boolean mask, or just outside; open along the border"
     return binary_dilation(mask==outside, iterations=width) & (mask!=outside)
 
 def marks(layers, size, box=None, fill=0.):
@@ -40,7 +40,7 @@ def marks(layers, size, box=None, fill=0.):
             yield m if fill else outline(m, outside), rgb_of(colour)
 
 def draw_case(image, layers=(), box=None, px=None, fill=0.)->Image.Image:
-    "A picture, (H,W) or (H,W,3), with masks on top; `px` is its longest side, `fill` their opacity, 0 for outlines"
+    "A picture with masks on top; `px`: longest side; `fill`: opacity of masks, 0 for outlines"
     im = Image.fromarray(np.ascontiguousarray(to_bytes(np.asarray(image))))
     box = box or (0, 0, *im.size)
     size = box[2]-box[0], box[3]-box[1]
@@ -73,7 +73,7 @@ def middle_slice(image, *masks, channel=None)->tuple:
     return tuple(np.rot90(o[:,:,k]) for o in (image, *masks))
 
 def case_tile(image, mask, prediction, px=192)->Image.Image:
-    "One scored case (files or `Pixels`), cut around its structure: truth in sky blue, prediction in orange"
+    "One case (files or `Pixels`) cut around its structure: truth sky blue, prediction orange"
     image,truth,pred = middle_slice(read_image(image), raw_mask(mask), raw_mask(prediction))
     layers = [(truth, TRUTH, True), (pred, PRED, False)]
     return draw_case(image, layers, crop_box((truth>0)|(pred>0)), px)

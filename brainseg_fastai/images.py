@@ -44,7 +44,7 @@ def list_files(folder, suffixes='')->list:
 
 # %% ../nbs/library/01_images.ipynb #c011x
 def decode(path, mask=False, keep=False):
-    "The values of a picture file as they are stored; with `keep` all of its channels"
+    "The values of a picture file; with `keep` all of its channels"
     try:
         with Image.open(path) as im:
             pages,mode = getattr(im, 'n_frames', 1), im.mode
@@ -52,7 +52,7 @@ def decode(path, mask=False, keep=False):
             if colour or mode=='P' and not mask: im = im.convert('RGB')
             elif mode in ('LA','La') and not keep: im = im.convert('L')
             a = np.array(im)
-    except Exception as e: # a damaged file can make the decoder raise almost anything
+    except Exception as e: # a decoder may raise anything
         raise known('images.picture', path, why=e) from e
     need(pages==1, 'images.pages', path, n=pages)
     return a.astype(np.uint8) if a.dtype==bool else a
@@ -112,7 +112,7 @@ def foreground(
     cross = ndi.generate_binary_structure(2, 1).reshape((3,3,1)[:a.ndim]) # within a slice
     return largest_part(ndi.binary_fill_holes(a>otsu(a)*factor, cross))
 
-# %% ../nbs/library/01_images.ipynb #c019x
+# %% ../nbs/library/01_images.ipynb #c017x
 MOST_VOXELS = 1024**3
 
 def volume_header(path):
@@ -136,8 +136,8 @@ def load_volume(path):
     try:
         if n>MOST_VOXELS or claim>size*(1032 if packed else 1):
             raise ValueError(f'its header claims {times(im.shape)} voxels in {size:,} bytes')
-        if packed: # all of it, as only the end of a compressed file tells whether it is sound
-            most = claim + int(getattr(im.dataobj, 'offset', 0)) + 2**24 # MGH files have more after the voxels
+        if packed: # to its end, which tells whether it is sound
+            most = claim + int(getattr(im.dataobj, 'offset', 0)) + 2**24 # MGH: more after the voxels
             with gzip.open(path) as f: data = f.read(most+1)
             if len(data)>most: raise ValueError('much more data than the header says')
             im = type(im).from_bytes(data)
@@ -151,7 +151,7 @@ def load_volume(path):
     res.set_data_dtype(a.dtype)
     return res
 
-# %% ../nbs/library/01_images.ipynb #c021x
+# %% ../nbs/library/01_images.ipynb #c019x
 def count_values(a):
     "Pixels of each value, as a dict"
     if a.dtype.kind in 'iu' and a.size and a.min()>=0 and a.max()<256:
@@ -167,6 +167,7 @@ def all_alike(a):
 
 def code_counts(a):
     "Voxels of each code, and those inside a region of it; None if there are too many to be codes"
+    if a.dtype.kind=='f': a = a.astype(np.int64)
     for part in a[...,a.shape[2]//2], a: # of an image, one slice tells
         if len(codes := count_values(part))>256: return None,None
     return [[*o.items()] for o in (codes, count_values(a[all_alike(a)]))]
@@ -180,7 +181,7 @@ def by_stamp(maxsize):
         return g
     return deco
 
-# %% ../nbs/library/01_images.ipynb #c023x
+# %% ../nbs/library/01_images.ipynb #c021x
 def in_cache(path, suffix): return cache_dir()/'volumes'/(digest(2, stamp(path), n=24)+suffix)
 def sha_of(*parts): return hashlib.sha256(b''.join(parts)).hexdigest()
 
@@ -196,9 +197,9 @@ def measure_volume(path):
     im = nib.as_closest_canonical(load_volume(path))
     a = np.asanyarray(im.dataobj)
     whole = a.dtype.kind!='f' or (a==np.round(a)).all()
-    codes,inside = code_counts(a if a.dtype.kind!='f' else a.astype(np.int64)) if whole else (None,None)
+    codes,inside = code_counts(a) if whole else (None,None)
     small = whole and a.min()>=-2**15 and a.max()<2**15
-    flat = np.asfortranarray(a, '<i2' if small else '<f4').ravel('K') # alike for the same values of any type
+    flat = np.asfortranarray(a, '<i2' if small else '<f4').ravel('K') # alike for all types
     mm = [round(float(o), 4) for o in im.header.get_zooms()[:3]]
     return dict(shape=a.shape, spacing=mm, affine=im.affine, window=window_of(a),
         slices=a.any((0,1)).nonzero()[0], constant=bool((a==a.flat[0]).all()),
@@ -207,7 +208,7 @@ def measure_volume(path):
 
 @by_stamp(maxsize=8192)
 def volume_facts(path):
-    "Shape, spacing, affine, window, slices with something in them, codes and hash; in RAS+ orientation"
+    "Shape, spacing, affine, window, slices with something in them, codes, hash; in RAS+"
     f = in_cache(path, '.json')
     try: return json.loads(f.read_text())
     except (OSError, ValueError): d = plain(measure_volume(path))
@@ -217,7 +218,7 @@ def volume_facts(path):
 # %% ../nbs/library/01_images.ipynb #c023x
 @by_stamp(maxsize=16)
 def open_volume(path):
-    "nibabel image in RAS+ orientation whose voxels are memory-mapped, not to be written to; a damaged one raises"
+    "nibabel image in RAS+ orientation, memory-mapped, not to be written to; a damaged one raises"
     import nibabel as nib
     volume_facts(path)
     data,flat = volume_header(path).dataobj, path
@@ -313,7 +314,7 @@ def to_native(mask, affine, shape):
     import nibabel.orientations as o
     back = o.ornt_transform(o.axcodes2ornt('RAS'), o.io_orientation(affine))
     res = o.apply_orientation(mask, back)
-    fits = res.shape==tuple(shape[:3]) and res.size==np.prod(shape) # there may be a trailing axis of length 1
+    fits = res.shape==tuple(shape[:3]) and res.size==np.prod(shape) # perhaps a last axis of length 1
     need(fits, 'images.fit', mask=times(mask.shape), shape=times(shape))
     return np.ascontiguousarray(res.reshape(shape))
 
@@ -342,7 +343,7 @@ def write_mask(
     with written(path) as tmp: im.to_filename(tmp) if volume else Image.fromarray(a).save(tmp)
     return Path(path)
 
-# %% ../nbs/library/01_images.ipynb #c041x
+# %% ../nbs/library/01_images.ipynb #c038x
 @by_stamp(maxsize=100_000)
 def look(path, x, mask):
     if is_volume(path):
@@ -352,10 +353,11 @@ def look(path, x, mask):
         return d | pairs | dict(error=None, shape=tuple(d['shape']))
     a = x.values(mask)
     d = dict(codes=count_values(a), inside=count_values(a[all_alike(a)])) if mask else {}
-    return dict(error=None, shape=a.shape, sha=sha_of_picture(a), constant=bool((a==a.flat[0]).all()), **d)
+    constant = bool((a==a.flat[0]).all())
+    return d | dict(error=None, shape=a.shape, sha=sha_of_picture(a), constant=constant)
 
 def facts_of(images, masks=(), show=False, strict=False)->dict:
-    "error, shape, sha, constant; of masks codes and inside; of volumes `volume_facts`: of each file once"
+    "error, shape, sha, constant; of masks codes and inside; of volumes `volume_facts`"
     jobs = {}
     def fact(key):
         try: return look(jobs[key], jobs[key], key[1])
@@ -370,7 +372,7 @@ def facts_of(images, masks=(), show=False, strict=False)->dict:
     return dict(zip(jobs, res))
 
 def data_fingerprint(cases:pd.DataFrame)->str:
-    "Hash of names and pixels of all images and masks, wherever the folder lies and however rows are sorted"
+    "Hash of names and pixels, wherever the folder lies and however rows are sorted"
     facts = facts_of(cases['image'], cases['mask'], strict=True)
     root = os.path.commonpath([os.path.dirname(f) for f,_ in facts] or [''])
     name = {f: Path(f).relative_to(root).as_posix() for f,_ in facts}
