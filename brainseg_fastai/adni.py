@@ -223,5 +223,5 @@ def adni_demo():
     from brainseg_fastai.demo import demo_cohort
     return demo_cohort()
 
-ADNI = Layout('adni', adni_cases, check_cases, adni_standin, structure='ventricles', inputs=('brain','orig'),
+ADNI = Layout('adni', adni_cases, check_cases, adni_standin, structure='ventricles', inputs=('brain','orig'), units=('slice',),
     question=('inputs=brain','inputs=orig'), crossed=True, demo=adni_demo)

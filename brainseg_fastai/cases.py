@@ -52,6 +52,7 @@ class Layout:
     regions:dict=None    # What is scored: names of sets of raw codes; None: each code
     stratify:str=None    # Column that splits should be balanced by
     inputs:tuple=()      # All inputs that can be asked for
+    units:tuple=('slice','volume') # What a case can be
     question:tuple=()    # The variants compared by default, such as ('inputs=brain','inputs=orig')
     per:str='case'       # 'volume': scans are scored as a whole, not slice by slice
     whole:bool=False     # Do its scans show the whole of the structure?

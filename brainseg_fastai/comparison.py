@@ -18,7 +18,7 @@ from fastcore.meta import delegates
 from .adni import ADNI, kinds_in
 from .cases import is_simulated, pair_cases
 from .checks import mask_codes, refuse_errors
-from .core import DataError, few, need, plain, read_json, write_csv, write_json
+from .core import few, need, plain, read_json, say, write_csv, write_json
 from .images import data_fingerprint
 from .report import compare_report, train_report
 from .runs import file_name, pool_bundle, portable, train_folds
@@ -40,24 +40,15 @@ def named_variants(
     "Two variants from two texts, or those of the layout; inputs alone are called by their name"
     texts = (a or '', b or '') if a or b else layout.question
     there = kinds_in(root) if layout.crossed else []
-    base,usual = base or Settings(), Settings()
+    base,both = base or Settings(), ' and '.join(texts)
     settings = [parse_settings(o, base) for o in texts]
     a,b = ({*re.findall(r'(\w+)=', o)} for o in texts)
-    need(settings[0]!=settings[1],
-        f'both variants are {texts[0]!r}; expected two that differ, '
-        'such as --a arch=unet --b arch=attention_unet')
-    for k in a & b:
-        need(getattr(base, k)==getattr(usual, k),
-            f'--{k} would not be used: the comparison is of {" and ".join(texts)}. '
-            'Leave it out, or say with --a and --b what to compare.')
+    need(settings[0]!=settings[1], 'comparison.alike', text=texts[0])
+    for k in a & b: need(getattr(base, k)==getattr(Settings(), k), 'comparison.unused', k=k, both=both)
     lost = {s.inputs for s in settings} - {None, *there}
-    need(not there or not lost, root,
-        f'only images of the kind {", ".join(there)}',
-        ' and '.join(texts),
-        f'To train one model: brainseg train {root} --inputs {"".join(there[:1])} --out DIR')
-    names = (o.removeprefix('inputs=') if k=={'inputs'} else o
-        or 'as usual'
-        for o,k in zip(texts, (a, b)))
+    need(not there or not lost, 'comparison.one_kind', root, there=', '.join(there), both=both,
+        root=root, first=''.join(there[:1]))
+    names = (o.removeprefix('inputs=') if k=={'inputs'} else o or 'as usual' for o,k in zip(texts, (a, b)))
     return dict(zip(names, settings))
 
 def differs_in(
@@ -68,35 +59,31 @@ def differs_in(
     return [k for k in each[0] if len({o[k] for o in each})>1]
 
 # %% ../nbs/2_segmentation_on_full_skull.ipynb #bddd9dbe
-def checked_tables(root, variants:dict, layout, progress=False, **options)->tuple:
-    "The cases of every variant"
-    inputs = [o for s in variants.values()
-        for o in (s.inputs or '').split('+')]
+def checked_tables(root, variants, layout, progress=False, **options)->tuple:
+    "The cases of every variant, and what the check says"
+    need(Path(root).is_dir(), 'comparison.no_folder', root)
+    units = ['slice' if s.mode=='slice' else 'volume' for s in variants.values()]
+    for s,u in zip(variants.values(), units):
+        need(u in layout.units, 'comparison.mode', mode=s.mode, layout=layout.name)
+    inputs = [o for s in variants.values() for o in (s.inputs or '').split('+')]
     used = [*dict.fromkeys(inputs)] if all(inputs) else None
     problems = layout.check(root, used, progress=progress, **options)
     refuse_errors(problems)
-    units = ['slice' if s.mode=='slice' else 'volume'
-        for s in variants.values()]
-    tables = [layout.cases(root, s.inputs, unit=u, **options)
-        for s,u in zip(variants.values(), units)]
+    tables = [layout.cases(root, s.inputs, unit=u, **options) for s,u in zip(variants.values(), units)]
     if len(tables)==2 and len({*units})==1: tables = pair_cases(*tables)
     return dict(zip(variants, tables)), problems
 
 def other_people(root, r, **options)->dict:
     "Cases of subjects that are not in the training folder, to score the models on"
     there = kinds_in(root) if r.layout.crossed else []
-    like = {k: replace(s, inputs=there[0]) if there
-        and s.inputs not in there else s
+    like = {k: replace(s, inputs=there[0]) if there and s.inputs not in there else s
         for k,s in r.variants.items()}
     tables,_ = checked_tables(root, like, r.layout, **options)
     for k,t in tables.items():
         tables[k] = t = t[~t['subject'].isin(r.split['subject'])].reset_index(drop=True)
-        need(len(t), root, 'only subjects that are also in the training folder',
-            'other people', 'Name another folder.')
+        need(len(t), 'comparison.same_people', root)
         odd = sorted({*mask_codes(t['mask'])} - {*r.codes})
-        need(not odd, root, f'masks with the values {odd}',
-            f'only {list(r.codes)}',
-            'Write them with the same codes as in the training folder.')
+        need(not odd, 'comparison.codes', root, odd=odd, codes=list(r.codes))
     return tables
 
 # %% ../nbs/2_segmentation_on_full_skull.ipynb #0c743c5c
@@ -111,21 +98,17 @@ def prepare(
     **options      # Of the layout, such as `subject` (how subjects are named)
 )->AttrDict: # variants, layout, tables, split, codes, problems, external, about, what, crossed, few
     "Check a folder, pair the cases of all variants, and split their subjects once"
-    tables,problems = checked_tables(root, variants, layout, progress,
-        **options)
+    tables,problems = checked_tables(root, variants, layout, progress, **options)
     first,seed = next(iter(tables.values())), next(iter(variants.values())).seed
-    one = split_cases(first, folds, seed=seed, previous=previous,
-        stratify=layout.stratify)
+    one = split_cases(first, folds, seed=seed, previous=previous, stratify=layout.stratify)
     split = pd.concat([same_split(t, one) for t in tables.values()])
-    r = AttrDict(variants=variants, layout=layout, tables=tables,
-        problems=problems)
+    r = AttrDict(variants=variants, layout=layout, tables=tables, problems=problems)
     r.split = split.drop_duplicates(ignore_index=True)
     r.codes = tuple(layout.labels or mask_codes(first['mask']))
     r.what = 'input' if differs_in(variants)==['inputs'] else 'setting'
     r.crossed = layout.crossed and r.what=='input'
     r.few = folds is None and one['fold'].nunique()>1
-    r.about = dict(name=Path(root).resolve().name,
-        simulated=is_simulated(root))
+    r.about = dict(name=Path(root).resolve().name, simulated=is_simulated(root))
     r.external = other_people(external, r, **options) if external else {}
     return r
 
@@ -136,14 +119,11 @@ RESULTS = ('settings.json','split.csv','scores.csv','curves.csv','swap.csv','ext
 def check_out(out, again=False):
     "Refuse a folder that cannot take the results; writes nothing"
     out = Path(out)
-    def ok(good, found, remedy=''):
-        need(good, out, found, 'a new or empty folder for the results',
-            f'Choose another --out{remedy}.')
+    def ok(good, found, remedy=''): need(good, 'comparison.out', out, found=found, remedy=remedy)
     ok(not out.is_file(), 'a file')
     if not out.exists() or not any(out.iterdir()): return
     ok((out/'settings.json').exists(), 'a folder with other things in it')
-    ok(again, 'an earlier run',
-       ', go on with it (--resume) or replace it (--overwrite)')
+    ok(again, 'an earlier run', ', go on with it (--resume) or replace it (--overwrite)')
 
 # %% ../nbs/2_segmentation_on_full_skull.ipynb #c6bebfba
 def result_folder(
@@ -159,11 +139,8 @@ def result_folder(
         if (out/o).is_dir(): shutil.rmtree(out/o)
         else: (out/o).unlink(missing_ok=True)
     old = read_json(mine) if mine.exists() else asked
-    changes = [f'{k}: {old.get(k)}, now {v}' for k,v in asked.items()
-        if old.get(k)!=v]
-    need(not changes, out,
-        f'a run that was begun with other settings ({", ".join(changes[:3])})',
-        'the same ones', 'Resume with them, or start anew with --overwrite.')
+    changes = [f'{k}: {old.get(k)}, now {v}' for k,v in asked.items() if old.get(k)!=v]
+    need(not changes, 'comparison.changed', out, changes=', '.join(changes[:3]))
     write_json(mine, asked)
     return out
 
@@ -176,16 +153,12 @@ def trainings(
     "What there is to train: every variant in every fold"
     jobs = []
     for k,s in r.variants.items():
-        others = {r.variants[o].inputs: t for o,t in r.tables.items()
-            if r.crossed and o!=k}
-        jobs.append(dict(name=k, cases=r.tables[k], settings=s,
-                split=r.split, repeats=repeats,
-                others=others, external=r.external.get(k)))
+        others = {r.variants[o].inputs: t for o,t in r.tables.items() if r.crossed and o!=k}
+        jobs.append(dict(name=k, cases=r.tables[k], settings=s, split=r.split, repeats=repeats,
+            others=others, external=r.external.get(k)))
     if control and repeats==1 and len(jobs)>1:
-        s = replace(jobs[0]['settings'],
-            seed=jobs[0]['settings'].seed+500)
-        jobs.append(jobs[0] | dict(settings=s,
-                split=r.split.query('fold==0')))
+        s = replace(jobs[0]['settings'], seed=jobs[0]['settings'].seed+500)
+        jobs.append(jobs[0] | dict(settings=s, split=r.split.query('fold==0')))
     return jobs
 
 def announcer(
@@ -193,8 +166,7 @@ def announcer(
     say=print
 ):
     "A function that says before each training which one it is and how much time is left"
-    total,at = sum(o['split']['fold'].nunique()*o['repeats']
-        for o in jobs), []
+    total,at = sum(o['split']['fold'].nunique()*o['repeats'] for o in jobs), []
     def announce(name, fold, seed):
         at.append(time.time())
         n = len(at)
@@ -203,8 +175,7 @@ def announcer(
     return announce
 
 # %% ../nbs/2_segmentation_on_full_skull.ipynb #4b88de96
-FEW = (f'One split would test fewer than {ENOUGH_SUBJECTS} subjects, too few for a verdict: '
-    'every subject is tested once, in three folds.')
+FEW = say('comparison.few', n=ENOUGH_SUBJECTS)
 
 @delegates(prepare)
 def train_variants(
@@ -227,43 +198,37 @@ def train_variants(
         folds=r.split['fold'].nunique(), repeats=repeats,
         control=len(jobs)>len(variants), external=external,
         fingerprint={k: data_fingerprint(t) for k,t in r.tables.items()})
-    say = announcer(jobs)
     r.out = result_folder(out, r.asked, overwrite, resume)
     write_csv(r.out/'split.csv', r.split)
     if r.few: print(FEW)
-    same = dict(out=r.out, layout=r.layout, codes=r.codes, about=r.about,
-        announce=say)
+    same = dict(out=r.out, layout=r.layout, codes=r.codes, about=r.about, announce=announcer(jobs),
+        progress=kwargs.get('progress', True))
     return gathered(r, [train_folds(**job, **same) for job in jobs])
 
 # %% ../nbs/2_segmentation_on_full_skull.ipynb #82071a15
-def gathered(r, parts:list)->AttrDict:
+def gathered(r, parts)->AttrDict:
     "Tables of all trainings and a bundle per variant, written to the folder of results"
     n = len(r.variants)
     def both(k, parts=parts[:n]): return pd.concat([o[k] for o in parts], ignore_index=True)
-    r.update(scores=both('scores'), all_scores=both('all_scores'),
-        curves=both('curves'))
+    r.update(scores=both('scores'), all_scores=both('all_scores'), curves=both('curves'))
     r.runs = [run for o in parts[:n] for run in o['runs']]
     r.control = both('scores', [parts[0], *parts[n:]]).query('fold==0') if parts[n:] else None
     write_csv(r.out/'curves.csv', r.curves)
     external = r.all_scores.query('tested_on=="external"')
-    for name,t in dict(scores=r.scores, control=r.control,
-        external=external).items():
+    for name,t in dict(scores=r.scores, control=r.control, external=external).items():
         if t is not None and len(t): write_csv(r.out/f'{name}.csv', portable(t))
-    for k,o in zip(r.variants, parts):
-        pool_bundle(o['runs'][0], r.out/'bundles'/file_name(k),
-            o['scores'])
+    for k,o in zip(r.variants, parts): pool_bundle(o['runs'][0], r.out/'bundles'/file_name(k), o['scores'])
     return r
 
 # %% ../nbs/2_segmentation_on_full_skull.ipynb #fe82706a
 def swap_table(scores:pd.DataFrame)->pd.DataFrame:
     "Mean Dice, with 95 % interval over subjects, by what was trained on and what was tested on"
-    rows = []
-    for (trained,tested),g in scores.groupby(['variant','tested_on']):
+    def row(g):
         m = summarise_scores(g).loc['dice']
-        rows.append([trained, tested, int(m['n']), m['mean'], m['low'],
-                m['high']])
+        return dict(n_subjects=int(m['n']), dice=m['mean'], low=m['low'], high=m['high'])
     names = ['trained_on','tested_on','n_subjects','dice','low','high']
-    return pd.DataFrame(rows, columns=names)
+    return pd.DataFrame([dict(trained_on=k, tested_on=o, **row(g))
+        for (k,o),g in scores.groupby(['variant','tested_on'])], columns=names)
 
 def shown(
     r,      # From `train_variants`
@@ -277,8 +242,7 @@ def shown(
         environment=last['versions'], training_longer=training_longer(r.curves),
         definitions={'Empty masks': EMPTY_POLICY, 'Surface tolerance': TOLERANCE_POLICY})
     external = swap_table(r.all_scores.query('tested_on=="external"')).drop(columns='tested_on')
-    return dict(scores=r.scores, curves=r.curves, split=r.split,
-        external=external,
+    return dict(scores=r.scores, curves=r.curves, split=r.split, external=external,
         problems=r.problems, info=info, out=r.out)
 
 # %% ../nbs/2_segmentation_on_full_skull.ipynb #fdcc7984
@@ -293,12 +257,10 @@ def compare_variants(
     **kwargs
 )->AttrDict: # report, comparison and swap (or summary), and all that `train_variants` gives
     "Train both variants, compare them on the same test subjects, and report a verdict"
-    if len(variants)>2:
-        raise DataError(f'{len(variants)} variants ({few(variants)}); expected two that differ')
+    need(len(variants)<3, 'comparison.many', n=len(variants), names=few(variants))
     if track: check_track(track, out)
     began,r = time.time(), train_variants(root, out, variants, **kwargs)
-    minutes = f'{(time.time()-began)/60:.1f} min (this call)'
-    facts = shown(r, command=command, wall_time=minutes)
+    facts = shown(r, command=command, wall_time=f'{(time.time()-began)/60:.1f} min (this call)')
     if len(variants)==2: judged(r, margin, facts)
     else: summed_up(r, facts)
     r.report.save(r.out/'report.html')
@@ -306,19 +268,14 @@ def compare_variants(
     return r
 
 # %% ../nbs/2_segmentation_on_full_skull.ipynb #cf04b644
-CHANCE = ('Two trainings of the same {1} differ by {0:+.4f} Dice, at least as much as the two '
-    '{1}s do: chance in training alone can make such a difference. Train more often '
-    '(--repeats, --folds) before you believe it.')
-
 def judged(r, margin, facts):
     "Compare two variants: adds `comparison`, `swap` and `report`"
     a,b = (r.scores.query('variant==@k') for k in r.variants)
-    c = compare_scores(a, b, margin=margin, names=tuple(r.variants),
-        control=r.control,
+    c = compare_scores(a, b, margin=margin, names=tuple(r.variants), control=r.control,
         simulated=r.about['simulated'], what=r.what)
-    r.comparison = c
-    if c.control and c.verdict!='equivalent' and abs(c.control['difference'])>=abs(c.difference):
-        c.warnings.append(CHANCE.format(c.control['difference'], r.what))
+    r.comparison,k = c, c.control
+    if k and c.verdict!='equivalent' and abs(k['difference'])>=abs(c.difference):
+        c.warnings.append(say('comparison.chance', what=r.what, difference=k['difference']))
     write_json(r.out/'comparison.json', c.to_dict())
     r.swap = swap_table(r.all_scores.query('tested_on!="external"')) if r.crossed else None
     if r.crossed: write_csv(r.out/'swap.csv', r.swap)
@@ -327,9 +284,8 @@ def judged(r, margin, facts):
 def summed_up(r, facts):
     "Sum up the scores of one variant: adds `summary` and `report`"
     r.summary,simulated = summarise_scores(r.scores), r.about['simulated']
-    what = dict(variant=[*r.variants][0], simulated=simulated)
-    write_json(r.out/'summary.json',
-        dict(what, scores=r.summary.to_dict('index')))
+    write_json(r.out/'summary.json', dict(variant=[*r.variants][0], simulated=simulated,
+        scores=r.summary.to_dict('index')))
     r.report = train_report(simulated=simulated, **facts)
 
 # %% ../nbs/2_segmentation_on_full_skull.ipynb #10854d6a
@@ -341,13 +297,10 @@ def compare_inputs(
     **kwargs
 )->AttrDict: # comparison, report, and all tables
     "Do you have to strip the skull? `compare_variants` of both inputs"
-    return compare_variants(root, out,
-        named_variants(root, base=settings),
-        **kwargs)
+    return compare_variants(root, out, named_variants(root, base=settings), **kwargs)
 
 @delegates(compare_variants, but='variants,control,margin')
 def train_input(root, out, settings=None, **kwargs)->AttrDict:
     "Train one variant, score it on test subjects, and write a report"
     s = settings or Settings()
-    name = s.inputs or kwargs.get('layout', ADNI).name
-    return compare_variants(root, out, {name: s}, **kwargs)
+    return compare_variants(root, out, {s.inputs or kwargs.get('layout', ADNI).name: s}, **kwargs)

@@ -197,4 +197,4 @@ def figshare_check(root, inputs=None, progress=False)->pd.DataFrame:
 
 # %% ../nbs/3_figshare_tumours.ipynb #5a1e3c21
 LAYOUT = Layout('figshare', figshare_cases, figshare_check, figshare_standin, {0:'background', 1:'tumour'},
-    regions={'tumour':(1,)}, stratify='label', inputs=('t1c',), question=('steps=none','steps=clahe'))
+    regions={'tumour':(1,)}, stratify='label', inputs=('t1c',), units=('slice',), question=('steps=none','steps=clahe'))

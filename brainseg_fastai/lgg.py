@@ -119,4 +119,4 @@ def lgg_check(root, inputs=None, progress=False):
         *too_few_subjects('images', [o['subject'] for o in rows if o['mask']])])
 
 LAYOUT = Layout('lgg', lgg_cases, lgg_check, lgg_standin, LABELS, regions={'tumour':(255,)},
-    inputs=CHANNELS, packed=True, whole=True, question=('arch=unet','arch=attention_unet'))
+    inputs=CHANNELS, units=('slice',), packed=True, whole=True, question=('arch=unet','arch=attention_unet'))

@@ -7,6 +7,7 @@ __all__ = ['network_channels', 'load_bundle', 'key_of', 'train_run', 'train_fold
 
 # %% ../nbs/library/20_runs.ipynb #c002x
 import hashlib, itertools, os, re, shutil, tempfile, warnings
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 
 from fastai.vision.all import *
@@ -241,13 +242,15 @@ def claimed(folder, key):
     if not same: write_json(mine, dict(key=key))
     return (folder/'config.json').exists()
 
-def train(cases, s, codes, folder):
+def train(cases, s, codes, folder, progress=True):
     "The trained learner, and its curve"
     set_seed(s.seed, reproducible=True)
     learn = prepare_learner(cases, s, codes)
     best = folder/'best.safetensors' if s.pick=='best' else None
     ck = Checkpoint(folder/'checkpoint.pt', best=best)
-    try: fit_recipe(learn, s, ck)
+    try:
+        with nullcontext() if progress else learn.no_bar(), nullcontext() if progress else learn.no_logging():
+            fit_recipe(learn, s, ck)
     except KeyboardInterrupt:
         print(say('runs.interrupted', start=ck.path if ck.path.exists() else 'the beginning'))
         raise
@@ -279,7 +282,8 @@ def train_run(
     layout=ADNI,   # How the data set is labelled and scored
     codes=None,    # Raw mask values; None: those of the layout, or those in the masks
     about=None,    # What the model card shall say of the data, such as its `name`
-    test_sets=None # Case tables to score by name; None: the test rows of `cases`
+    test_sets=None, # Case tables to score by name; None: the test rows of `cases`
+    progress=True  # Show fastai's progress bar?
 )->Run:
     "Train and score; an interrupted run goes on, a complete one is only read"
     inputs,folder = cases['inputs'].iloc[0], Path(folder)
@@ -292,7 +296,7 @@ def train_run(
     codes = tuple(codes or layout.labels or mask_codes(cases['mask']))
     how = dict(regions=layout.regions, per=layout.per)
     if not claimed(folder, key_of(cases, s, codes, how, tests)):
-        learn,curve = train(cases, s, codes, folder)
+        learn,curve = train(cases, s, codes, folder, progress)
         scores = [score_cases(learn, t, save_to=folder/'predictions'/k,
             quality=k==inputs, **how).assign(tested_on=k) for k,t in tests.items()]
         finish(folder, learn, cases, curve, pd.concat(scores, ignore_index=True), layout, about)

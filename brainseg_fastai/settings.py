@@ -51,19 +51,17 @@ class Settings:
     def __post_init__(self):
         from brainseg_fastai.networks import check_size, parse_loss
         from brainseg_fastai.steps import make_steps
-        arch = getattr(self.arch, '__name__', self.arch)
-        for k,v in dict(arch=arch, patch=tuple(self.patch)).items(): object.__setattr__(self, k, v)
+        object.__setattr__(self, 'arch', getattr(self.arch, '__name__', self.arch))
+        object.__setattr__(self, 'patch', tuple(self.patch))
         for k,known in CHOICES.items():
             if k=='sampling' and self.mode=='slice': known = known[:2]
             v = getattr(self, k)
-            need(v in known, f'{k} {v!r}: expected one of {", ".join(known)}')
-        need(self.recipe!='published' or self.dims==2 and self.resnet,
-            f'arch {self.arch}: the published recipe has a ResNet encoder, for slices')
+            need(v in known, 'settings.choice', k=k, v=v, known=', '.join(known))
+        need(self.recipe!='published' or self.dims==2 and self.resnet, 'settings.published', arch=self.arch)
         make_steps(self.steps)
         if self.loss: parse_loss(self.loss)
         if self.dims==2 or not self.resnet:
-            check_size(self.arch, self.shape or 128, self.dims,
-                self.depth, self.width)
+            check_size(self.arch, self.shape or 128, self.dims, self.depth, self.width)
 
 # %% ../nbs/library/10_settings.ipynb #c009x
 @patch(as_prop=True)
@@ -87,11 +85,9 @@ def filled(self:Settings, n):
     s = self if self.dims==2 or not self.resnet else replace(self, arch='unet3d')
     how = s.how
     seen = n - n%min(how['bs'], n) # an epoch leaves out the last, incomplete batch
-    epochs = how.get('epochs') or max(how['min_epochs'],
-        round(how['views']/seen))
+    epochs = how.get('epochs') or max(how['min_epochs'], round(how['views']/seen))
     bs = dict(slice=how['bs'], patch=2, volume=1)[s.mode]
-    if s.dims==3: epochs = 60
-    return replace(s, bs=min(s.bs or bs, n), epochs=s.epochs or epochs)
+    return replace(s, bs=min(s.bs or bs, n), epochs=s.epochs or (60 if s.dims==3 else epochs))
 
 @patch
 def key(self:Settings, *more): return digest(asdict(self), *more)
@@ -100,20 +96,18 @@ def key(self:Settings, *more): return digest(asdict(self), *more)
 def read_value(name, text):
     "The value of a field that a text such as '256' or '64,64,64' stands for"
     kind = {f.name: f.type for f in fields(Settings)}[name]
+    def ok(good, expected): need(good, 'settings.value', name=name, text=text, expected=expected)
     if kind is bool:
-        known = dict(true=True, yes=True, false=False, no=False) | {'1': True, '0': False}
-        need(text.lower() in known, f'{name}={text}: expected true or false')
-        return known[text.lower()]
+        ok(text.lower() in BOOLS, 'true or false')
+        return BOOLS[text.lower()]
     if kind is str: return '' if text=='none' else text
-    ns = [int(o) if o.isascii() and o.isdigit() else -1
-        for o in text.split(',')]
-    n,what = 1,'a whole number from 1 up'
-    if kind is tuple: n,what = 3,'three whole numbers, such as 64,64,64'
-    ok = len(ns)==n and min(ns)>=(name!='seed')
-    need(ok, f'{name}={text}: expected {what}')
-    need(name!='size' or ns[0]>=64 and ns[0]%32==0,
-        f'size={text}: expected a multiple of 32 from 64 up, such as 256')
+    ns = [int(o) if o.isascii() and o.isdigit() else -1 for o in text.split(',')]
+    n,what = (3,'three whole numbers, such as 64,64,64') if kind is tuple else (1,'a whole number from 1 up')
+    ok(len(ns)==n and min(ns)>=(name!='seed'), what)
+    ok(name!='size' or ns[0]>=64 and ns[0]%32==0, 'a multiple of 32 from 64 up, such as 256')
     return tuple(ns) if kind is tuple else ns[0]
+
+BOOLS = dict(true=True, yes=True, false=False, no=False) | {'1': True, '0': False}
 
 def value_text(v):
     "A value as `read_value` reads it"
@@ -128,16 +122,13 @@ def parse_settings(
     known,res = [f.name for f in fields(Settings)], {}
     for o in text.split():
         k,eq,v = o.partition('=')
-        need(eq and k in known,
-            f'{o!r}: expected NAME=VALUE with one of the names '
-            + ', '.join(known))
+        need(eq and k in known, 'settings.name', o=o, known=', '.join(known))
         res[k] = read_value(k, v)
     return replace(base or Settings(), **res)
 
 @patch
 def __str__(self:Settings):
-    given = {f.name: getattr(self, f.name) for f in fields(self)
-        if getattr(self, f.name)!=f.default}
+    given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name)!=f.default}
     return ' '.join(f'{k}={value_text(v)}' for k,v in given.items())
 
 # %% ../nbs/library/10_settings.ipynb #c017x
@@ -152,19 +143,14 @@ def add_flags(parser):
     for f in fields(Settings):
         about = helps[f.name] or '' # there is none in a notebook
         if f.type is bool:
-            parser.add_argument(f'--no-{f.name}', dest=f.name,
-                action='store_false',
-                help=about)
+            parser.add_argument(f'--no-{f.name}', dest=f.name, action='store_false', help=about)
             continue
         names = [f'--{f.name}', *['--kind']*(f.name=='inputs')] # a kind: a folder of slices
         usual = f' (default {value_text(f.default)})' if f.default else ''
-        how = dict(type=reader(f.name))
-        how['metavar'] = {int: 'N', tuple: 'X,Y,Z', str: 'NAME'}[f.type]
+        how = dict(type=reader(f.name), metavar={int: 'N', tuple: 'X,Y,Z', str: 'NAME'}[f.type])
         if f.name in CHOICES: how = dict(choices=CHOICES[f.name])
-        parser.add_argument(*names, default=f.default, help=about+usual,
-            **how)
+        parser.add_argument(*names, default=f.default, help=about+usual, **how)
 
 def from_flags(args)->Settings:
     "The settings that the parsed flags of a command stand for"
-    return Settings(**{f.name: getattr(args, f.name)
-            for f in fields(Settings)})
+    return Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})

@@ -13,19 +13,21 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 from scipy import ndimage as ndi
 
-from .core import DataError, few, need, need_package
+from .core import few, known, need, need_package, plain
 from .images import read_image
 
 # %% ../nbs/library/11_preprocessing.ipynb #c008x
 INPLANE = np.zeros((3,3,3), bool) # neighbours within an axial slice
 INPLANE[1,:,1] = INPLANE[:,1,1] = True
 
+def skimage(module): return need_package(f'skimage.{module}', 'steps')
+
 def brain_mask(a)->np.ndarray:
     "What is not 0 where the background is exactly 0 (skull-stripped), else Otsu's foreground, its holes filled"
     a = np.asarray(a, np.float32)
     zero,faint = (a==0).sum(), ((a>0) & (a<a.max(initial=0)/20)).sum()
     if zero>20*faint or np.ptp(a)==0: return a>0
-    head = a > need_package('skimage.filters', 'steps').threshold_otsu(a.ravel())
+    head = a > skimage('filters').threshold_otsu(a.ravel())
     return ndi.binary_fill_holes(head, INPLANE if a.ndim==3 else None) & (a>0)
 
 # %% ../nbs/library/11_preprocessing.ipynb #c011x
@@ -41,12 +43,9 @@ class Step:
             v = getattr(self, k)
             ok = isinstance(v, (int,float)) and not isinstance(v, bool) and lo<=v<=hi
             whole = 'whole '*isinstance(getattr(type(self), k), int)
-            need(ok and not (whole and v%1), f'step {self.name}',
-                f'{k}={v!r}', f'a {whole}number from {lo} to {hi}',
-                'Correct it.')
+            need(ok and not (whole and v%1), 'steps.range', f'step {self.name}', k=k, v=v, whole=whole, lo=lo, hi=hi)
         if self.fitted and (v := getattr(self, self.fitted)) is not None: # JSON has lists
-            object.__setattr__(self, self.fitted,
-                tuple(tuple(map(float, r)) for r in v))
+            object.__setattr__(self, self.fitted, tuple(tuple(map(float, r)) for r in v))
 
     def apply(self, x, brain, c=0):
         "Channel `c`, float32: `curve` in the brain, and outside the same curve, which ends in 0"
@@ -66,15 +65,11 @@ def has_contrast(v): return v.size and v.max()>v.min()
 def planes(a, channels):
     "Channels of an image one by one as float32, after a look at whether it is one"
     a = np.asarray(a)
-    need(a.ndim-bool(channels) in (2,3) and a.size, 'image',
-        f'an array of shape {a.shape} with channels={channels}',
-        '(H,W) or (X,Y,Z), channels last if channels=True', 'Say channels=True if the last axis is one.')
+    need(a.ndim-bool(channels) in (2,3) and a.size, 'steps.shape', 'image', shape=a.shape, channels=channels)
     number = a.dtype.kind in 'buif'
-    need(number and 0<=a.min() and a.max()<=255, 'image', # which not-a-number fails, too
-        f'values from {a.min()} to {a.max()}' if number else f'the type {a.dtype}',
-        'grey levels from 0 to 255', 'Read images with read_image, and preprocess once only.')
-    return [p.astype(np.float32)
-        for p in (np.moveaxis(a, -1, 0) if channels else [a])]
+    found = f'values from {a.min()} to {a.max()}' if number else f'the type {a.dtype}'
+    need(number and 0<=a.min() and a.max()<=255, 'steps.values', 'image', found=found) # not-a-number fails, too
+    return [p.astype(np.float32) for p in (np.moveaxis(a, -1, 0) if channels else [a])]
 
 def through(steps, x, c):
     "One channel after all `steps`, and its brain; what has no contrast passes"
@@ -93,11 +88,7 @@ class Steps:
 
     def __post_init__(self):
         self.steps = tuple(self.steps)
-        for s in self.steps[:-1]:
-            need(not s.scaled, 'steps',
-                f'{s.name} before {self.steps[-1].name}',
-                f'{s.name} at the end',
-                'Other steps expect grey levels from 0 to 255.')
+        for s in self.steps[:-1]: need(not s.scaled, 'steps.order', 'steps', name=s.name, last=self.steps[-1].name)
 
     @property
     def scaled(self): return any(s.scaled for s in self.steps)
@@ -105,10 +96,8 @@ class Steps:
     def __repr__(self): return f'make_steps({str(self)!r})'
     def __str__(self):
         "The specification, with options that differ from the usual ones"
-        def options(s): return ((k, getattr(s, k)) for k in s.limits
-            if getattr(s, k)!=getattr(type(s), k))
-        def one(s): return ':'.join([s.name,
-                *(f'{k}={str(v).removesuffix(".0")}' for k,v in options(s))])
+        def options(s): return ((k, getattr(s, k)) for k in s.limits if getattr(s, k)!=getattr(type(s), k))
+        def one(s): return ':'.join([s.name, *(f'{k}={str(v).removesuffix(".0")}' for k,v in options(s))])
         return ','.join(map(one, self.steps))
 
     def __call__(self, a, channels=False)->np.ndarray:
@@ -116,13 +105,8 @@ class Steps:
         xs = planes(a, channels)
         for s in self.steps:
             have = getattr(s, s.fitted) if s.fitted else xs
-            need(have is not None, f'step {s.name}', 'no fit yet',
-                'a fit on training scans',
-                'Call fit(cases) with the training rows first.')
-            need(len(have)==len(xs), f'step {s.name}',
-                f'an image of {len(xs)} channels',
-                f'{len(have)}, as in fit',
-                'Use the same inputs, and say channels=True if there are several.')
+            need(have is not None, 'steps.no_fit', f'step {s.name}')
+            need(len(have)==len(xs), 'steps.channels', f'step {s.name}', n=len(xs), want=len(have))
         xs = [through(self.steps, x, c)[0] for c,x in enumerate(xs)]
         return np.stack(xs, axis=-1) if channels else xs[0]
 
@@ -141,7 +125,7 @@ class Equalise(Step):
     "Histogram equalisation: the new grey level is the share of the brain that is darker, times 255"
     name = 'equalise'
 
-    def curve(self, v, c=0): return 255*need_package('skimage.exposure', 'steps').equalize_hist(v)
+    def curve(self, v, c=0): return 255*skimage('exposure').equalize_hist(v)
 
 # %% ../nbs/library/11_preprocessing.ipynb #c019x
 @dataclass(frozen=True)
@@ -151,7 +135,7 @@ class Clahe(Step):
     name,limits = 'clahe', dict(clip_limit=(1e-6,1))
 
     def apply(self, x, brain, c=0):
-        res = 255*need_package('skimage.exposure', 'steps').equalize_adapthist(x/255, clip_limit=self.clip_limit)
+        res = 255*skimage('exposure').equalize_adapthist(x/255, clip_limit=self.clip_limit)
         return np.where(x>0, res, 0).astype(np.float32)
 
 @dataclass(frozen=True)
@@ -164,10 +148,8 @@ class N4(Step):
     def apply(self, x, brain, c=0):
         sitk = need_package('SimpleITK', 'steps')
         bright = brain & (x>np.percentile(x[brain], 99)/10) # the logarithm of the dark is mostly noise
-        image,mask = (sitk.GetImageFromArray(o)
-            for o in (x, bright.astype(np.uint8)))
-        k = [max(1, min(int(self.shrink), n//16))
-            for n in image.GetSize()]
+        image,mask = (sitk.GetImageFromArray(o) for o in (x, bright.astype(np.uint8)))
+        k = [max(1, min(int(self.shrink), n//16)) for n in image.GetSize()]
         small = sitk.Shrink(mask, k)
         if not sitk.GetArrayViewFromImage(small).any(): return x
         f = sitk.N4BiasFieldCorrectionImageFilter()
@@ -199,10 +181,7 @@ class Match(Step):
 
     def look(self, v): return np.quantile(v, np.linspace(0, 1, 1024))
     def learn(self, seen): return np.mean(seen, axis=0)
-    def curve(self, v, c=0):
-        return need_package('skimage.exposure', 'steps').match_histograms(v, np.array(self.reference[c], np.float32))
-
-PERCENTILES = 1,10,20,30,40,50,60,70,80,90,99
+    def curve(self, v, c=0): return skimage('exposure').match_histograms(v, np.array(self.reference[c], np.float32))
 
 @dataclass(frozen=True)
 class Nyul(Step):
@@ -212,7 +191,7 @@ class Nyul(Step):
     landmarks:tuple|None=None # For each channel the eleven standard landmarks
     name,fitted,limits = 'nyul', 'landmarks', dict(lo=(0,100), hi=(101,255))
 
-    def look(self, v): return np.percentile(v, PERCENTILES)
+    def look(self, v): return np.percentile(v, (1,10,20,30,40,50,60,70,80,90,99))
     def learn(self, seen):
         "Mean of the landmarks after each scan's own were stretched to `lo` … `hi`"
         p = np.array([o for o in seen if o[-1]>o[0]])
@@ -223,27 +202,22 @@ class Nyul(Step):
         y = np.array(self.landmarks[c])[i]
         if len(x)<2: return v # nearly all of the brain is of one grey level: no scale to be moved
         slope = (y[-1]-y[-2])/(x[-1]-x[-2])
-        return np.where(v>x[-1], y[-1]+slope*(v-x[-1]),
-            np.interp(v, [0,*x], [0,*y])).astype(np.float32)
+        above = y[-1]+slope*(v-x[-1])
+        return np.where(v>x[-1], above, np.interp(v, [0,*x], [0,*y])).astype(np.float32)
 
 # %% ../nbs/library/11_preprocessing.ipynb #c028x
-STEPS = {o.name: o for o in (Clip, ZScore, Equalise, Clahe, Match, Nyul,
-        N4)}
+STEPS = {o.name: o for o in (Clip, ZScore, Equalise, Clahe, Match, Nyul, N4)}
 
 def parse_step(text):
     "One step from text such as `clahe:clip_limit=0.02`"
     name,*opts = (o.strip() for o in text.split(':'))
-    need(name in STEPS, 'steps', f'the step {name!r}',
-        f'some of {", ".join(STEPS)}', 'Correct the name.')
+    need(name in STEPS, 'steps.name', 'steps', name=name, steps=', '.join(STEPS))
     cls,kw = STEPS[name], {}
     for o in opts:
         k,_,v = (p.strip() for p in o.partition('='))
-        need(k in cls.limits, f'step {name}', f'the option {k!r}',
-            ', '.join(cls.limits) or 'no option',
-            'Options are written like clip:lo=1:hi=99.')
+        need(k in cls.limits, 'steps.option', f'step {name}', k=k, options=', '.join(cls.limits) or 'no option')
         try: kw[k] = float(v)
-        except ValueError: raise DataError.of(f'step {name}', f'{k}={v!r}',
-            'a number', 'Correct it.') from None
+        except ValueError: raise known('steps.number', f'step {name}', k=k, v=v) from None
     return cls(**kw)
 
 # %% ../nbs/library/11_preprocessing.ipynb #c029x
@@ -253,19 +227,16 @@ def make_steps(
     "A preprocessing pipeline from its specification"
     if isinstance(spec, Steps): return Steps(spec.steps)
     parts = spec.split(',') if isinstance(spec, str) else [spec] if isinstance(spec, Step) else spec or []
-    return Steps(o if isinstance(o, Step) else parse_step(str(o))
-        for o in parts if str(o).strip())
+    return Steps(o if isinstance(o, Step) else parse_step(str(o)) for o in parts if str(o).strip())
 
 # %% ../nbs/library/11_preprocessing.ipynb #c031x
 def training_images(cases, most):
     "Images of at most `most` training rows, evenly spread over the table"
-    need('image' in cases, 'cases', f'the columns {few(cases)}', 'a column image', 'Give a case table.')
+    need('image' in cases, 'steps.no_image', 'cases', columns=few(cases))
     t = cases[cases['split']=='train'] if 'split' in cases else cases
-    need(len(t), 'cases', f'{len(cases)} rows, none for training',
-        "rows with split 'train', or training rows alone",
-        'Preprocessing is fitted on training scans only.')
-    return [t['image'].iloc[i]
-        for i in np.unique(np.linspace(0, len(t)-1, min(most, len(t))).round().astype(int))]
+    need(len(t), 'steps.no_training', 'cases', n=len(cases))
+    at = np.unique(np.linspace(0, len(t)-1, min(most, len(t))).round().astype(int))
+    return [t['image'].iloc[i] for i in at]
 
 def has_channels(a)->bool:
     "Whether the last axis is one of channels: always with four axes, with three if it is at most 8 long"
@@ -277,12 +248,9 @@ def look_all(step, before, images, channels):
     seen = None
     for im in images:
         a = read_image(im)
-        xs = planes(a, has_channels(a) if channels is None
-            else channels)
+        xs = planes(a, has_channels(a) if channels is None else channels)
         seen = seen or [[] for _ in xs]
-        need(len(seen)==len(xs), im, f'{len(xs)} channels',
-            f'{len(seen)}, as in the image before',
-            'Fit on images of one kind.')
+        need(len(seen)==len(xs), 'steps.kinds', im, n=len(xs), want=len(seen))
         for c,x in enumerate(xs):
             x,brain = through(before, x, c)
             if has_contrast(x[brain]): seen[c].append(step.look(x[brain]))
@@ -298,12 +266,9 @@ def fit(self:Steps,
     images,done = training_images(cases, most), []
     for s in self.steps:
         if s.fitted:
-            learnt = [s.learn(o) if o else None
-                for o in look_all(s, done, images, channels)]
+            learnt = [s.learn(o) if o else None for o in look_all(s, done, images, channels)]
             lost = [c for c,o in enumerate(learnt) if o is None]
-            need(not lost, f'step {s.name}',
-                f'no contrast in channel {few(lost)} of any of {len(images)} training images',
-                'a brain in some of them', 'Leave this channel out, or look at the images.')
+            need(not lost, 'steps.no_contrast', f'step {s.name}', lost=few(lost), n=len(images))
             s = replace(s, **{s.fitted: learnt})
         done.append(s)
     self.steps = tuple(done)
@@ -313,18 +278,11 @@ def fit(self:Steps,
 @patch
 def state(self:Steps)->dict:
     "Everything needed to do the same to new images"
-    def plain(d): return {k: [*map(list, v)] if isinstance(v, tuple)
-        else v
-        for k,v in d.items()}
-    return dict(version=1,
-        steps=[dict(name=s.name, **plain(asdict(s)))
-            for s in self.steps])
+    return dict(version=1, steps=[plain(dict(name=s.name, **asdict(s))) for s in self.steps])
 
 @patch(cls_method=True)
 def from_state(cls:Steps, d:dict)->Steps:
     "The pipeline that had this state"
-    try: return cls(STEPS[o['name']](**{k: v for k,v in o.items()
-                if k!='name'}) for o in d['steps'])
+    try: return cls(STEPS[o['name']](**{k: v for k,v in o.items() if k!='name'}) for o in d['steps'])
     except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise DataError.of('state of steps', f'{type(e).__name__}: {e}',
-            'what Steps.state() gave', 'Fit the steps again.') from e
+        raise known('steps.state', 'state of steps', kind=type(e).__name__, e=e) from e

@@ -11,7 +11,7 @@ import hashlib, math, tomllib
 from itertools import count
 import numpy as np, pandas as pd
 from scipy import ndimage as ndi
-from .core import DataError, asset, few, missing, need, num
+from .core import asset, few, missing, need, num, say
 
 # %% ../nbs/library/16_trust.ipynb #b6e2db40
 def agreement(
@@ -21,14 +21,10 @@ def agreement(
 )->float:
     "Mean Dice of two predictions over the structures in either; 1 where both are empty"
     a,b = np.asarray(pred),np.asarray(other)
-    need(a.shape==b.shape, 'Two predictions',
-        f'the shapes {a.shape} and {b.shape}', 'one shape',
-        'Mirror the second one back.')
+    need(a.shape==b.shape, 'trust.shapes', 'Two predictions', a=a.shape, b=b.shape)
     top = max(a.max(initial=0), b.max(initial=0))
-    need(top<n_codes, 'A prediction', f'class {top}', f'0 to {n_codes-1}',
-        'Pass the right n_codes.')
-    both,one,two = (np.bincount(o.ravel(), minlength=n_codes)[1:]
-        for o in (a[a==b], a, b))
+    need(top<n_codes, 'trust.class', 'A prediction', top=top, last=n_codes-1)
+    both,one,two = (np.bincount(o.ravel(), minlength=n_codes)[1:] for o in (a[a==b], a, b))
     n = one+two
     return float(np.mean(2*both[n>0]/n[n>0])) if n.any() else 1.
 
@@ -37,9 +33,7 @@ def channels(image, dims=None)->list:
     "The channels of an image, thinned out where it is large; `dims` of its axes are no channels"
     a = np.asarray(image)
     dims = dims or (2 if a.ndim==2 or a.ndim==3 and a.shape[-1]<=4 else 3)
-    need(a.ndim in (dims,dims+1) and a.size, 'An image',
-        f'the shape {a.shape}, neither a slice '
-        'nor a volume', '2 or 3 axes, perhaps channels last', 'Give one image.')
+    need(a.ndim in (dims,dims+1) and a.size, 'trust.image', 'An image', shape=a.shape)
     step = -(-max(a.shape[:dims])//(512 if dims==2 else 96))
     a = a[(slice(None,None,step),)*dims]
     return [a] if a.ndim==dims else [*np.moveaxis(a, -1, 0)]
@@ -69,8 +63,7 @@ def rim_of(g, content, shells=12, width=.03)->float:
     radius = math.sqrt(n/math.pi) if g.ndim==2 else (n*.75/math.pi)**(1/3)
     depth = ndi.distance_transform_edt(np.pad(content, 1))[(slice(1,-1),)*g.ndim]
     shell = np.where(content, depth/(width*radius), 99).astype(int)
-    v = [np.median(g[shell==i]) for i in range(shells)
-        if (shell==i).any()]
+    v = [np.median(g[shell==i]) for i in range(shells) if (shell==i).any()]
     return float(max((o-min(v[i:]) for i,o in enumerate(v)), default=0))
 
 def likeness(g, content)->float:
@@ -90,8 +83,7 @@ def place(g, content)->dict:
     frame = np.ones(g.shape, bool)
     frame[(slice(1,-1),)*g.ndim] = False
     middle = g[tuple(slice(n//4, n-n//4) for n in g.shape)]
-    return dict(share=float(content.sum()/max(g.shape)**g.ndim),
-        edge=float((g>.1)[frame].mean()),
+    return dict(share=float(content.sum()/max(g.shape)**g.ndim), edge=float((g>.1)[frame].mean()),
         inverted=float(max(0, np.median(g[frame])-np.median(middle))))
 
 def scan_features(image, spacing=None, dims=None)->dict:
@@ -102,24 +94,18 @@ def scan_features(image, spacing=None, dims=None)->dict:
     if not content.any(): return dict(empty=1.)
     res = dict(empty=0.) | place(g, content)
     for i,c in enumerate(gs):
-        d = dict(zip(('dark','middle','bright'),
-                np.percentile(c[content], [25,50,75]).tolist()))
+        d = dict(zip(('dark','middle','bright'), np.percentile(c[content], [25,50,75]).tolist()))
         d |= dict(rim=rim_of(c, content), alike=likeness(c, content))
         res |= {f'{k}_{i+1}' if i else k: v for k,v in d.items()}
-    mm = np.broadcast_to(np.asarray(np.nan if spacing is None
-            else spacing,
-            float), g.ndim)
+    mm = np.broadcast_to(np.asarray(np.nan if spacing is None else spacing, float), g.ndim)
     if not (np.isfinite(mm)&(mm>0)).all(): return res
     full = np.array(np.shape(image)[:g.ndim])
     box = [np.ptp(o)+1 for o in np.nonzero(content)]*full/g.shape # of the image as read
-    return res | dict(spacing_mm=float(mm.prod()**(1/g.ndim)),
-        field_mm=float((full*mm).max()),
+    return res | dict(spacing_mm=float(mm.prod()**(1/g.ndim)), field_mm=float((full*mm).max()),
         content_mm=float((box*mm).max()))
 
 # %% ../nbs/library/16_trust.ipynb #40672344
-LEAST = dict(empty=.5, share=.1, edge=.05, inverted=.15, dark=.1,
-    middle=.1,
-    bright=.1, rim=.1, alike=.1)
+LEAST = dict(dict.fromkeys(('share','dark','middle','bright','rim','alike'), .1), empty=.5, edge=.05, inverted=.15)
 LEAST_MM = .2          # smallest margin of numbers in mm, as a share of the median; of others, `LEAST`
 MARGINS = (2, 3, 5, 8) # multiples of the MAD
 MAX_OWN_RATE = .05     # share of training images that may be flagged
@@ -128,38 +114,28 @@ def limits(t, margin):
     "Quantiles, median and MAD of each number, and the least and the most that is not flagged"
     low,med,high = t.quantile(.01),t.median(),t.quantile(.99)
     mad = (t-med).abs().median()
-    least = pd.Series({k: LEAST.get(k.partition('_')[0], LEAST_MM*v)
-            for k,v in med.items()})
+    least = pd.Series({k: LEAST.get(k.partition('_')[0], LEAST_MM*v) for k,v in med.items()})
     m = np.maximum(least, margin*1.4826*mad)
-    return pd.DataFrame(dict(low=low, high=high, median=med, mad=mad,
-            least=low-m, most=high+m))
+    return pd.DataFrame(dict(low=low, high=high, median=med, mad=mad, least=low-m, most=high+m))
 
 # %% ../nbs/library/16_trust.ipynb #4067231s
 def own_rate(t, groups, margin):
     "Share of a subject's images that a reference made from all others flags, mean over subjects"
-    rates = []
-    for g,own in t.groupby(groups):
-        lim = limits(t[groups!=g], margin)
-        rates.append(((own<lim.least)|(own>lim.most)).any(axis=1).mean())
-    return float(np.mean(rates))
+    def flagged(own, lim): return ((own<lim.least)|(own>lim.most)).any(axis=1).mean()
+    return float(np.mean([flagged(own, limits(t[groups!=g], margin)) for g,own in t.groupby(groups)]))
 
 def fit_reference(features, subjects=None)->dict:
     "Where the training images lie, and how far from there a scan may be"
     t = pd.DataFrame(list(features))
-    groups = np.array([*map(str,
-                t.get('subject', t.index) if subjects is None else subjects)])
-    need(len(t) and len(groups)==len(t), 'The reference',
-        f'{len(t)} images and {len(groups)} subjects',
-        'images, and a subject for each', 'Measure the training images.')
+    groups = np.array([*map(str, t.get('subject', t.index) if subjects is None else subjects)])
+    need(len(t) and len(groups)==len(t), 'trust.reference', 'The reference', images=len(t), subjects=len(groups))
     t = t.drop(columns='subject', errors='ignore').astype(float)
     t = t.loc[:,t.notna().mean()>.5] # what most images do not have is no yardstick
     n,rate,margin = len(set(groups)),None,MARGINS[-1]
     for margin in MARGINS if n>1 else ():
         rate = own_rate(t, groups, margin)
         if rate<=MAX_OWN_RATE: break
-    return dict(margin=margin, own_rate=rate, n_images=len(t),
-        n_subjects=n,
-        features=limits(t, margin).T.to_dict())
+    return dict(margin=margin, own_rate=rate, n_images=len(t), n_subjects=n, features=limits(t, margin).T.to_dict())
 
 # %% ../nbs/library/16_trust.ipynb #c026x
 TEXTS = tomllib.loads(asset('trust.toml'))
@@ -185,10 +161,8 @@ def find_flags(features, reference)->list:
     "In which way a scan differs from the training images"
     if not (reference or {}).get('features'): return [TEXTS['no_reference']]
     if features.get('empty'): return [TEXTS['empty']]
-    flags = {k: flag(k, features.get(k), lim)
-        for k,lim in reference['features'].items()}
-    found = [(k.partition('_')[0], text) for k,text in flags.items()
-        if text]
+    found = [(k.partition('_')[0], flag(k, features.get(k), lim)) for k,lim in reference['features'].items()]
+    found = [o for o in found if o[1]]
     explained = ' '.join(TEXTS['explains'].get(b, '') for b,_ in found).split()
     found.sort(key=lambda o: list(TEXTS['words']).index(o[0]))
     return [text for b,text in found if b not in explained]
@@ -196,9 +170,7 @@ def find_flags(features, reference)->list:
 # %% ../nbs/library/16_trust.ipynb #1cf9b361
 LEVELS = (.9, .8) # of the interval; the second where there are too few subjects for the first
 
-def n_line(n):
-    "How many of `n` subjects draw the line"
-    return max(3, n//4)
+def n_line(n): return max(3, n//4) # how many of `n` subjects draw the line
 
 def subjects_for(level)->int:
     "How many subjects an interval of this level, such as .9, takes in all"
@@ -210,12 +182,11 @@ def checked_scores(scores):
     "Subject, Dice and quality of a score table, in an order of their own"
     ks = ['subject','quality','dice']
     lack = [k for k in ks if k not in scores]
-    if lack: raise DataError(f'The table of scores has no column {few(lack)}; expected {few(ks)}')
+    need(not lack, 'trust.columns', lack=few(lack), want=few(ks))
     t = scores[ks].astype(dict(subject=str, quality=float, dice=float)).sort_values(ks, ignore_index=True)
     bad = t[~(t.dice.between(0, 1)&t.quality.between(0, 1))].itertuples(index=False, name='Row')
     bad = few(bad, 1)
-    need(not bad, 'The table of scores', bad, 'numbers from 0 to 1',
-        'Score these cases again.')
+    need(not bad, 'trust.range', 'The table of scores', bad=bad)
     return t
 
 def rising_line(q, d, w):
@@ -234,46 +205,37 @@ def calibrate(
     level=LEVELS[0] # Wanted probability; a lower one of `LEVELS` if subjects are too few
 )->dict:            # What `predicted_dice` needs, or calibrated=False and why
     "A line from quality to Dice, and the half-width that covers an image of a new subject"
-    need(0<level<1, 'A calibration', f'level={level}',
-        'a number between 0 and 1', 'Take .9.')
+    need(0<level<1, 'trust.level', 'A calibration', level=level)
     t = checked_scores(scores)
-    names = sorted(t.subject.unique(),
-        key=lambda s: hashlib.sha256(s.encode()).hexdigest())
+    names = sorted(t.subject.unique(), key=lambda s: hashlib.sha256(s.encode()).hexdigest())
     n,levels = len(names),[level, *(o for o in LEVELS if o<level)]
     level = next((o for o in levels if n>=subjects_for(o)), None)
-    if level is None:
-        return dict(calibrated=False, n_subjects=n,
-            why=f'{n} subjects with out-of-fold predictions; an '
-            f'interval of {100*levels[-1]:g} % takes at least {subjects_for(levels[-1])}')
+    if level is None: return dict(calibrated=False, n_subjects=n,
+        why=say('trust.few', n=n, level=100*levels[-1], least=subjects_for(levels[-1])))
     t['weight'] = 1/t.groupby('subject').subject.transform('size') # each subject counts once
     fit = t.subject.isin(names[:n_line(n)])
     slope,height = rising_line(*t.loc[fit,['quality','dice','weight']].to_numpy().T)
     res = dict(calibrated=True, level=level, slope=slope, height=height,
-        n_subjects=n,
-        n_line=n_line(n), n_errors=n-n_line(n), n_images=len(t))
+        n_subjects=n, n_line=n_line(n), n_errors=n-n_line(n), n_images=len(t))
     t['error'] = (t.dice-on_line(res, t.quality)).abs()
     e = t[~fit].sort_values('error')
     reached = e.weight.cumsum()/(res['n_errors']+1)>=level-1e-9
-    return res | dict(half_width=float(e.error[reached.idxmax()]),
-        quality=[t.quality.min(),t.quality.max()])
+    return res | dict(half_width=float(e.error[reached.idxmax()]), quality=[t.quality.min(),t.quality.max()])
 
 def predicted_dice(calibration, quality)->dict:
     "The Dice to be expected and its interval, or 'uncalibrated' and no number"
     c = calibration or {}
     if not c.get('calibrated') or missing(quality):
-        return dict(dice=None, low=None, high=None, level=None,
-            calibrated=False, text='uncalibrated')
+        return dict(dict.fromkeys(('dice','low','high','level')), calibrated=False, text='uncalibrated')
     d,h = float(on_line(c, quality)),c['half_width']
     low,high = max(0., d-h),min(1., d+h)
-    return dict(dice=d, low=low, high=high, level=c['level'],
-        calibrated=True,
-        text=f'{d:.2f} ({100*c["level"]:g} % interval {low:.2f} to {high:.2f})')
+    return dict(dice=d, low=low, high=high, level=c['level'], calibrated=True,
+        text=say('trust.expected', d=d, level=100*c['level'], low=low, high=high))
 
 # %% ../nbs/library/16_trust.ipynb #ed9c8af0
 def n_flags(v):
     "How many flags a cell of a table stands for: a list, a text (one per line), a number or nothing"
-    if isinstance(v, str): return sum(bool(o.strip())
-        for o in v.splitlines())
+    if isinstance(v, str): return sum(bool(o.strip()) for o in v.splitlines())
     if isinstance(v, (list,tuple)): return len(v)
     return 0 if missing(v) else int(v)
 
@@ -281,8 +243,7 @@ def review_list(
     table        # name, quality, flags and, if predicted, (predicted_)dice and (predicted_)low
 )->pd.DataFrame: # The same rows, worst first, each scan once
     "Scans in the order in which a person should look at them"
-    need({'name','quality'} <= set(table), 'The table',
-        few(table) or 'no columns', 'name and quality', 'Add them.')
+    need({'name','quality'} <= set(table), 'trust.table', 'The table', columns=few(table) or 'no columns')
     x = table.reindex(columns=['quality','predicted_dice','dice','predicted_low','low'])
     x = x.apply(pd.to_numeric, errors='coerce').astype(float)
     dice = x.predicted_dice.fillna(x.dice)
