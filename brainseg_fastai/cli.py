@@ -11,20 +11,16 @@ from importlib import import_module
 from pathlib import Path
 
 from . import __version__
-from .core import DataError, asset, few, need, plural
+from .core import DataError, asset, few, need, plural, say
 from .settings import add_flags, from_flags
 
 # %% ../nbs/library/26_commands.ipynb #8dadbbcb
-LAYOUTS = dict(adni='ADNI', figshare='LAYOUT', brats='LAYOUT',
-    ibsr='LAYOUT',
-    lgg='LAYOUT')
+LAYOUTS = dict(adni='ADNI', figshare='LAYOUT', brats='LAYOUT', ibsr='LAYOUT', lgg='LAYOUT')
 
 def find_layout(name:str):
     "The layout of this name, from the module of this name"
-    need(name in LAYOUTS, 'layout', repr(name), f'one of {few(LAYOUTS)}',
-        'Correct the name.')
-    return getattr(import_module(f'brainseg_fastai.{name}'),
-        LAYOUTS[name])
+    need(name in LAYOUTS, 'cli.layout', 'layout', name=name, layouts=few(LAYOUTS))
+    return getattr(import_module(f'brainseg_fastai.{name}'), LAYOUTS[name])
 
 # %% ../nbs/library/26_commands.ipynb #c008x
 def reader(read, ok, expected):
@@ -43,10 +39,8 @@ TYPES = dict(path=Path, float=float,
     count=reader(int, lambda n: n>0, 'a whole number from 1 up'),
     above=reader(float, lambda x: 0<x<1e6, 'a number above 0'),
     port=reader(int, lambda n: 0<n<2**16, 'a port from 1 to 65535'),
-    mm=reader(numbers, lambda o: len(o)<3 and 0<min(o) and max(o)<1000,
-        'mm per pixel, above 0, such as 0.94'),
-    slab=reader(numbers, lambda o: len(o)==2 and 0<=o[0]<=o[1]<1000,
-        'two numbers, mm below the top of the brain, the smaller one first, such as 55,70'))
+    mm=reader(numbers, lambda o: len(o)<3 and 0<min(o) and max(o)<1000, say('cli.mm')),
+    slab=reader(numbers, lambda o: len(o)==2 and 0<=o[0]<=o[1]<1000, say('cli.slab')))
 
 COMMANDS = tomllib.loads(asset('commands.toml').replace('LAYOUTS', few(LAYOUTS)))
 
@@ -60,42 +54,36 @@ def add_group(p, group):
         p.add_argument(name, **kw)
 
 # %% ../nbs/library/26_commands.ipynb #419c644f
+def watched(): return sys.stderr.isatty() # bars are for people who look
+
+def options(a): return dict(subject=a.subject) if a.subject else {} # of the layout
+
 def training(a)->dict: # Arguments of `compare_variants` and `plan_variants`
     "The data and the design that the flags of a command stand for; sets the threads"
     if a.threads:
         import torch
         torch.set_num_threads(a.threads)
-    options = dict(subject=a.subject) if a.subject else {}
-    return dict(layout=a.layout, folds=a.folds, repeats=a.repeats,
-        previous=a.split, **options)
+    return dict(layout=a.layout, folds=a.folds, repeats=a.repeats, previous=a.split, progress=watched(), **options(a))
 
 def results(a)->dict: # Arguments of `compare_variants`
-    "What is done with the results"
-    return dict(external=a.external, resume=a.resume,
-        overwrite=a.overwrite,
-        track=a.track,
+    return dict(external=a.external, resume=a.resume, overwrite=a.overwrite, track=a.track,
         command=shlex.join(['brainseg', *a.argv]))
 
 def asked(a)->dict: # `Settings` by name
     "The two variants that the flags of a command stand for"
     from brainseg_fastai.comparison import named_variants
-    base,texts = from_flags(a), (o and ' '.join(o) for o in (a.a, a.b))
-    return named_variants(a.data, a.layout, *texts, base)
+    texts = (o and ' '.join(o) for o in (a.a, a.b))
+    return named_variants(a.data, a.layout, *texts, from_flags(a))
 
 def finish(r, *lines):
-    "Say where the results are"
     tables = ', '.join(sorted(o.name for o in r.out.glob('*.[cj]s*')))
     bundles = ', '.join(map(str, sorted((r.out/'bundles').iterdir())))
-    print(*lines, f'Report: {r.out/"report.html"}',
-        f'Numbers: {tables} beside it',
-        f'Models: {bundles}', 'Next: brainseg predict MODEL SCANS --out DIR', sep='\n')
+    print(*lines, say('cli.done', out=r.out, tables=tables, bundles=bundles), sep='\n')
 
 def check(a):
     "Is a folder fit for training? Exit code 1 if not"
     from brainseg_fastai.checks import format_problems
-    options = dict(subject=a.subject) if a.subject else {}
-    problems = a.layout.check(a.data, progress=sys.stderr.isatty(),
-        **options)
+    problems = a.layout.check(a.data, progress=watched(), **options(a))
     print(format_problems(problems))
     return int((problems['level']=='error').any())
 
@@ -104,18 +92,14 @@ def compare(a):
     "Train on skull-stripped and on full-skull slices, or any two settings, and compare on unseen subjects"
     from brainseg_fastai.comparison import compare_variants
     from brainseg_fastai.demo import demo_cohort
-    a.data = a.data or demo_cohort()
-    how = dict(training(a), **results(a), margin=a.margin,
-        control=a.control)
-    variants = asked(a)
-    r = compare_variants(a.data, a.out, variants, **how)
-    simulated = 'Simulated cohort: these numbers say nothing about people.'
-    finish(r, *[simulated]*r.about['simulated'], r.comparison)
+    a.data = a.data or demo_cohort(progress=watched())
+    how = dict(training(a), **results(a), margin=a.margin, control=a.control)
+    r = compare_variants(a.data, a.out, asked(a), **how)
+    finish(r, *[say('cli.simulated')]*r.about['simulated'], r.comparison)
 
 def demo(a):
     "The whole job on the simulated demo cohort"
-    vars(a).update(data=None, layout=find_layout('adni'), subject=None,
-        a=None, b=None, control=True, margin=.01)
+    vars(a).update(data=None, layout=find_layout('adni'), subject=None, a=None, b=None, control=True, margin=.01)
     return compare(a)
 
 # %% ../nbs/library/26_commands.ipynb #c015x
@@ -125,30 +109,25 @@ def train(a):
     settings = from_flags(a)
     if a.layout.crossed and not settings.inputs:
         from brainseg_fastai.adni import kinds_in
-        there = ', '.join(kinds_in(a.data)) or 'no images'
-        raise DataError(f'--inputs is missing; {a.data} has {there}')
+        need(False, 'cli.inputs', data=a.data, there=', '.join(kinds_in(a.data)) or 'no images')
     r = train_input(a.data, a.out, settings, **training(a), **results(a))
     m,case = r.summary.loc['dice'], 'volume' if (r.scores['slice']=='').all() else 'image'
-    finish(r, f'Mean per-{case} Dice on {plural(int(m["n"]), "unseen subject")}: {m["mean"]:.3f} '
-        f'(95 % interval {m["low"]:.3f} to {m["high"]:.3f})')
+    finish(r, say('cli.trained', case=case, m=m, n=plural(int(m['n']), 'unseen subject')))
 
 def plan(a):
     "How long compare, or train with --inputs, would take here, and how much memory. Nothing is written"
     from brainseg_fastai.plan import advice, plan_variants
     variants = {a.inputs: from_flags(a)} if a.inputs and not (a.a or a.b) else asked(a)
-    show = sys.stderr.isatty()
-    if show: print('Measuring a few batches …', file=sys.stderr)
-    t = plan_variants(a.data, variants, control=a.control, progress=show,
-        **training(a))
+    if watched(): print('Measuring a few batches …', file=sys.stderr)
+    t = plan_variants(a.data, variants, control=a.control, **training(a))
     print('\n'.join(advice(t, a.minutes, a.memory)))
 
 # %% ../nbs/library/26_commands.ipynb #14b6ff45
 def slices(a):
     "Mid-axial slices from FreeSurfer subject folders or NIfTI triples, in the layout that compare reads"
     from brainseg_fastai.slices import make_slices
-    t = make_slices(a.subjects, a.out, a.rule, a.height, a.n, a.gap,
-        a.choroid, subject=a.subject,
-        names=tuple(a.names), skip=a.skip, progress=sys.stderr.isatty())
+    t = make_slices(a.subjects, a.out, a.rule, a.height, a.n, a.gap, a.choroid, subject=a.subject,
+        names=tuple(a.names), skip=a.skip, progress=watched())
     print(f'{len(t)} slices of {plural(t["subject"].nunique(), "subject")} in {a.out}')
     print(f'Next: brainseg check {a.out}')
 
@@ -157,12 +136,9 @@ def predict(a):
     from brainseg_fastai.prediction import predict_scans
     from brainseg_fastai.runs import load_bundle, with_onnx
     model = with_onnx(load_bundle(a.bundle, 'cpu')) if a.onnx else a.bundle
-    t = predict_scans(model, a.scans, a.out, a.spacing, a.slab, a.flips,
-        progress=sys.stderr.isatty(), overwrite=a.overwrite)
+    t = predict_scans(model, a.scans, a.out, a.spacing, a.slab, a.flips, progress=watched(), overwrite=a.overwrite)
     failed,n = t.attrs['failed'], t['name'].nunique() if len(t) else 0
-    if n: print(f'{plural(n, "scan")} in {a.out}',
-        'Numbers: volumes.csv beside the masks',
-        f'To look at: {a.out/"qc.html"}', sep='\n')
+    if n: print(say('cli.predicted', n=plural(n, 'scan'), out=a.out, page=a.out/'qc.html'))
     for _,why in failed: print(f'brainseg: {why}', file=sys.stderr)
     names = ', '.join(f for f,_ in failed)
     if failed: print(f'{len(failed)} of {n+len(failed)} scans failed: {names}', file=sys.stderr)
@@ -183,21 +159,14 @@ def export(a):
 def parser()->argparse.ArgumentParser:
     "The command line of `brainseg`"
     text = COMMANDS['examples'].strip()
-    p = argparse.ArgumentParser(prog='brainseg',
-        description=COMMANDS['description'],
-        epilog=text,
+    p = argparse.ArgumentParser(prog='brainseg', description=COMMANDS['description'], epilog=text,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--version', action='version',
-        version=f'brainseg {__version__}')
-    sub = p.add_subparsers(dest='command', required=True,
-        metavar='COMMAND')
+    p.add_argument('--version', action='version', version=f'brainseg {__version__}')
+    sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for name,groups in COMMANDS['commands'].items():
         run = globals()[name]
-        example = next(o.split('  ')[0] for o in text.split('\n  ')
-            if o.startswith(f'brainseg {name}'))
-        q = sub.add_parser(name, help=run.__doc__,
-            description=f'{run.__doc__}.',
-            epilog=f'example: {example}')
+        example = next(o.split('  ')[0] for o in text.split('\n  ') if o.startswith(f'brainseg {name}'))
+        q = sub.add_parser(name, help=run.__doc__, description=f'{run.__doc__}.', epilog=f'example: {example}')
         q.set_defaults(run=run)
         for g in groups: add_group(q, g)
     return p
@@ -205,16 +174,14 @@ def parser()->argparse.ArgumentParser:
 # %% ../nbs/library/26_commands.ipynb #fcb3502c
 def say_warning(message, category, *args, **kwargs):
     "Our own warnings in one line, without those of other libraries about their future"
-    if category is UserWarning: print(f'brainseg: {message}',
-        file=sys.stderr)
+    if category is UserWarning: print(f'brainseg: {message}', file=sys.stderr)
 
 def stopped(a):
     "Say after Ctrl+C how to go on"
     again = [o for o in a.argv if o not in ('--overwrite','--resume')]
     if a.command!='predict': again.append('--resume')
     go_on = f' To go on: brainseg {shlex.join(again)}'
-    print('\nStopped.' + go_on*(a.command not in ('check','app','plan')),
-        file=sys.stderr)
+    print('\nStopped.' + go_on*(a.command not in ('check','app','plan')), file=sys.stderr)
 
 def main(argv=None)->int: # Exit code
     "The command `brainseg`"

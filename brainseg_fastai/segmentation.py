@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENOUGH_SUBJECTS', 'SubjectSplitter', 'PrefixSplitter', 'split_cases', 'brainseg_block', 'brainseg_learner',
-           'whole_scan', 'scored_cases', 'predict_scans', 'save_prediction', 'score_cases']
+           'scans_of', 'from_volume', 'predict_some', 'predict_cases', 'whole_scan', 'scored_cases', 'predict_scans',
+           'save_prediction', 'score_cases']
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #c003x
 from dataclasses import fields, replace
@@ -34,6 +35,8 @@ def subjects_of(items):
     "Subjects of a case table, or of paths with ADNI names"
     return list(items['subject']) if isinstance(items, pd.DataFrame) else [subject_id(o) for o in items]
 
+def both_sides(parts): return tuple(L(np.flatnonzero(parts==o).tolist()) for o in ('train','valid'))
+
 # %% ../nbs/1_segmentation_on_brain.ipynb #a76a4f1s
 class SubjectSplitter:
     "Split paths or a case table by subject; test items are in neither part that a `DataBlock` gets"
@@ -44,17 +47,13 @@ class SubjectSplitter:
         previous=None  # Earlier split (table or CSV file) whose subjects stay where they are
     ):
         store_attr()
-        self.parts = [(p,pct)
-            for p,pct in (('test',test_pct),
-                ('valid',valid_pct))
-            if pct]
+        self.parts = [(p,pct) for p,pct in (('test',test_pct), ('valid',valid_pct)) if pct]
 
     def known(self):
         "Part of each subject of the earlier split"
         if self.previous is None: return {}
         old = read_split(self.previous)
-        n = old['fold'].nunique()
-        need(n<2, f'the earlier split has {n} folds, expected one; choose the rows of one fold')
+        need(old['fold'].nunique()<2, 'segmentation.one_fold', n=old['fold'].nunique())
         return dict(old[['subject','split']].itertuples(index=False))
 
     def assign(self,
@@ -64,7 +63,7 @@ class SubjectSplitter:
         res = {s: p for s,p in self.known().items() if s in counts}
         new = [s for s in counts if s not in res]
         np.random.default_rng(self.seed).shuffle(new)
-        for i in range(len(self.parts)): res |= dict.fromkeys(self.take(i, counts, res, new), self.parts[i][0])
+        for i,(part,_) in enumerate(self.parts): res |= dict.fromkeys(self.take(i, counts, res, new), part)
         return {s: res.get(s, 'train') for s in counts}
 
     def take(self, i, counts, res, new):
@@ -74,10 +73,8 @@ class SubjectSplitter:
         left = {s: counts[s] for s in new if s not in res}
         later = sum(p not in res.values() for p,_ in self.parts[i+1:])
         spare = len(left) - ('train' not in res.values()) - later
-        if part in res.values() and (spare<1
-            or target < .5*min(left.values(), default=1)): return []
-        need(spare>0, f'{len(counts)} subjects are too few for a split into {len(self.parts)+1} parts: '
-            f'none is left for {part}; add subjects or use folds')
+        if part in res.values() and (spare<1 or target < .5*min(left.values(), default=1)): return []
+        need(spare>0, 'segmentation.too_few', n=len(counts), parts=len(self.parts)+1, part=part)
         res = closest_subset(left, max(target, 1))
         return res if len(res)<=spare else closest_but(left, target, len(left)-spare)
 
@@ -86,18 +83,14 @@ class SubjectSplitter:
         parts = self.assign(subjects)
         return np.array([parts[s] for s in subjects])
 
-    def __call__(self, items):
-        parts = self.split(items)
-        return L(np.flatnonzero(parts=='train').tolist()), L(np.flatnonzero(parts=='valid').tolist())
+    def __call__(self, items): return both_sides(self.split(items))
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #0fbf86e5
 class PrefixSplitter:
     "Validation subjects are those whose ID starts with `prefix`"
     def __init__(self, prefix): self.prefix = prefix
     def __call__(self, items):
-        valid = np.array([s.startswith(self.prefix)
-                for s in subjects_of(items)])
-        return L(np.flatnonzero(~valid).tolist()), L(np.flatnonzero(valid).tolist())
+        return both_sides(np.where([s.startswith(self.prefix) for s in subjects_of(items)], 'valid', 'train'))
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #6bc60ee6
 ENOUGH_SUBJECTS = 10 # fewer test subjects than this cannot carry a verdict
@@ -117,28 +110,23 @@ def split_cases(
     groups = dict.fromkeys(subjects, 0)
     if stratify: groups = cases.groupby('subject')[stratify].agg(lambda o: o.mode().iloc[0]).to_dict()
     if folds in (None,1):
-        splitter = SubjectSplitter(valid_pct, test_pct, seed,
-            old_fold(old, 0, folds))
+        splitter = SubjectSplitter(valid_pct, test_pct, seed, old_fold(old, 0, folds))
         if folds==1 or subjects.nunique()>=ENOUGH_SUBJECTS:
             one = by_group(splitter.assign, subjects, groups)
             if folds==1 or list(one.values()).count('test')>=ENOUGH_SUBJECTS: return split_table(cases, [one])
         folds = 3
     home = tested_folds(subjects, folds, seed, old, groups)
-    return split_table(cases,
-        [fold_parts(subjects, home, f, valid_pct, seed,
-                old_fold(old, f, folds), groups) for f in range(folds)])
+    return split_table(cases, [fold_parts(subjects, home, f, valid_pct, seed, old_fold(old, f, folds), groups)
+        for f in range(folds)])
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #c022x
 def fold_parts(subjects, home, f, valid_pct, seed, old, groups):
     "Part of each subject in one fold"
     rest = subjects[subjects.map(home)!=f]
-    need(rest.nunique()>1,
-        f'fold {f+1} of {max(home.values())+1} would leave one subject for training and validation; '
-        'use more folds or add subjects')
+    need(rest.nunique()>1, 'segmentation.small_fold', f=f+1, folds=max(home.values())+1)
     stay = None if old is None else old[old['split']!='test']
-    return by_group(SubjectSplitter(valid_pct, 0, seed+f, stay).assign,
-        rest,
-        groups) | {s: 'test' for s,g in home.items() if g==f}
+    parts = by_group(SubjectSplitter(valid_pct, 0, seed+f, stay).assign, rest, groups)
+    return parts | {s: 'test' for s,g in home.items() if g==f}
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #06dde312
 class ReadCases:
@@ -147,22 +135,19 @@ class ReadCases:
     def __call__(self, source):
         if not isinstance(source, pd.DataFrame): return adni_cases(source, self.inputs, self.subject)
         res = source[source['inputs']==self.inputs].reset_index(drop=True)
-        need(len(res), f'case table: no images of the kind {self.inputs}; it has {few(sorted(set(source["inputs"])))}')
+        need(len(res), 'segmentation.no_images', inputs=self.inputs, there=few(sorted(set(source['inputs']))))
         return res
 
 def split_column(items):
     "Splitter: training and validation rows by the column `split`, or by subject where there is none"
-    if 'split' not in items: return SubjectSplitter()(items)
-    return tuple(L(np.flatnonzero(items['split']==o).tolist())
-        for o in ('train','valid'))
+    return both_sides(items['split']) if 'split' in items else SubjectSplitter()(items)
 
 class FramedBlock(DataBlock):
     "A `DataBlock` whose DataLoaders carry the `Frame` that a network needs later"
     frame = Frame()
     def framed(self, dls):
         items = dls.train_ds.items
-        dls.frame = replace(self.frame, spacing=training_spacing(items),
-            field=training_field(items))
+        dls.frame = replace(self.frame, spacing=training_spacing(items), field=training_field(items))
         return dls
     def dataloaders(self, source, **kwargs): return self.framed(super().dataloaders(source, **kwargs))
     def weighted_dataloaders(self, source, wgts, **kwargs):
@@ -183,14 +168,12 @@ def brainseg_block(
     **kwargs
 )->FramedBlock: # For a data folder or a case table
     "DataBlock of slices and masks, the same for every kind of image"
-    frame = Frame(tuple(codes), size, rgb, steps)
-    block = FramedBlock((ImageBlock(TensorScan),
-            MaskBlock(codes=np.array(codes))), get_items=ReadCases(inputs, subject),
-        get_x=InMemory(ReadImage(rgb, steps), 'image',
-            memory), get_y=InMemory(ReadMask(codes), 'mask', memory),
+    block = FramedBlock(
+        (ImageBlock(TensorScan), MaskBlock(codes=np.array(codes))), get_items=ReadCases(inputs, subject),
+        get_x=InMemory(ReadImage(rgb, steps), 'image', memory), get_y=InMemory(ReadMask(codes), 'mask', memory),
         splitter=splitter, item_tfms=SquarePad(size),
         batch_tfms=[*(augment_tfms(**kwargs) if augment else []), normaliser(rgb, steps)])
-    block.frame = frame
+    block.frame = Frame(tuple(codes), size, rgb, steps)
     return block
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #84003172
@@ -202,17 +185,15 @@ def brainseg_learner(
 )->Learner: # `learn.pretrained` tells whether ImageNet weights were used
     "A learner of the network and recipe that the settings name"
     frame,n_out = dls.frame, len(dls.frame.codes)
-    given = {f.name: kwargs.pop(f.name) for f in fields(Settings)
-        if f.name in kwargs}
+    given = {f.name: kwargs.pop(f.name) for f in fields(Settings) if f.name in kwargs}
     s = replace(settings or Settings(size=frame.size), **given)
     resnet = s.dims==2 and s.arch in RESNETS
     light = resnet and s.recipe=='light'
     # a ResNet's weights are drawn after a batch
     first = dls.train_ds[0][0][None] if s.dims==2 and not resnet else dls.one_batch()[0]
     shape = tuple(first.shape[2:]) if s.mode=='volume' else None
-    net = build_model(s, first.shape[1], n_out, shape,
-        class_shares(dls.train_ds, range(n_out)) if light
-        else None)
+    shares = class_shares(dls.train_ds, range(n_out)) if light else None
+    net = build_model(s, first.shape[1], n_out, shape, shares)
     splitter = light_splitter if light else model_meta[getattr(models, s.arch)]['split'] if resnet else trainable_params
     usual = dict(loss_func=make_loss(s.loss or s.how['loss'], weights),
         metrics=dice_per_image, wd=s.how['wd'], splitter=splitter)
@@ -223,9 +204,7 @@ def brainseg_learner(
     return learn
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #353196ff
-def scans_of(cases):
-    "The cases of one scan after the other"
-    return (g for _,g in cases.groupby(['subject','scan'], sort=False))
+def scans_of(cases): return (g for _,g in cases.groupby(['subject','scan'], sort=False))
 
 def from_volume(case): return pixels_of(case.image).index is not None
 
@@ -236,8 +215,7 @@ def predict_some(model, cases, flips):
     for i,(a,mm) in enumerate(zip(images, cases['spacing'])):
         groups.setdefault((fit_of(a[None], mm, model.frame), a.shape), []).append(i)
     for (fit,_),ids in groups.items():
-        masks = predict(model, np.stack([images[i] for i in ids]),
-            flips=flips, fit=fit)
+        masks = predict(model, np.stack([images[i] for i in ids]), flips=flips, fit=fit)
         res |= dict(zip(ids, masks.each()))
     return [res[i] for i in range(len(images))]
 
@@ -252,24 +230,21 @@ def predict_cases(
         for case in cases.itertuples(): yield case, predict(model, read_image(case.image), case.spacing, flips)
     elif from_volume(cases.iloc[0]):
         for g in scans_of(cases):
-            masks = predict(model,
-                np.stack([read_image(o) for o in g['image']]),
-                g['spacing'].iloc[0], flips, volume=True)
+            pics = np.stack([read_image(o) for o in g['image']])
+            masks = predict(model, pics, g['spacing'].iloc[0], flips, volume=True)
             yield from zip(g.itertuples(), masks.each())
     else:
         for i in range(0, len(cases), 64): # not all predictions at once
             some = cases.iloc[i:i+64]
-            yield from zip(some.itertuples(),
-                predict_some(model, some, flips))
+            yield from zip(some.itertuples(), predict_some(model, some, flips))
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #03be600c
 def whole_scan(group):
     "The scan that slices were cut from"
     case = next(group.itertuples())
-    image,mask = pixels_of(case.image), pixels_of(case.mask)
+    image,mask = pixels_of(case.image).whole(), pixels_of(case.mask).whole()
     mm = tuple(float(o) for o in open_volume(mask.files[0]).header.get_zooms()[:3])
-    return case._replace(image=image.whole(), mask=mask.whole(), slice='',
-        spacing=mm)
+    return case._replace(image=image, mask=mask, slice='', spacing=mm)
 
 def scored_cases(cases:pd.DataFrame, per='case')->pd.DataFrame:
     "The cases as they are scored"
@@ -280,15 +255,13 @@ def predict_scans(model, cases, flips=True):
     "As `predict_cases`, with the slices of each scan put together"
     for g in scans_of(cases):
         parts = zip(*(masks for _,masks in predict_cases(model, g, flips)))
-        yield whole_scan(g), Masks(*(None if o[0] is None
-                else slices_to_volume(o, g) for o in parts))
+        yield whole_scan(g), Masks(*(None if o[0] is None else slices_to_volume(o, g) for o in parts))
 
 def save_prediction(classes, case, folder, codes)->Path:
     "Write a predicted mask below `folder`, named as its case"
     path,_,k = (Path(folder)/case_name(case)).as_posix().partition('#')
     name = stem_of(path) + (f'-{k}' if k else '') + ('.png' if classes.ndim==2 else '.nii.gz')
-    return write_mask(classes, Path(path).with_name(name), codes,
-        case.image)
+    return write_mask(classes, Path(path).with_name(name), codes, case.image)
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #92b7e96a
 def score_cases(
@@ -303,15 +276,11 @@ def score_cases(
     "Predict and score every case against its mask"
     model,rows = model_of(model), []
     codes,n = model.codes, len(model.codes)
-    parts = regions and {k: tuple(codes.index(o) for o in v if o in codes)
-        for k,v in regions.items()}
+    parts = regions and {k: tuple(codes.index(o) for o in v if o in codes) for k,v in regions.items()}
     joined = per=='volume' and from_volume(cases.iloc[0])
     for case,masks in (predict_scans if joined else predict_cases)(model, cases):
-        d = {k: getattr(case, k)
-            for k in ('subject','scan','slice','image','mask','label')
-            if hasattr(case, k)}
-        truth = read_mask(case.mask, codes)
-        d |= score_mask(masks.mask, truth, spacing=case.spacing,
+        d = {k: getattr(case, k) for k in ('subject','scan','slice','image','mask','label') if hasattr(case, k)}
+        d |= score_mask(masks.mask, read_mask(case.mask, codes), spacing=case.spacing,
             tolerance=tolerance, n_codes=n, regions=parts)
         if save_to: d['prediction'] = str(save_prediction(masks.mask, case, save_to, codes))
         if quality: d['quality'] = agreement(masks.plain, masks.mirrored, n)
