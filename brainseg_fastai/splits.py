@@ -11,7 +11,7 @@ from itertools import combinations
 import numpy as np, pandas as pd
 
 from .cases import case_name
-from .core import DataError, few, need
+from .core import DataError, few, known, need
 
 # %% ../nbs/library/19_splits.ipynb #21ae6b6b
 def closest_subset(counts:dict, target:float)->set:
@@ -42,23 +42,20 @@ def closest_but(counts, target, k)->set:
 # %% ../nbs/library/19_splits.ipynb #70fd84a7
 def assert_apart(split):
     "Assert that no subject of a split table (or of one fold of it) is on two sides"
-    sides = split.groupby(['fold','subject'] if 'fold' in split
-        else 'subject')['split'].nunique()
+    by = ['fold','subject'] if 'fold' in split else 'subject'
+    sides = split.groupby(by)['split'].nunique()
     assert (sides==1).all(), f'subjects on two sides of the split: {few(sides[sides>1].index)}'
 
 def read_split(split)->pd.DataFrame:
     "A split made earlier, checked"
     name = 'split table' if isinstance(split, pd.DataFrame) else str(split)
     if not isinstance(split, pd.DataFrame):
-        try: split = pd.read_csv(split, dtype={'subject':str},
-            keep_default_na=False, encoding='utf-8-sig')
-        except (OSError, ValueError) as e:
-            raise DataError(f'{split}: {e}; expected a CSV file with the columns image, subject, split') from e
+        try: split = pd.read_csv(split, dtype={'subject':str}, keep_default_na=False, encoding='utf-8-sig')
+        except (OSError, ValueError) as e: raise known('splits.csv', file=split, e=e) from e
     bad = {'subject','split'}-set(split.columns) or set(split['split'])-{'train','valid','test'}
-    need(not bad, f'{name}: expected the columns subject, split with train, valid or test; '
-        f'problem with {few(sorted(bad))}')
+    need(not bad, 'splits.columns', name=name, bad=few(sorted(bad)))
     try: assert_apart(split)
-    except AssertionError as e: raise DataError(f'{name}: {e}. Give every image of a subject the same split.') from e
+    except AssertionError as e: raise known('splits.two_sides', name=name, e=e) from e
     return split if 'fold' in split else split.assign(fold=0)
 
 # %% ../nbs/library/19_splits.ipynb #70fd841s
@@ -70,16 +67,14 @@ def with_split(
     "Case table with what the split table says of each subject"
     parts = dict(split.loc[split['fold']==fold, ['subject','split']].itertuples(index=False))
     lost = sorted(set(cases['subject']) - set(parts))
-    need(not lost, f'split table: fold {fold} does not name the subjects {few(lost)}; '
-        'expected every subject of the cases')
+    need(not lost, 'splits.unnamed', fold=fold, lost=few(lost))
     return cases.assign(split=cases['subject'].map(parts))
 
 def split_table(cases:pd.DataFrame, folds)->pd.DataFrame:
-    "Split table of the images of `cases`"
+    "Split table of the images of `cases`; each fold: the side of each subject"
     names = [case_name(o) for o in cases.itertuples()]
     subject = cases['subject'].tolist()
-    parts = [pd.DataFrame(dict(image=names, subject=subject,
-                split=[sides.get(s) for s in subject], fold=f))
+    parts = [pd.DataFrame(dict(image=names, subject=subject, split=[sides.get(s) for s in subject], fold=f))
         for f,sides in enumerate(folds)]
     res = pd.concat(parts, ignore_index=True)
     assert_apart(res)
@@ -87,8 +82,7 @@ def split_table(cases:pd.DataFrame, folds)->pd.DataFrame:
 
 def same_split(cases:pd.DataFrame, split:pd.DataFrame)->pd.DataFrame:
     "Split table of other images, every subject of which is where `split` says"
-    folds = [dict(g[['subject','split']].itertuples(index=False))
-        for _,g in split.groupby('fold')]
+    folds = [dict(g[['subject','split']].itertuples(index=False)) for _,g in split.groupby('fold')]
     return split_table(cases, folds)
 
 # %% ../nbs/library/19_splits.ipynb #c012x
@@ -118,20 +112,17 @@ def old_fold(old, f, folds):
     "What an earlier split says of one fold"
     if old is None: return None
     have = sorted(old['fold'].unique())
-    need(have==list(range(folds)),
-        f'the earlier split has the folds {few(have)}, asked for are {folds}; keep to the same number of folds')
+    need(have==list(range(folds)), 'splits.folds', have=few(have), folds=folds)
     return old[old['fold']==f]
 
 def tested_folds(subjects, folds, seed, old, groups):
     "The fold in which each subject is tested"
     counts = subjects.value_counts().sort_index().to_dict()
-    need(len(counts)>=max(3, folds),
-        f'{len(counts)} subjects cannot fill {folds} folds; expected at least {max(3, folds)}')
+    need(len(counts)>=max(3, folds), 'splits.too_few', n=len(counts), folds=folds, least=max(3, folds))
     home = {} if old is None else dict(old.loc[old['split']=='test', ['subject','fold']].itertuples(index=False))
     home = {s: f for s,f in home.items() if s in counts}
     new = np.random.default_rng(seed).permutation([s for s in counts if s not in home])
-    return fill_folds(counts, groups, folds,
-        sorted(new, key=lambda s: -counts[s]), home) # the largest first
+    return fill_folds(counts, groups, folds, sorted(new, key=lambda s: -counts[s]), home) # the largest first
 
 # %% ../nbs/library/19_splits.ipynb #a6fa156a
 def image_split(
