@@ -9,7 +9,7 @@ __all__ = ['SAMPLERS', 'torchio', 'to_subject', 'patch_sampler']
 import random
 from collections import OrderedDict
 
-import numpy as np, pandas as pd, torch
+import numpy as np, torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.torch_core import default_device
