@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['predict_scan', 'predict_scans']
 
-# %% ../nbs/library/23_prediction.ipynb #f22ad321
-import re, time, tomllib
-from dataclasses import dataclass
+# %% ../nbs/library/23_prediction.ipynb #c003x
+import re, tomllib
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np, pandas as pd
+from fastcore.basics import chunked, groupby, partition
 from PIL import Image
 from scipy import ndimage as ndi
 
 from . import __version__
 from .core import (
-    DataError, asset, digest, in_threads, need, plain, plural, progress as bar, read_json, say, stamp,
+    DataError, asset, digest, in_threads, make_folder, need, plural, progress as bar, read_json, say, stamp,
     write_csv, write_json, write_text, written)
 from .images import foreground, is_picture, largest_part, list_files, otsu, stem_of, write_mask
 from .inference import predict
@@ -28,298 +29,270 @@ from .scans import (
 from .runs import load_bundle
 from .qc import measures, qc_page
 
-# %% ../nbs/library/23_prediction.ipynb #add385ac
+# %% ../nbs/library/23_prediction.ipynb #c008x
 def widths(m):
     "Pixels from the first to the last along the first axis, 0 where there are none"
     return np.where(m.any(0), len(m)-m[::-1].argmax(0)-m.argmax(0), 0)
 
 def inner_width(a, m, mm):
-    "Largest inner width of the skull in a slice (X,Y), mm; None if it cannot be told"
+    "Largest inner width of the skull in a slice (X,Y), mm; 0 if it cannot be told"
     def depth(o): return ndi.distance_transform_edt(o, sampling=mm)
     tissue = np.pad((a>otsu(a)) | ndi.binary_fill_holes(m), 1)
     core = largest_part(depth(tissue)[1:-1,1:-1]>4) # bridges from brain to scalp are thinner
-    if not core.any(): return None
+    if not core.any() or not m.any(): return 0
     brain = ndi.binary_fill_holes(depth(~core)<=4)
     inner,outer = (widths(o).max()*mm[0] for o in (brain, foreground(a)))
-    inside = m.any() and brain[m].mean()>.9
-    return inner if inside and .7*outer<inner<.96*outer else None
+    return inner if brain[m].mean()>.9 and .7*outer<inner<.96*outer else 0
 
-def evans_index(a, mask, mm, ks)->dict:
-    "Width of the frontal horns over that of the skull, where the horns are widest"
-    ks = np.sort(np.asarray(ks, int))
-    w = widths(mask[:,:,ks]) # (Y,K)
+def evans_index(a, mask, mm, ks):
+    "Width of the frontal horns over that of the skull, where the horns are widest; NaN if it cannot be told"
+    w = widths(mask[:,:,list(ks)]) # (Y,K)
     some,n = w>0, len(w)
     middle = (some.argmax(0)+n-some[::-1].argmax(0))//2 # of the ventricles
-    widest = np.where(np.arange(n)[:,None]>=middle, w, 0).max(0, initial=0)
-    if not widest.any(): return {}
-    i = len(ks)-1-int(widest[::-1].argmax()) # the highest of equals
-    horns,k = widest[i]*mm[0], int(ks[i])
-    skull = inner_width(a[:,:,k], mask[:,:,k], mm[:2])
-    return dict(index=horns/skull, slice=k, horns_mm=horns, skull_mm=skull) if skull else {}
+    widest = np.where(np.arange(n)[:,None]>=middle, w, 0).max(0)
+    i = len(ks)-1-widest[::-1].argmax() # the highest of equals
+    skull = inner_width(a[:,:,ks[i]], mask[:,:,ks[i]], mm[:2])
+    return widest[i]*mm[0]/skull if skull and widest[i] else np.nan
 
-# %% ../nbs/library/23_prediction.ipynb #d6e72497
+# %% ../nbs/library/23_prediction.ipynb #c011x
 class Part(NamedTuple):
     "What of a scan is predicted"
-    slices:tuple=(0,) # Numbers of axial slices
+    slices:tuple=(0,) # Axial, from below
     whole:bool=False  # Is all of the slab that the model knows among them?
-    skull:bool=False  # Does the scan show the skull?
-    notes:tuple=()    # What is to be said of it
+    skull:bool=False  # Is it in view?
+    notes:tuple=()
 
-def slab_of(config, slab=None):
+def slab_of(config, slab):
     "mm below the top of the brain where a model may be used; None: everywhere"
     if slab is None: return (config['slab'] or {}).get('below_top_mm')
     lo,hi = map(float, slab)
     need(0<=lo<=hi, 'prediction.slab', lo=lo, hi=hi)
     return [lo,hi]
 
-def part_of_volume(scan, config, slab=None)->Part:
-    "The slices of a volume that a model of slices can be asked about"
+def part_of_volume(scan, config, slab):
     slab,n = slab_of(config, slab), scan.extent[2]
     need(slab or config['whole'], 'prediction.which_slices', scan.path)
-    try: top,skull = top_of_brain(scan.grey, scan.spacing)
-    except DataError as e: raise DataError(f'{scan.path}: {e}') from e
-    if not slab: return Part(tuple(range(n)), True, skull)
-    ks,inside = slab_slices(top, n, scan.spacing[2], slab)
+    need(scan.grey.any(), 'prediction.empty', scan.path)
+    top,skull = top_of_brain(scan.grey, scan.spacing)
+    if not slab: return Part(range(n), True, skull)
+    ks,whole = slab_slices(top, n, scan.spacing[2], slab)
     lo,hi = slab
     need(len(ks), 'prediction.no_slice', scan.path, lo=lo, hi=hi)
     notes = [say('prediction.slices', first=ks[0], last=ks[-1], n=n-1, lo=lo, hi=hi)]
     if skull: notes.append(say('prediction.top', mm=SCALP_AND_SKULL))
-    if not inside: notes.append(say('prediction.short'))
-    return Part(tuple(ks.tolist()), inside, skull, tuple(notes))
+    if not whole: notes.append(say('prediction.short'))
+    return Part(tuple(ks.tolist()), whole, skull, notes)
 
-# %% ../nbs/library/23_prediction.ipynb #31f61aa3
-def measure(scan, m, label, part, whole)->dict:
+# %% ../nbs/library/23_prediction.ipynb #c013x
+def measure(scan, m, label, part, whole):
     "A row of volumes.csv: the size of a structure, and what is asked of ventricles"
-    mm,volume,grey = scan.spacing, scan.is_volume, scan.grey
-    sizes = np.atleast_1d(m.sum((0,1)))
+    mm,volume = scan.spacing, scan.is_volume
+    m,grey = np.atleast_3d(m), np.atleast_3d(scan.grey)
+    sizes = m.sum((0,1))
     k = int(sizes.argmax())
     px,mm2 = int(sizes[k]), mm[0]*mm[1] if mm else np.nan
     res = dict(
-        name=scan.name, label=label['name'], code=label['code'], area_mm2=px*mm2, area_px=px,
+        name=scan.name, label=label['name'], code=label['code'],
+        area_mm2=px*mm2, area_px=px,
         volume_ml=float(m.sum()*np.prod(mm)/1000) if whole else np.nan,
         slice=k if volume and px else None, slices=len(part.slices),
         brain_mm2=np.nan, ventricle_brain_ratio=np.nan, evans_index=np.nan)
     if 'ventric' not in label['name'].lower(): return res
-    if part.skull and volume and scan.oriented:
-        res['evans_index'] = evans_index(grey, m, mm, part.slices).get('index', np.nan)
-    if part.skull: return res
-    n = int(ndi.binary_fill_holes((grey[:,:,k] if volume else grey)>0).sum())
-    return res | (dict(brain_mm2=n*mm2, ventricle_brain_ratio=px/n) if n else {})
+    if not part.skull:
+        n = int(ndi.binary_fill_holes(grey[:,:,k]>0).sum())
+        if n: res |= dict(brain_mm2=n*mm2, ventricle_brain_ratio=px/n)
+    elif volume and scan.oriented:
+        res['evans_index'] = evans_index(grey, m, mm, part.slices)
+    return res
 
-# %% ../nbs/library/23_prediction.ipynb #bc535b5b
 @dataclass
 class Prediction:
     "The mask of a scan and what is to be said of it"
     scan:Scan
     mask:np.ndarray # Classes, in the frame of `scan.image`
-    codes:tuple     # Raw codes by class
-    rows:list       # One dict per label
-    quality:float   # Agreement of image and mirror image; NaN without flips
-    predicted:dict  # Dice that is to be expected, see `predicted_dice`
+    codes:tuple     # Raw, by class
+    rows:list       # A dict per label
+    quality:float   # NaN without flips
+    predicted:dict  # See `predicted_dice`
     flags:list      # Reasons not to trust it
     notes:list      # What was done and left out
-    slices:tuple    # Numbers of the slices that were predicted
+    slices:tuple    # What was predicted
 
     def native(self):
         "Raw codes in the file's own array"
         return np.array(self.codes, np.int32)[self.scan.to_native(self.mask)]
 
     def middle(self):
-        "A picture to show and its classes: the slice with most to see, else the middle"
-        k,m = self.slices[len(self.slices)//2], self.mask
-        if self.scan.is_volume:
-            if m.any(): k = int((m>0).sum((0,1)).argmax())
-            m = np.rot90(m[:,:,k])
-        a = self.scan.pictures([k])[0]
+        "The slice with most to see, else the middle one, and its classes"
+        k,volume = self.slices[len(self.slices)//2], self.scan.is_volume
+        if volume and self.mask.any(): k = int((self.mask>0).sum((0,1)).argmax())
+        a,m = (o.pictures([k])[0] for o in (self.scan, replace(self.scan, image=self.mask)))
         return (a[...,a.shape[-1]//2] if a.ndim==3 else a), m
 
-# %% ../nbs/library/23_prediction.ipynb #91f3ab6d
-def assess(model, scan, masks, part, seconds)->Prediction:
-    "A `Prediction` from the `Masks` of a part of a scan"
-    config,notes,quality = model.config, [*scan.notes, *part.notes], float('nan')
-    by_slice,k = model.frame.mode=='slice', part.slices[len(part.slices)//2]
-    if masks.mirrored is not None: quality = float(agreement(masks.plain, masks.mirrored, len(model.codes)))
-    dice = predicted_dice(config['calibration'], quality)
-    seen = (scan.pictures([k])[0], scan.pixel, 2) if by_slice else (scan.image, scan.spacing, 3)
-    flags = [*find_flags(scan_features(*seen), config['reference'])]
-    if not masks.plain.any(): flags.append(say('prediction.nothing'))
-    mask = scan.volume(masks.mask, part.slices) if scan.is_volume and by_slice else masks.mask
+# %% ../nbs/library/23_prediction.ipynb #c015x
+def assess(model, scan, masks, part):
+    c,notes,quality = model.config, [*scan.notes, *part.notes], np.nan
+    sliced,volume = model.frame.mode=='slice', scan.is_volume
+    mask,plain,mirrored = masks
+    if mirrored is not None: quality = agreement(plain, mirrored, len(model.codes))
+    dice = predicted_dice(c['calibration'], quality)
+    k = part.slices[len(part.slices)//2]
+    seen = scan.image, scan.spacing, 3
+    if sliced: seen = scan.pictures([k])[0], scan.pixel, 2
+    flags = find_flags(scan_features(*seen), c['reference'])
+    if not plain.any(): flags.append(say('prediction.nothing'))
+    if volume and sliced: mask = scan.volume(mask, part.slices)
     if not scan.spacing: notes.append(say('prediction.pixels'))
-    if scan.is_volume and not config['whole']: notes.append(say('prediction.no_ml'))
-    whole = scan.is_volume and part.whole and config['whole']
-    more = dict(quality=quality, predicted_dice=dice['dice'], dice_low=dice['low'], dice_high=dice['high'],
-        dice_text=dice['text'], flags='; '.join(flags), seconds=round(seconds, 3))
-    rows = [measure(scan, mask==i, o, part, whole) | more for i,o in enumerate(config['labels'], 1)]
+    if volume and not c['whole']: notes.append(say('prediction.no_ml'))
+    whole = volume and part.whole and c['whole']
+    more = dict(quality=quality, predicted_dice=dice['dice'], dice_low=dice['low'],
+        dice_high=dice['high'], dice_text=dice['text'], flags='; '.join(flags))
+    rows = [measure(scan, mask==i, o, part, whole) | more for i,o in enumerate(c['labels'], 1)]
     return Prediction(scan, mask, model.codes, rows, quality, dice, flags, notes, part.slices)
 
-# %% ../nbs/library/23_prediction.ipynb #ceb53b3b
-def config_of(model):
-    need(model.config, 'prediction.no_config')
-    return model.config
-
-def read_for(model, path, spacing=None, name=None)->Scan:
+def read_for(model, path, spacing=None, name=None):
     "A scan as a model wants it; a `DataError` if the two do not fit"
-    config,scan = config_of(model), path
-    channels = config['channels']
+    c,scan = model.config, path
+    need(c, 'prediction.no_config')
     if not isinstance(path, Scan):
-        scan = read_scan(path, spacing, channels, config['inputs_all'] if config['packed'] else (), name)
-    n = scan.channels.shape[-1]
-    need(n==len(channels), 'prediction.channels', scan.path, n=plural(n, 'channel'), want=len(channels))
+        packed = c['inputs_all'] if c['packed'] else ()
+        scan = read_scan(path, spacing, c['channels'], packed, name)
+    n,want = scan.channels.shape[-1], len(c['channels'])
+    need(n==want, 'prediction.channels', scan.path, n=plural(n, 'channel'), want=want)
     need(scan.is_volume or model.frame.mode=='slice', 'prediction.no_volume', scan.path)
     return scan
 
-# %% ../nbs/library/23_prediction.ipynb #a5d0c9e2
-def predict_volume(model, scan, slab=None, flips=True)->Prediction:
-    "Predict a volume: the slices of its slab, or all of it"
-    start = time.time()
-    if model.frame.mode=='slice':
-        part = part_of_volume(scan, model.config, slab)
-        masks = predict(model, scan.pictures(list(part.slices)), scan.pixel, flips, volume=True)
-    else:
-        part = Part(tuple(range(scan.extent[2])), True, has_skull(scan.grey, scan.spacing))
-        masks = predict(model, scan.image, scan.spacing, flips)
-    return assess(model, scan, masks, part, time.time()-start)
-
-def predict_pictures(model, scans, flips=True)->list:
+def predict_pictures(model, scans, flips=True):
     "`Prediction`s of slices, those of one size and spacing at once"
-    groups,res = {}, [None]*len(scans)
-    for i,s in enumerate(scans): groups.setdefault((s.image.shape, s.spacing), []).append(i)
-    for (_,mm),ids in groups.items():
-        start = time.time()
-        masks = predict(model, np.stack([scans[i].image for i in ids]), mm, flips)
-        seconds = (time.time()-start)/len(ids)
-        for i,one in zip(ids, masks.each()):
+    def kind(i): return scans[i].image.shape, scans[i].spacing
+    res = {}
+    for (_,mm),ids in groupby(range(len(scans)), kind).items():
+        pics = np.stack([scans[i].image for i in ids])
+        for i,masks in zip(ids, predict(model, pics, mm, flips).each()):
             skull = has_skull(scans[i].grey, mm or model.frame.spacing or 1.)
-            res[i] = assess(model, scans[i], one, Part(skull=skull), seconds)
-    return res
+            res[i] = assess(model, scans[i], masks, Part(skull=skull))
+    return [res[i] for i in range(len(scans))]
 
-# %% ../nbs/library/23_prediction.ipynb #ad76e0ea
+# %% ../nbs/library/23_prediction.ipynb #c016x
 def predict_scan(
     model,        # From `load_bundle`
     path,         # Picture, volume, DICOM folder or case folder; or a `Scan`
     spacing=None, # mm per pixel of a picture
     slab=None,    # mm below the top of the brain; None: as the bundle says
-    flips=True    # Predict the mirror image as well? Without, there is no quality
+    flips=True,   # Predict the mirror image as well? Without, there is no quality
+    name=None     # What its outputs are called; None: as the file
 )->Prediction:
     "Predict one scan"
-    scan = read_for(model, path, spacing)
-    if scan.is_volume: return predict_volume(model, scan, slab, flips)
-    return predict_pictures(model, [scan], flips)[0]
+    scan = read_for(model, path, spacing, name)
+    if not scan.is_volume: return predict_pictures(model, [scan], flips)[0]
+    if model.frame.mode=='slice':
+        part = part_of_volume(scan, model.config, slab)
+        pics = scan.pictures(list(part.slices))
+        masks = predict(model, pics, scan.pixel, flips, volume=True)
+    else:
+        part = Part(range(scan.extent[2]), True, has_skull(scan.grey, scan.spacing))
+        masks = predict(model, scan.image, scan.spacing, flips)
+    return assess(model, scan, masks, part)
 
-# %% ../nbs/library/23_prediction.ipynb #e4fdb30b
-LABEL_FILES = tomllib.loads(asset('labels.toml')) # for BIDS, ITK-SNAP and 3D Slicer
-
+# %% ../nbs/library/23_prediction.ipynb #c023x
 def write_labels(labels, out):
-    "Names and colours of the labels for other programs"
-    for file,(text,line) in LABEL_FILES.items():
+    "Their names and colours for BIDS, ITK-SNAP and 3D Slicer"
+    for file,(text,line) in tomllib.loads(asset('labels.toml')).items():
         for o in labels:
             r,g,b = bytes.fromhex(o['colour'][1:])
             text += line.format(**o, r=r, g=g, b=b, word=re.sub(r'\W+', '_', o['name']))
         write_text(Path(out)/file, text)
 
-def mask_path(name, volume, out)->Path:
+def mask_path(name, volume, out):
     "Where the mask of a scan, or of a volume, of that name goes"
     *parts,suffix = name.split('_')
     bids = volume and name.startswith('sub-') and all('-' in o for o in parts)
-    if not bids: return Path(out)/f'{name}_dseg{".nii.gz" if volume else ".png"}'
+    if not bids: return Path(out, name+('_dseg.nii.gz' if volume else '_dseg.png'))
     who = [o for o in parts if o.startswith(('sub-','ses-'))]
     rest = [o for o in parts if not o.startswith('desc-')]
     desc = ''.join(o for o in parts if o not in rest) or 'desc-'
     return Path(out, *who, 'anat', '_'.join([*rest, desc+suffix, 'dseg.nii.gz']))
 
-# %% ../nbs/library/23_prediction.ipynb #d13839ca
+# %% ../nbs/library/23_prediction.ipynb #c026x
 PROGRAM = dict(Name='brainseg_fastai', Version=__version__)
-
-def sidecar_of(mask): return Path(mask).with_name(f'{stem_of(mask)}.json')
 
 def input_stamps(path):
     files = list_files(path) if Path(path).is_dir() else [Path(path)]
     return [[f.name, *stamp(f)[1:]] for f in files]
 
-def bundle_key(config): return digest(config.get('sha256') or config)
-
 def write_prediction(p:Prediction, out, **made)->Path:
     "Write mask, sidecar (with `made`: `bundle` and `options`) and a picture for the quality page"
-    scan,out,ks = p.scan, Path(out), p.slices
+    scan,ks = p.scan, p.slices
     path = mask_path(scan.name, scan.is_volume, out)
-    sidecar_of(path).unlink(missing_ok=True)
+    side = path.with_name(f'{stem_of(path)}.json')
+    side.unlink(missing_ok=True)
     write_mask(scan.canonical(p.mask), path, p.codes, scan.like)
-    with written(out/'qc'/f'{scan.name}.png') as tmp:
+    with written(Path(out)/'qc'/f'{scan.name}.png') as tmp:
         Image.fromarray(np.stack(p.middle(), -1).astype(np.uint8)).save(tmp)
-    write_json(sidecar_of(path), dict(
-        Sources=[o.name for o in scan.files], SpatialReference='orig', GeneratedBy=[PROGRAM], NotAMedicalDevice=True,
-        **made, stamps=input_stamps(scan.path), mask=path.name, name=scan.name,
-        slices=[ks[0], ks[-1]] if scan.is_volume else None, quality=p.quality, predicted=p.predicted,
-        flags=p.flags, notes=p.notes, rows=p.rows))
+    write_json(side, dict(
+        Sources=[o.name for o in scan.files], SpatialReference='orig',
+        GeneratedBy=[PROGRAM], NotAMedicalDevice=True, **made,
+        stamps=input_stamps(scan.path), mask=path.name, name=scan.name,
+        slices=[ks[0], ks[-1]] if scan.is_volume else None, quality=p.quality,
+        predicted=p.predicted, flags=p.flags, notes=p.notes, rows=p.rows))
     return path
 
-# %% ../nbs/library/23_prediction.ipynb #c9b14e60
-def read_sidecar(f):
-    "What a sidecar tells, or None if it is not whole or its mask is not there"
-    try: d = read_json(f)
-    except DataError: return None
-    return d if (Path(f).parent/d.get('mask', '')).is_file() else None
+def sidecars(out, bundle):
+    "What a bundle predicted into a folder, by file; none without its mask"
+    res = {}
+    for f in sorted(out.rglob('*_dseg.json')):
+        try: d = read_json(f)
+        except DataError: continue
+        if d.get('bundle')==bundle and (f.parent/d['mask']).is_file(): res[f] = d
+    return res
 
-def rows_before(path, name, out, made):
-    "Rows of a scan that this bundle predicted before with these options, else None"
-    now = made | dict(stamps=input_stamps(path))
-    for volume in (True, False):
-        d = read_sidecar(sidecar_of(mask_path(name, volume, out))) or {}
-        if now.items() <= d.items(): return d['rows']
-
-# %% ../nbs/library/23_prediction.ipynb #aecea839
-def qc_row(d, labels, out)->dict:
-    with Image.open(Path(out)/'qc'/f"{d['name']}.png") as im: image,mask = map(np.array, im.split())
-    def which(r): return f"{r['label']}: " if len(d['rows'])>1 else ''
-    shown = {which(r)+k: v for r in d['rows'] for k,v in measures(r).items()}
+# %% ../nbs/library/23_prediction.ipynb #c028x
+def qc_row(d, labels, out):
+    with Image.open(out/'qc'/f"{d['name']}.png") as im: image,mask = map(np.array, im.split())
+    shown = {f"{r['label']}: "*(len(labels)>1)+k: v for r in d['rows'] for k,v in measures(r).items()}
     colours,names = ({i: o[k] for i,o in enumerate(labels, 1)} for k in ('colour','name'))
-    same = {k: d[k] for k in ('name','quality','predicted','flags','notes')}
-    return dict(same, image=image, mask=mask, measures=shown, colours=colours, names=names)
+    return d | dict(image=image, mask=mask, measures=shown, colours=colours, names=names)
 
-def write_tables(out, config):
+def write_tables(out, labels, bundle):
     "volumes.csv, qc.html and label names, of all that a bundle predicted"
-    out,key,labels = Path(out), bundle_key(config), config['labels']
-    found = {f: read_sidecar(f) for f in sorted(out.rglob('*_dseg.json'))}
-    done = {f: d for f,d in found.items() if d and d.get('bundle')==key}
+    done = sidecars(out, bundle)
     if not done: return
-    write_csv(out/'volumes.csv', pd.DataFrame(
-        [r | dict(mask=(f.parent/d['mask']).relative_to(out).as_posix()) for f,d in done.items() for r in d['rows']]))
+    rows = [r | dict(mask=(f.parent/d['mask']).relative_to(out).as_posix())
+        for f,d in done.items() for r in d['rows']]
+    write_csv(out/'volumes.csv', pd.DataFrame(rows))
     write_labels(labels, out)
     qc_page([qc_row(d, labels, out) for d in done.values()]).save(out/'qc.html')
-    if any(f.parent!=out for f in done): # some are named as in BIDS
-        by = PROGRAM | dict(Description=f'bundle {key}')
-        write_json(out/'dataset_description.json', dict(Name='Segmentations by brainseg_fastai',
-            BIDSVersion='1.9.0', DatasetType='derivative', GeneratedBy=[by]))
+    if all(f.parent==out for f in done): return # none is named as in BIDS
+    by = PROGRAM | dict(Description=f'bundle {bundle}')
+    write_json(out/'dataset_description.json', dict(Name='Segmentations by brainseg_fastai',
+        BIDSVersion='1.9.0', DatasetType='derivative', GeneratedBy=[by]))
 
-# %% ../nbs/library/23_prediction.ipynb #2b7f6ad2
+# %% ../nbs/library/23_prediction.ipynb #c030x
 def attempt(f, *args, **kw):
-    "What `f` gives, or the text of its error"
     try: return f(*args, **kw)
-    except Exception as e: return str(e) if isinstance(e, (DataError, OSError)) else f'{type(e).__name__}: {e}'
+    except (DataError, OSError) as e: return str(e)
+    except Exception as e: return f'{type(e).__name__}: {e}'
 
-def predict_each(model, jobs, spacing=None, slab=None, flips=True, some=16):
+def predict_each(model, jobs, spacing=None, slab=None, flips=True):
     "Each job, a path and a name, with its `Prediction` or an error's text"
-    def read(job): return attempt(read_for, model, job[0], spacing, job[1])
-    flat = [j for j in jobs if is_picture(j[0]) and j[0].is_file()]
-    for i in range(0, len(flat), some):
-        part = flat[i:i+some]
-        scans = in_threads(read, part)
-        res = attempt(predict_pictures, model, [s for s in scans if isinstance(s, Scan)], flips)
-        res = repeat(res) if isinstance(res, str) else iter(res)
-        for job,s in zip(part, scans): yield job, s if isinstance(s, str) else next(res)
-    rest = set(jobs)-set(flat)
-    for job in filter(rest.__contains__, jobs):
-        s = read(job)
-        yield job, s if isinstance(s, str) else attempt(predict_volume, model, s, slab, flips)
+    pictures,rest = partition(jobs, lambda job: is_picture(job[0]) and job[0].is_file())
+    for part in chunked(pictures, 16):
+        scans = in_threads(lambda job: attempt(read_for, model, job[0], spacing, job[1]), part)
+        good = [s for s in scans if isinstance(s, Scan)]
+        done = attempt(predict_pictures, model, good, flips)
+        done = repeat(done) if isinstance(done, str) else iter(done)
+        for job,s in zip(part, scans): yield job, s if isinstance(s, str) else next(done)
+    for path,name in rest:
+        yield (path, name), attempt(predict_scan, model, path, spacing, slab, flips, name)
 
-def checked_options(config, paths, spacing, slab, flips)->dict:
-    "What decides a prediction beside scan and bundle"
+def checked_options(config, paths, spacing, slab, flips):
     mm = None if spacing is None else np.ravel(spacing).tolist()
-    need(mm is None or len(mm)<3 and all(0<o<100 for o in mm), 'prediction.spacing', mm=mm)
+    ok = mm is None or len(mm)<3 and 0<min(mm) and max(mm)<100
+    need(ok, 'prediction.spacing', mm=mm)
     need(slab is None or not all(map(is_picture, paths)), 'prediction.slab_of_picture', paths[0])
-    return plain(dict(spacing=mm, slab=slab_of(config, slab), flips=flips))
+    return dict(spacing=mm, slab=slab_of(config, slab), flips=flips)
 
-# %% ../nbs/library/23_prediction.ipynb #b5a6572f
+# %% ../nbs/library/23_prediction.ipynb #c032x
 def predict_scans(
     bundle,         # Folder of a model, or what `load_bundle` gives
     scans,          # Files and folders: pictures, NIfTI, MGH, DICOM series
@@ -332,19 +305,24 @@ def predict_scans(
 )->pd.DataFrame:    # A row per scan and label; `attrs['failed']`: paths and reasons
     "Predict scans, and write masks, sidecars, volumes.csv and qc.html"
     model = bundle if hasattr(bundle, 'net') else load_bundle(bundle)
-    config,failed = config_of(model), []
-    need(not Path(out or '').is_file(), 'prediction.out', out)
+    config,failed,out = model.config, [], out and Path(out)
+    need(config, 'prediction.no_config')
     paths = find_scans_to_predict(scans, config['channels'], config['inputs_all'])
     options = checked_options(config, paths, spacing, slab, flips)
-    made = dict(bundle=bundle_key(config), options=options)
-    jobs = list(zip(paths, scan_names(paths)))
-    rows = {n: rows_before(p, n, out, made) if out and not overwrite else None for p,n in jobs}
-    todo = [j for j in jobs if rows[j[1]] is None]
+    made = dict(bundle=digest(config['sha256']), options=options)
+    if out: make_folder(out)
+    done = {} if overwrite or not out else sidecars(out, made['bundle'])
+    done = {d['name']: d for d in done.values()}
+    rows = dict.fromkeys(scan_names(paths))
+    for path,name in zip(paths, rows):
+        d,now = done.get(name, {}), made | dict(stamps=input_stamps(path))
+        if now.items() <= d.items(): rows[name] = d['rows']
+    todo = [o for o in zip(paths, rows) if rows[o[1]] is None]
     for (path,name),p in bar(predict_each(model, todo, **options), len(todo), progress):
-        done = attempt(write_prediction, p, out, **made) if out and isinstance(p, Prediction) else p
-        if isinstance(done, str): failed.append((str(path), done))
+        said = p if isinstance(p, str) or not out else attempt(write_prediction, p, out, **made)
+        if isinstance(said, str): failed.append((str(path), said))
         else: rows[name] = p.rows
-    if out: write_tables(out, config)
+    if out: write_tables(out, config['labels'], made['bundle'])
     res = pd.DataFrame([r for o in rows.values() for r in o or ()])
     res.attrs['failed'] = failed
     return res

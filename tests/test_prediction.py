@@ -110,9 +110,9 @@ def test_evans_index_of_a_drawn_head():
     a[m] = 15
     inner = max(np.ptp(np.flatnonzero(c))+1 for c in brain[:,:,85].T if c.any())
     e = evans_index(a, m, (1,1,1), range(80,90))
-    assert e['horns_mm']==43 and e['index']==pytest.approx(43/inner, rel=.05)
-    assert evans_index(a*brain, m, (1,1,1), range(80,90))=={} # no skull in view
-    assert evans_index(a, m & False, (1,1,1), range(80,90))=={}
+    assert e*inner_width(a[:,:,89], m[:,:,89], (1,1))==pytest.approx(43) and e==pytest.approx(43/inner, rel=.05)
+    assert np.isnan(evans_index(a*brain, m, (1,1,1), range(80,90))) # no skull in view
+    assert np.isnan(evans_index(a, m & False, (1,1,1), range(80,90)))
 
 def test_widths_are_those_of_every_column_by_itself():
     r = np.random.default_rng(0)
@@ -214,8 +214,12 @@ def test_bad_input_is_told_and_leaves_nothing(tmp_path, name, make, says):
 def test_what_cannot_be_asked_is_refused_at_once(tmp_path):
     f = save(tmp_path/'a.nii', draw_volume())
     with pytest.raises(DataError, match='mm per pixel'): predict_scans(rule(), f, spacing=-1)
-    with pytest.raises(DataError, match='found a file; expected a folder'): predict_scans(rule(), f, f)
+    with pytest.raises(DataError, match='found a file where a folder is needed'): predict_scans(rule(), f, f)
     with pytest.raises(DataError, match='smaller number first'): predict_scans(rule(), f, slab=(9,3))
+    Image.fromarray(draw_volume()[:,:,20].astype(np.uint8)).save(tmp_path/'a.png')
+    with pytest.raises(DataError, match='a picture with a --slab.*Leave out'): predict_scans(rule(), tmp_path/'a.png', slab=(3,9))
+    with pytest.raises(DataError, match='a path through folders. Choose another place'):
+        predict_scans(rule(), f, f/'x', progress=False)
     m = rule()
     with pytest.raises(DataError, match='without a config'): predict_scan(Model(m.net, m.frame), f)
 
