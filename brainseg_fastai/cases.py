@@ -83,11 +83,13 @@ def standin(
     def make(folder):
         layout.standin(folder, n, np.random.default_rng([n, *layout.name.encode()]))
         write_json(folder/'cohort.json', cohort(folder) | want)
-    return made_once(root or cache_dir()/f'standin-{layout.name}-v1-{n}', complete, make)
+    root = root or cache_dir()/f'standin-{layout.name}-v1-{n}'
+    return made_once(root, complete, make)
 
 def data_folder(default, layout)->Path:
-    "The folder that the variable `BRAINSEG_DATA` names, or `default` in it; else a simulated one"
-    if 'BRAINSEG_DATA' not in os.environ: return layout.demo() if layout.demo else standin(layout)
+    "The folder that `BRAINSEG_DATA` names, or `default` in it; else a simulated one"
+    if 'BRAINSEG_DATA' not in os.environ:
+        return layout.demo() if layout.demo else standin(layout)
     root = Path(os.environ['BRAINSEG_DATA']).expanduser().resolve()
     return root/default if (root/default).is_dir() else root
 
@@ -97,13 +99,15 @@ Patient = namedtuple('Patient', 'subject folder images mask', defaults=[None]) #
 def data_root(root, what):
     "An existing data folder as an absolute path, or a `DataError`"
     root = Path(root).expanduser().resolve()
-    need(root.is_dir(), 'cases.file' if root.exists() else 'cases.root', root, what=what)
+    need(not root.is_file(), 'cases.file', root, what=what)
+    need(root.is_dir(), 'cases.root', root, what=what)
     return root
 
 def list_niftis(root)->dict:
     "NIfTI files by folder and stem; of `x.nii` and `x.nii.gz` the first"
     res = {}
-    for p in list_files(root, ('.nii','.nii.gz')): res.setdefault(p.parent, {}).setdefault(stem_of(p), p)
+    for p in list_files(root, ('.nii','.nii.gz')):
+        res.setdefault(p.parent, {}).setdefault(stem_of(p), p)
     return res
 
 def choose_inputs(inputs, choices)->tuple:
@@ -131,14 +135,16 @@ def patient_rows(p, names, unit, skip_empty)->list:
     "Rows of one patient: one, or one for each slice"
     lost = ', '.join(k for k in names if k not in p.images)
     inputs,there = '+'.join(names), few(p.images) or 'no image'
-    need(not lost, 'cases.lost', p.folder, lost=lost, there=there, names=', '.join(names))
+    need(not lost, 'cases.lost', p.folder, lost=lost, there=there, names=inputs)
     files = [p.images[k] for k in names]
     f = volume_facts(files[0])
     x,y,z = f['spacing']
     ks = f['slices'] if skip_empty else range(f['shape'][2])
-    rows = [(f'z{k:03d}', k, (y,x)) for k in ks] if unit=='slice' else [('', None, (x,y,z))]
-    return [dict(subject=p.subject, scan='-', slice=name, inputs=inputs, image=Pixels(files, k),
-        mask=p.mask and Pixels(p.mask, k), spacing=mm) for name,k,mm in rows]
+    rows = [(f'z{k:03d}', k, (y,x)) for k in ks]
+    if unit=='volume': rows = [('', None, (x,y,z))]
+    return [dict(subject=p.subject, scan='-', slice=name, inputs=inputs,
+        image=Pixels(files, k), mask=p.mask and Pixels(p.mask, k),
+        spacing=mm) for name,k,mm in rows]
 
 def volume_cases(
     root,           # Data folder
