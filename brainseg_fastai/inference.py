@@ -34,12 +34,15 @@ class Frame:
     spacing:tuple=None  # mm of the training images along their axes (median); None: not known
     field:int=None      # Side of the square that a training slice fills, in its own pixels (median)
 
+    def ratio(self, spacing, n):
+        "Size of a pixel along `n` axes, as a multiple of that in training; 1 where one is not known"
+        known = spacing is not None and self.spacing is not None and np.isfinite(spacing).all()
+        return np.broadcast_to(spacing, n)/np.broadcast_to(self.spacing, n) if known else np.ones(n)
+
 def training_spacing(cases)->tuple:
     "Median size of a pixel or voxel"
-    dims = [3 if o in ('','-') and not np.isscalar(mm) else 2
-        for o,mm in zip(cases['slice'], cases['spacing'])]
-    mm = [np.broadcast_to(np.asarray(o, float), n)
-        for o,n in zip(cases['spacing'], dims)]
+    dims = [3 if o in ('','-') and not np.isscalar(mm) else 2 for o,mm in zip(cases['slice'], cases['spacing'])]
+    mm = [np.broadcast_to(np.asarray(o, float), n) for o,n in zip(cases['spacing'], dims)]
     mm = np.array([o for o in mm if np.isfinite(o).all()])
     return tuple(np.median(mm, axis=0).round(4).tolist()) if len(mm) else None
 
@@ -60,9 +63,7 @@ class Model:
     @property
     def codes(self): return self.frame.codes
     @property
-    def device(self): return next((p.device
-            for p in self.net.parameters()),
-        torch.device('cpu'))
+    def device(self): return next((p.device for p in self.net.parameters()), torch.device('cpu'))
 
     def scores(self, x):
         "Class scores of a batch, float32"
@@ -80,9 +81,7 @@ class Masks(NamedTuple):
 
     def each(self):
         "The `Masks` of each picture of a stack"
-        def one(o, i): return None if o is None else o[i]
-        return [Masks(*(one(o, i) for o in self))
-            for i in range(len(self.mask))]
+        return [Masks(*(o if o is None else o[i] for o in self)) for i in range(len(self.mask))]
 
 # %% ../nbs/library/15_inference.ipynb #bd6711ef
 @dataclass(frozen=True)
@@ -101,14 +100,11 @@ class Fit:
 
 def fit_of(pics, spacing, frame:Frame, volume=False)->Fit:
     "How pictures are fitted for a network"
-    own = pics.shape[1:3]
-    known = spacing is not None and frame.spacing is not None and np.isfinite(spacing).all()
-    ratio = np.broadcast_to(spacing, 2)/np.broadcast_to(frame.spacing, 2) if known else np.ones(2)
+    own,ratio = pics.shape[1:3], frame.ratio(spacing, 2)
     other = (abs(ratio-1) > (.05 if volume else .1)).any()
     at = tuple(max(1, round(o*r)) for o,r in zip(own, ratio)) if other else own
     if not volume and not other: return Fit(own, own, max(own))
-    return Fit(own, at, max(frame.field, needed_side(pics, at))
-        if frame.field else max(*at, frame.size))
+    return Fit(own, at, max(frame.field, needed_side(pics, at)) if frame.field else max(*at, frame.size))
 
 def needed_side(pics, at)->int:
     "Side of a centred square that cuts off nothing but background"
@@ -125,8 +121,7 @@ def needed_side(pics, at)->int:
 def resized(x, hw, antialias=False):
     "A batch (N,C,H,W) at another size"
     if tuple(x.shape[-2:])==tuple(hw): return x
-    return F.interpolate(x.float(), size=tuple(hw), mode='bilinear',
-        antialias=antialias, align_corners=False)
+    return F.interpolate(x.float(), size=tuple(hw), mode='bilinear', antialias=antialias, align_corners=False)
 
 def network_input(frame:Frame, pics, fit:Fit)->torch.Tensor:
     "What a network sees of pictures, as in training"
@@ -166,23 +161,19 @@ def predict_slices(model:Model, pics, fit:Fit, flips=True, bs=8)->Masks:
     for i in range(0, len(pics), bs):
         x = network_input(model.frame, pics[i:i+bs], fit)
         scores = [own_pixels(model.scores(x), fit)]
-        if flips: scores.append(own_pixels(model.scores(x.flip(-1)).flip(-1),
-                fit))
+        if flips: scores.append(own_pixels(model.scores(x.flip(-1)).flip(-1), fit))
         res += map(both_ways, *scores)
-    return Masks(*(None if o[0] is None else np.stack(o)
-            for o in zip(*res)))
+    return Masks(*(None if o[0] is None else np.stack(o) for o in zip(*res)))
 
 # %% ../nbs/library/15_inference.ipynb #59b1bde7
 def scaled(x, shape):
     "A volume (C,X,Y,Z) at another size"
     if tuple(x.shape[1:])==tuple(shape): return x
-    return F.interpolate(x[None].float(), size=tuple(shape),
-        mode='trilinear', align_corners=False)[0]
+    return F.interpolate(x[None].float(), size=tuple(shape), mode='trilinear', align_corners=False)[0]
 
 def volume_input(frame:Frame, a, spacing)->torch.Tensor:
     "What a network sees of a volume, as in training"
-    known = spacing is not None and frame.spacing is not None and np.isfinite(spacing).all()
-    ratio = np.broadcast_to(spacing, 3)/np.broadcast_to(frame.spacing, 3) if known else np.ones(3)
+    ratio = frame.ratio(spacing, 3)
     if (abs(ratio-1)>.05).any():
         x = torch.from_numpy(a.reshape(*a.shape[:3], -1)).movedim(-1, 0)
         x = scaled(x, [max(1, round(o*r)) for o,r in zip(a.shape, ratio)]).round().clamp(0, 255)
@@ -194,8 +185,7 @@ def window_scores(model:Model, x, overlap=.5, multiple=16)->torch.Tensor:
     inner,patch = x.shape[1:], model.frame.patch
     shape = [max(o) for o in zip(inner, patch)] if patch else [-(-n//multiple)*multiple for n in inner]
     x = widened(x, shape, x.amin((1,2,3), keepdim=True))[None]
-    if patch: res = sliding_window_inference(x, patch, 2, model.scores,
-        overlap, 'gaussian', device='cpu')
+    if patch: res = sliding_window_inference(x, patch, 2, model.scores, overlap, 'gaussian', device='cpu')
     else: res = model.scores(x).cpu()
     return res[0][(..., *middle(shape, inner))]
 
@@ -204,9 +194,7 @@ def predict_volume(model, a, spacing=None, flips=True)->Masks: # (X,Y,Z) each
     x,own = volume_input(model.frame, a, spacing), a.shape[:3]
     scores = [window_scores(model, x)]
     if flips: scores.append(window_scores(model, x.flip(1)).flip(1))
-    n = len(scores[0])
-    need(n==len(model.codes),
-        f'the network gave {n} classes, expected {len(model.codes)}; train it for these codes')
+    need(len(scores[0])==len(model.codes), 'inference.classes', n=len(scores[0]), want=len(model.codes))
     return Masks(*both_ways(*(scaled(o, own) for o in scores)))
 
 # %% ../nbs/library/15_inference.ipynb #a4cbf294
@@ -224,7 +212,5 @@ def predict(
     model.net.eval()
     try:
         if model.frame.mode!='slice': return predict_volume(model, image, spacing, flips)
-        return predict_slices(model, image,
-            fit or fit_of(image, spacing, model.frame,
-                volume), flips)
+        return predict_slices(model, image, fit or fit_of(image, spacing, model.frame, volume), flips)
     finally: model.net.train(was)

@@ -18,7 +18,7 @@ from fastcore.meta import delegates
 
 from .adni import ADNI
 from .comparison import prepare, trainings
-from .core import plural
+from .core import plural, say
 from .images import read_image
 from .inference import model_of, predict
 from .runs import prepare_learner
@@ -29,8 +29,7 @@ from .splits import with_split
 class Stopwatch(Callback):
     "Counts the seconds of training steps, all callbacks included, and stops after `seconds`"
     order = 1000
-    def __init__(self, seconds, warm_up=2):
-        self.seconds,self.warm_up,self.steps = seconds,warm_up,[]
+    def __init__(self, seconds, warm_up=2): self.seconds,self.warm_up,self.steps = seconds,warm_up,[]
     def before_train(self): self.at = self.now()
     def after_batch(self):
         if not self.training: return
@@ -43,8 +42,7 @@ class Stopwatch(Callback):
     def now(self):
         if self.dls.device.type=='cuda': torch.cuda.synchronize() # its work, not the asking
         return time.perf_counter()
-    def median(self): return median(self.steps[self.warm_up:]
-        or self.steps[-1:])
+    def median(self): return median(self.steps[self.warm_up:] or self.steps[-1:])
 
 def step_seconds(
     learn,      # Learner, whose weights will be changed
@@ -161,17 +159,13 @@ def advice(
 )->list: # Lines of text
     "What a plan comes to, and what to change if it is over budget"
     total,gb = plan['minutes'].sum(), plan['memory_mb'].max()/1024
-    lines = [f'{o.variant}: {plural(o.trainings, "training")} of {o.epochs} epochs, {o.steps} steps of '
-        f'{1000*o.step_s:.0f} ms each: about {duration(o.minutes)}' for o in plan.itertuples()]
-    lines.append(f'In all about {duration(total)}, {gb:.1f} GB of memory (with all that Python holds).')
+    lines = [say('plan.variant', o=o, trainings=plural(o.trainings, 'training'), ms=1000*o.step_s,
+        about=duration(o.minutes)) for o in plan.itertuples()]
+    lines.append(say('plan.all', total=duration(total), gb=gb))
     if minutes and total>minutes:
         fixed = (plan['trainings']*(plan['setup_s']+plan['score_s'])).sum()/60
         epochs = int(plan['epochs'].max()*max(0., minutes-fixed)/max(total-fixed, 1e-9))
-        fits = f'With --epochs {epochs} it would fit, at some cost in Dice.'
-        if epochs<3: fits = 'Fewer epochs alone will not do.'
-        lines += [f'That is more than {duration(minutes)}. {fits}',
-            'Half the --size takes about a quarter of the time. Fewer --folds or --repeats '
-            'test fewer subjects, or each with fewer trainings.']
-    if memory and gb>memory:
-        lines.append(f'That is more than {memory:g} GB. A smaller --bs, --size or --patch needs less.')
+        fits = say('plan.fewer' if epochs>2 else 'plan.no_way', epochs=epochs)
+        lines += [f'That is more than {duration(minutes)}. {fits}', say('plan.smaller')]
+    if memory and gb>memory: lines.append(say('plan.memory', memory=memory))
     return lines
