@@ -46,9 +46,12 @@ def draw_case(image, layers=(), box=None, px=None, fill=0.)->Image.Image:
     size = box[2]-box[0], box[3]-box[1]
     if px: size = tuple(max(1, round(o*px/max(size))) for o in size)
     big = tuple(2*o for o in size) if px and layers else size # smooth outlines
-    rgb = np.array(im.convert('RGB').crop(box).resize(big, Image.BICUBIC), np.float32)
-    for here,colour in marks(layers, big, box, fill): rgb[here] += (fill or 1)*(colour-rgb[here])
-    return Image.fromarray(rgb.round().astype(np.uint8)).resize(size, Image.LANCZOS)
+    im = im.convert('RGB').crop(box).resize(big, Image.BICUBIC)
+    rgb = np.array(im, np.float32)
+    for here,colour in marks(layers, big, box, fill):
+        rgb[here] += (fill or 1)*(colour-rgb[here])
+    im = Image.fromarray(rgb.round().astype(np.uint8))
+    return im.resize(size, Image.LANCZOS)
 
 # %% ../nbs/library/03_drawing.ipynb #c011x
 def crop_box(mask, margin=.25, least=.4)->tuple:
@@ -93,11 +96,13 @@ def show_cases(
     import matplotlib.pyplot as plt
     at = np.linspace(0, len(cases)-1, min(n, len(cases))).round().astype(int)
     shown = [*cases.iloc[at].itertuples()]
-    masks = [np.zeros(image_size(o.image), int) if missing(o.mask) else raw_mask(o.mask) for o in shown]
+    masks = [np.zeros(image_size(o.image), int) if missing(o.mask)
+        else raw_mask(o.mask) for o in shown]
     codes = sorted(set().union(*(np.unique(m[m>0]).tolist() for m in masks)))
     colours = dict(zip(codes, cycle(PALETTE)))
-    fig,axs = plt.subplots(1, len(at), figsize=(2*len(at), 2.4), squeeze=False, layout='constrained')
-    for ax,o,m in zip(axs[0], shown, masks):
+    fig = plt.figure(figsize=(2*len(at), 2.4), layout='constrained')
+    for i,(o,m) in enumerate(zip(shown, masks), 1):
+        ax = fig.add_subplot(1, len(at), i)
         names = str(o.inputs).split('+')
         flair = names.index('flair') if 'flair' in names else None
         im,m = middle_slice(read_image(o.image), m, channel=flair)
