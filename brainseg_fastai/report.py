@@ -260,10 +260,11 @@ class Report:
 # %% ../nbs/library/21_report.ipynb #c044x
 def para(*texts)->Html: return piece('paras', texts)
 
-def section(title, *body):
-    "A section of the page from markup; what is empty is dropped, and all of it if there is nothing to say"
-    body = Markup('').join(o for o in body if o)
-    return dict(title=title, id=re.sub(r'\W+', '-', title.lower()).strip('-'), body=body) if body else None
+def section(name, *body):
+    "A section of the page, one of `report.toml`: title, prose, and markup; what is empty is dropped, and all of it without markup"
+    title,*prose = TEXTS['sections'][name]
+    body = [o for o in body if o]
+    return body and dict(title=title, id=name, body=Markup('').join([para(*prose), *body]))
 
 def plain_text(v):
     if isinstance(v, (list,tuple)): return ', '.join(map(plain_text, v))
@@ -288,15 +289,15 @@ def curves_html(curves, scores, answer):
 
 def sheet_html(scores, out, simulated):
     "The contact sheet below what must be known about it"
-    notes = dict(tiles=True, again=len(worst_first(scores))<len(scores), real=not simulated)
+    notes = dict(again=len(worst_first(scores))<len(scores), real=not simulated)
     return para(*(TEXTS[k] for k,v in notes.items() if v)), contact_sheet(scores, out)
 
 def groups_html(scores):
     "Mean Dice of each group of cases, such as each type of tumour"
-    if 'label' not in scores: return ()
+    if 'label' not in scores: return None
     rows = [(variant_name(v), label, t.subject.nunique(), len(t), t.dice.mean())
         for (v,label),t in scores.groupby(['variant','label'], sort=False)]
-    return para(TEXTS['groups']), table_html(rows, ['variant','label','subjects','cases','Dice'])
+    return table_html(rows, ['variant','label','subjects','cases','Dice'])
 
 # %% ../nbs/library/21_report.ipynb #c049x
 def evidence(scores, curves=None, split=None, swap=None, external=None, problems=None, info=None, out='.',
@@ -306,18 +307,17 @@ def evidence(scores, curves=None, split=None, swap=None, external=None, problems
     command,origin = (info.get(k) for k in ('command','fingerprint'))
     more = {k: v for k,v in info.items() if k not in OWN}
     return [
-        some(swap) and section('Trained on one, tested on the other', para(TEXTS['swap']), swap_html(swap)),
-        some(external) and section('On the external data set', table_html(external)),
-        section('Would training longer help?', *curves_html(curves, scores, info.get('training_longer'))),
-        section('Every test case, worst first', *sheet_html(scores, out, simulated)),
-        section('By type', *groups_html(scores)),
-        some(split) and section('How subjects were split', para(TEXTS['split']), table_html(split_table(split))),
-        section('Problems found in the data',
-            table_html(problems, most=200) if some(problems) else para('None.')),
-        section('What the words mean', piece('terms', {**(words or {}), **info.get('definitions', {})})),
-        section('Data fingerprint', origin and dict_html(dict(fingerprint=origin))),
-        section('Environment', more and dict_html(more)),
-        command and section('How to reproduce this', piece('code', command), para(TEXTS['reproduce']))]
+        section('swap', some(swap) and swap_html(swap)),
+        section('external', some(external) and table_html(external)),
+        section('longer', *curves_html(curves, scores, info.get('training_longer'))),
+        section('cases', *sheet_html(scores, out, simulated)),
+        section('groups', groups_html(scores)),
+        section('split', some(split) and table_html(split_table(split))),
+        section('problems', table_html(problems, most=200) if some(problems) else para('None.')),
+        section('terms', piece('terms', {**(words or {}), **info.get('definitions', {})})),
+        section('fingerprint', origin and dict_html(dict(fingerprint=origin))),
+        section('environment', more and dict_html(more)),
+        section('command', command and piece('code', command))]
 
 # %% ../nbs/library/21_report.ipynb #c052x
 def page(tag, colour, sentence, facts, sections, simulated=False)->Report:
@@ -354,9 +354,9 @@ def compare_report(comparison, scores, **kwargs)->Report:
     means = {v: summarise_scores(scores[scores.variant==v]) for v in c['metrics']}
     words = terms('rules', case=c['case'], margin=f'{c["margin"]:g}', estimand=c['estimand'])
     return page(*verdict_tag(c), c['sentence'], piece('compare_facts', c, means), [
-        section('Please note', piece('bullets', c['warnings'])),
-        section('The comparison', comparison_html(scores, c)),
-        section('Scores on test subjects', score_table_html(means, unit_of(scores), c['case'])),
+        section('note', piece('bullets', c['warnings'])),
+        section('comparison', comparison_html(scores, c)),
+        section('scores', score_table_html(means, unit_of(scores), c['case'])),
         *evidence(scores, words=words, simulated=simulated, **kwargs)], simulated)
 
 # %% ../nbs/library/21_report.ipynb #c063x
@@ -371,6 +371,6 @@ def train_report(scores, simulated=False, **kwargs)->Report:
         dice=num(dice), interval=f' (95 % interval {ci})'*bool(ci))
     facts = piece('train_facts', dice, case, per, scores.loc[scores.dice.idxmin()], n)
     return page(variant_name(v), v if v in SHOWN else '', sentence, facts, [
-        section('Please note', piece('bullets', found_nothing(scores))),
-        section('Scores on test subjects', score_table_html({v: means}, unit_of(scores), case)),
+        section('note', piece('bullets', found_nothing(scores))),
+        section('scores', score_table_html({v: means}, unit_of(scores), case)),
         *evidence(scores, words=terms('mean', case=case), simulated=simulated, **kwargs)], simulated)
