@@ -116,12 +116,13 @@ def foreground(
 MOST_VOXELS = 1024**3
 
 def volume_header(path):
-    "nibabel image of a file that is one volume of real numbers; voxels are not read yet"
+    "nibabel image of one volume of real numbers; its voxels are not read yet"
     import nibabel as nib
     try: im = nib.load(os.fspath(path))
     except Exception as e: raise known('images.volume', path, why=e) from e
     shape,dtype,affine = im.shape, im.get_data_dtype(), im.affine
-    need(len(shape)>2 and set(shape[3:])<={1} and 0 not in shape, 'images.dimensions', path, shape=times(shape))
+    single = len(shape)>2 and {*shape[3:]}<={1} and 0 not in shape
+    need(single, 'images.dimensions', path, shape=times(shape))
     need(dtype.kind in 'iuf', 'images.type', path, dtype=dtype)
     placed = np.isfinite(affine).all() and abs(np.linalg.det(affine[:3,:3]))>1e-12
     need(placed, 'images.affine', path)
@@ -145,7 +146,7 @@ def load_volume(path):
     except Exception as e: raise known('images.volume', path, why=e) from e
     if a.dtype.kind=='f':
         if a.dtype.itemsize>4: a = a.astype(np.float32)
-        bad = a.size-np.isfinite(a).sum()
+        bad = (~np.isfinite(a)).sum()
         need(not bad, 'images.nan', path, n=bad)
     res = type(im)(a.reshape(a.shape[:3]), im.affine, im.header)
     res.set_data_dtype(a.dtype)
@@ -159,14 +160,14 @@ def count_values(a):
     return dict(zip(*(o.tolist() for o in np.unique(a, return_counts=True))))
 
 def all_alike(a):
-    "True where the eight neighbours in the slice have the same value; never on its border"
+    "Where the eight neighbours in the slice have the same value; never on its border"
     row,res = np.zeros((2, *a.shape), bool)
     row[:,1:-1] = (a[:,1:-1]==a[:,:-2]) & (a[:,1:-1]==a[:,2:])
     res[1:-1] = row[1:-1] & row[:-2] & row[2:] & (a[1:-1]==a[:-2]) & (a[1:-1]==a[2:])
     return res
 
 def code_counts(a):
-    "Voxels of each code, and those inside a region of it; None if there are too many to be codes"
+    "Voxels of each code, and those inside a region; None if they are too many for codes"
     if a.dtype.kind=='f': a = a.astype(np.int64)
     for part in a[...,a.shape[2]//2], a: # of an image, one slice tells
         if len(codes := count_values(part))>256: return None,None
@@ -218,7 +219,7 @@ def volume_facts(path):
 # %% ../nbs/library/01_images.ipynb #c023x
 @by_stamp(maxsize=16)
 def open_volume(path):
-    "nibabel image in RAS+ orientation, memory-mapped, not to be written to; a damaged one raises"
+    "nibabel image in RAS+ orientation, memory-mapped and read-only; a damaged one raises"
     import nibabel as nib
     volume_facts(path)
     data,flat = volume_header(path).dataobj, path
@@ -237,8 +238,8 @@ def open_volume(path):
 class Pixels:
     "Where the pixels of a case are"
     files:tuple         # One path per channel, or a single file
-    index:int=None      # Axial slice of a volume in RAS+ orientation; None: all of the file
-    channels:tuple=None # Which channels of a picture that has several, () for all; None: it is grey
+    index:int=None      # Axial slice of a volume in RAS+ orientation; None: the whole
+    channels:tuple=None # Of a picture that has several, () for all; None: it is grey
 
     def __post_init__(self):
         files,c = self.files, self.channels
@@ -253,13 +254,13 @@ class Pixels:
         "Grey levels, or codes of a mask, of the first file in its own range"
         if not is_volume(self): return read_picture(self.files[0], self.channels, mask)
         a = np.asanyarray(open_volume(self).dataobj)
-        if self.index is None: return a
-        n = a.shape[2]
-        need(0<=self.index<n, 'images.slice', self.files[0], n=plural(n, 'slice'), index=self.index)
-        return np.rot90(a[:,:,self.index])
+        k,n = self.index, a.shape[2]
+        if k is None: return a
+        need(0<=k<n, 'images.slice', self.files[0], n=plural(n, 'slice'), index=k)
+        return np.rot90(a[:,:,k])
 
     def window(self, a):
-        "Which of the values `a` become 0 and 255: of a picture what fits in 8 bits stays"
+        "What becomes 0 and 255: of a picture all that fits in 8 bits stays"
         if is_volume(self): return volume_facts(self)['window']
         lo,hi = min(a.min(), 0), a.max()
         fits = hi-lo <= (0 if a.dtype.kind=='f' else 255)
@@ -285,8 +286,8 @@ def image_size(x)->tuple:
     "Height and width of an image, or x, y and z"
     x = pixels_of(x)
     if is_volume(x):
-        shape = tuple(volume_facts(x)['shape'])
-        return shape if x.index is None else shape[1::-1]
+        shape = volume_facts(x)['shape']
+        return tuple(shape if x.index is None else shape[1::-1])
     try:
         with Image.open(x) as im: return im.size[::-1]
     except Exception: return x.values().shape[:2] # raises with a reason
@@ -367,8 +368,8 @@ def facts_of(images, masks=(), show=False, strict=False)->dict:
         for x in {(x.files, x.channels): x for x in xs}.values():
             jobs |= {(f, mask): replace(x, files=f, index=None, channels=x.channels and ()) for f in x.files}
     res = in_threads(fact, jobs, show)
-    bad = [d['error'] for d in res if d['error']]
-    if strict and bad: raise bad[0]
+    for d in res if strict else ():
+        if d['error']: raise d['error']
     return dict(zip(jobs, res))
 
 def data_fingerprint(cases:pd.DataFrame)->str:
