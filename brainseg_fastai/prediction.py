@@ -334,6 +334,7 @@ def predict_scans(
     model = bundle if hasattr(bundle, 'net') else load_bundle(bundle)
     config,failed = config_of(model), []
     need(not Path(out or '').is_file(), 'prediction.out', out)
+    need(not any(o.is_file() for o in Path(out or '').parents), 'core.below_file', out)
     paths = find_scans_to_predict(scans, config['channels'], config['inputs_all'])
     options = checked_options(config, paths, spacing, slab, flips)
     made = dict(bundle=bundle_key(config), options=options)
