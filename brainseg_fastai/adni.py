@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ADNI', 'adni_cases', 'check_cases', 'adni_standin', 'adni_demo']
 
-# %% ../nbs/library/06_adni.ipynb #c003x
+# %% ../nbs/library/06_adni.ipynb #a
 import re
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from .checks import (
 from .core import DataError, few, known, need, plural, say
 from .images import IMAGE_SUFFIXES, is_picture, list_files
 
-# %% ../nbs/library/06_adni.ipynb #c009x
+# %% ../nbs/library/06_adni.ipynb #b
 def subject_id(path)->str:
     "The part of the file name before the first dash"
     m = re.match('([^-]+)-', Path(path).name)
@@ -51,7 +51,7 @@ def scan_and_slice(stem, kind, subject):
     m = re.fullmatch('(.*?)[-_/ ]*([^-_/ ]*)', rest)
     return m[1] or '-', m[2] or '-'
 
-# %% ../nbs/library/06_adni.ipynb #c012x
+# %% ../nbs/library/06_adni.ipynb #c
 def csv_rule(file, kinds):
     "Subjects from a CSV file with the columns `image` and `subject`, whatever kind a row names"
     try: t = pd.read_csv(file, dtype=str, encoding='utf-8-sig', keep_default_na=False)
@@ -86,7 +86,7 @@ def subject_rule(subject, kinds)->tuple:
     else: how,rule = 'by_name', regex_rule(s)
     return rule, partial(say, f'adni.{how}', subject=s)
 
-# %% ../nbs/library/06_adni.ipynb #c014x
+# %% ../nbs/library/06_adni.ipynb #d
 def subfolders(root):
     return sorted(d for d in Path(root).iterdir() if d.is_dir() and d.name[0]!='.')
 
@@ -117,7 +117,7 @@ def list_slices(root, kinds=())->dict:
     need(not lost, 'adni.no_kind', root, lost=lost, there=', '.join(images))
     return images
 
-# %% ../nbs/library/06_adni.ipynb #c017x
+# %% ../nbs/library/06_adni.ipynb #e
 def match_masks(root, images, kinds, rule):
     "One row per image; `mask` is None if there is none, `subject` if the name tells nothing"
     files = list_files(root/'mask', IMAGE_SUFFIXES)
@@ -145,7 +145,7 @@ def add_cohort(rows, root):
     more = ['below_top'] if told else []
     return [o | {k: fact(o, k) for k in ['spacing', *more]} for o in rows], more
 
-# %% ../nbs/library/06_adni.ipynb #c018x
+# %% ../nbs/library/06_adni.ipynb #f
 def adni_cases(
     root,         # Data folder with a subfolder for `inputs` and one named `mask`
     inputs=None,  # `brain` (skull-stripped; the default), `orig` (full skull), another kind
@@ -164,7 +164,7 @@ def adni_cases(
     t,by = case_table(rows, root, '', more=more), ['subject','scan','slice']
     return t.sort_values(by, kind='stable', ignore_index=True)
 
-# %% ../nbs/library/06_adni.ipynb #c021x
+# %% ../nbs/library/06_adni.ipynb #g
 def odd_rows(rows, root, kinds, expected):
     "No subject, two images for one case, no mask, no partner of another kind"
     def case(o): return o['subject'], o['scan'], o['slice']
@@ -194,7 +194,7 @@ def other_files(root, kinds):
         files = plural(len(names), 'file')
         if names: yield known_problem('other_files', d, files=files, names=few(names, 3))
 
-# %% ../nbs/library/06_adni.ipynb #c023x
+# %% ../nbs/library/06_adni.ipynb #h
 def check_cases(
     root,          # Data folder
     inputs=None,   # Kinds to check; None: all
@@ -222,7 +222,7 @@ def check_cases(
         *few_subjects(rows, kinds), *other_files(root, kinds),
         *(known_problem('no_kind', k) for k in images if k not in usual)])
 
-# %% ../nbs/library/06_adni.ipynb #c029x
+# %% ../nbs/library/06_adni.ipynb #i
 def adni_standin(folder, n, rng):
     from brainseg_fastai.demo import wanted, write_cohort
     write_cohort(folder, wanted(n, 42, 128), progress=False)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Layout', 'cohort', 'is_simulated', 'standin', 'data_folder']
 
-# %% ../nbs/library/02_cases.ipynb #c003x
+# %% ../nbs/library/02_cases.ipynb #a
 import os, re
 from collections import namedtuple
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import numpy as np, pandas as pd
 from .core import DataError, cache_dir, few, in_threads, made_once, need, read_json, write_json
 from .images import Pixels, list_files, stem_of, volume_facts
 
-# %% ../nbs/library/02_cases.ipynb #c006x
+# %% ../nbs/library/02_cases.ipynb #b
 COLUMNS = ['subject','scan','slice','inputs','image','mask','spacing']
 
 def case_table(rows, root, what, labelled=True, more=())->pd.DataFrame:
@@ -39,7 +39,7 @@ def pair_cases(a, b)->tuple: # Row by row the same subject, scan and slice
     both = a[on].merge(b[on], on=on).sort_values(on)
     return tuple(both.merge(t, on=on, how='left')[list(t.columns)] for t in (a, b))
 
-# %% ../nbs/library/02_cases.ipynb #c010x
+# %% ../nbs/library/02_cases.ipynb #c
 @dataclass(frozen=True)
 class Layout:
     "How a data set is read, checked and scored"
@@ -60,7 +60,7 @@ class Layout:
     crossed:bool=False   # Can a model of one input be tested on the others?
     demo:callable=None   # () → folder to show things on; None: a stand-in
 
-# %% ../nbs/library/02_cases.ipynb #c012x
+# %% ../nbs/library/02_cases.ipynb #d
 def cohort(root)->dict:
     "What the folder's `cohort.json` says, if it has one"
     f = Path(root)/'cohort.json'
@@ -93,7 +93,7 @@ def data_folder(default, layout)->Path:
     root = Path(os.environ['BRAINSEG_DATA']).expanduser().resolve()
     return root/default if (root/default).is_dir() else root
 
-# %% ../nbs/library/02_cases.ipynb #c016x
+# %% ../nbs/library/02_cases.ipynb #e
 Patient = namedtuple('Patient', 'subject folder images mask', defaults=[None]) # images by input
 
 def data_root(root, what):
@@ -130,7 +130,7 @@ def write_nifti(a, affine, path):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(a, affine), path)
 
-# %% ../nbs/library/02_cases.ipynb #c018x
+# %% ../nbs/library/02_cases.ipynb #f
 def patient_rows(p, names, unit, skip_empty)->list:
     "Rows of one patient: one, or one for each slice"
     lost = ', '.join(k for k in names if k not in p.images)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['refuse_errors', 'format_problems', 'mask_codes', 'odd_masks', 'unknown_labels']
 
-# %% ../nbs/library/04_checks.ipynb #c003x
+# %% ../nbs/library/04_checks.ipynb #a
 import os, re
 from collections import Counter
 from functools import partial, wraps
@@ -18,7 +18,7 @@ from .cases import Layout, choose_inputs, data_root, volume_cases
 from .core import MESSAGES, DataError, few, known, missing, need, plural, say, times
 from .images import facts_of
 
-# %% ../nbs/library/04_checks.ipynb #c005x
+# %% ../nbs/library/04_checks.ipynb #b
 LEVELS = 'error','warning','note'
 
 def problem(level, file, found, expected, remedy)->dict:
@@ -47,7 +47,7 @@ def as_problem(check):
         except DataError as e: return problem_table([failure(e)])
     return f
 
-# %% ../nbs/library/04_checks.ipynb #c007x
+# %% ../nbs/library/04_checks.ipynb #c
 def refuse_errors(problems):
     "Raise a `DataError` if there is an error in the table of a check"
     es = problems[problems.level=='error']
@@ -67,7 +67,7 @@ def format_problems(problems, n=5)->str:
         res.append(f'  -> {remedy}')
     return '\n'.join(res)
 
-# %% ../nbs/library/04_checks.ipynb #c010x
+# %% ../nbs/library/04_checks.ipynb #d
 FILE_COLUMNS = ('file path is_mask used subject scan slice inputs mask '
     'error shape sha constant codes inside affine').split()
 
@@ -86,7 +86,7 @@ def file_table(rows, root, masks=(), progress=False)->pd.DataFrame:
         return d | dict(file=Path(path).relative_to(root).as_posix(), path=path, is_mask=is_mask)
     return pd.DataFrame([row(*o) for o in facts], columns=FILE_COLUMNS)
 
-# %% ../nbs/library/04_checks.ipynb #c012x
+# %% ../nbs/library/04_checks.ipynb #e
 def damaged(t): # from `file_table`, as in all checks below
     for o in t[t.error.notna()].itertuples():
         yield failure(o.error, 'error' if o.used else 'warning', file=o.file)
@@ -114,7 +114,7 @@ def too_few_subjects(where, subjects, what='with image and mask'):
     n = len(set(subjects))
     if n<3: yield known_problem('few_subjects', where, n=plural(n, 'subject'), what=what)
 
-# %% ../nbs/library/04_checks.ipynb #c014x
+# %% ../nbs/library/04_checks.ipynb #f
 def odd_codes(t):
     "Codes that cannot be believed"
     n,inside = [sum(map(Counter, o), Counter()) for o in (t.codes, t.inside)]
@@ -141,7 +141,7 @@ def mixed_codes(t, background):
     for file,o in zip(t.file, fore):
         if o and o!={usual}: yield known_problem('mixed_codes', file, code=few(o), usual=usual)
 
-# %% ../nbs/library/04_checks.ipynb #c015x
+# %% ../nbs/library/04_checks.ipynb #g
 def mask_codes(
     masks # Mask files or `Pixels`, all of them; None is passed over
 )->tuple: # Raw codes, sorted; their positions are the classes
@@ -169,7 +169,7 @@ def unknown_labels(t, labels):
         words = dict(labels='labels' if len(odd)>1 else 'label', odd=few(odd), known=names)
         if odd: yield known_problem('unknown_labels', o.file, **words)
 
-# %% ../nbs/library/04_checks.ipynb #c022x
+# %% ../nbs/library/04_checks.ipynb #h
 def off_grid(t):
     "Volumes that do not lie on the grid of the first image beside them"
     ok = t[t.error.isna()]
@@ -195,7 +195,7 @@ def nothing_here(root, what):
     found = 'no patient' if any(Path(root).iterdir()) else 'an empty folder'
     return problem_table([known_problem('no_patient', root, found=found, what=what)])
 
-# %% ../nbs/library/04_checks.ipynb #c025x
+# %% ../nbs/library/04_checks.ipynb #i
 def patient_problems(patients, names, choices, root):
     first = {}
     for p in patients:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['show_cases']
 
-# %% ../nbs/library/03_drawing.ipynb #c002x
+# %% ../nbs/library/03_drawing.ipynb #a
 import base64, io, re
 from itertools import cycle
 
@@ -16,7 +16,7 @@ from scipy.ndimage import binary_dilation
 from .core import missing, need
 from .images import image_size, raw_mask, read_image, to_bytes
 
-# %% ../nbs/library/03_drawing.ipynb #c007x
+# %% ../nbs/library/03_drawing.ipynb #b
 TRUTH,PRED = '#56b4e9','#ff9f1c'
 PALETTE = '#e6194b','#3cb44b','#4363d8','#f58231','#911eb4','#42d4f4','#f032e6','#bfef45'
 
@@ -53,7 +53,7 @@ def draw_case(image, layers=(), box=None, px=None, fill=0.)->Image.Image:
     im = Image.fromarray(rgb.round().astype(np.uint8))
     return im.resize(size, Image.LANCZOS)
 
-# %% ../nbs/library/03_drawing.ipynb #c011x
+# %% ../nbs/library/03_drawing.ipynb #c
 def crop_box(mask, margin=.25, least=.4)->tuple:
     "A square around `mask`, within the image where it fits; the whole image if the mask is empty"
     at,longest = np.nonzero(mask if mask.any() else ~mask), max(mask.shape)
@@ -87,7 +87,7 @@ def data_uri(im, format='JPEG')->str:
     im.save(f, format, optimize=True, **how)
     return f'data:image/{format.lower()};base64,' + base64.b64encode(f.getvalue()).decode()
 
-# %% ../nbs/library/03_drawing.ipynb #c016x
+# %% ../nbs/library/03_drawing.ipynb #d
 def show_cases(
     cases, # Case table
     n=6    # How many, evenly spread over it

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Pixels', 'pixels_of', 'read_image', 'image_size', 'raw_mask', 'read_mask', 'to_native', 'write_mask']
 
-# %% ../nbs/library/01_images.ipynb #c003x
+# %% ../nbs/library/01_images.ipynb #a
 import gzip, hashlib, json, math, os
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from brainseg_fastai.core import (
     DataError, cache_dir, digest, few, in_threads, known, missing, need, plain, plural, stamp, times,
     write_json, written)
 
-# %% ../nbs/library/01_images.ipynb #c008x
+# %% ../nbs/library/01_images.ipynb #b
 IMAGE_SUFFIXES = '.png','.tif','.tiff','.bmp','.jpg','.jpeg'
 VOLUME_SUFFIXES = '.nii.gz','.nii','.mgz','.mgh'
 
@@ -42,7 +42,7 @@ def list_files(folder, suffixes='')->list:
             elif has_suffix(e.name, suffixes) and e.is_file(): yield Path(e.path)
     return sorted(walk(folder), key=Path.as_posix)
 
-# %% ../nbs/library/01_images.ipynb #c011x
+# %% ../nbs/library/01_images.ipynb #c
 def decode(path, mask=False, keep=False):
     "The values of a picture file; with `keep` all of its channels"
     try:
@@ -74,7 +74,7 @@ def read_picture(path, channels=None, mask=False):
         need(not mask or (a==np.round(a)).all(), 'images.halves', path)
     return a
 
-# %% ../nbs/library/01_images.ipynb #c013x
+# %% ../nbs/library/01_images.ipynb #d
 def window_of(a):
     "Grey levels of a scan that become 0 and 255"
     some = a[a!=0]
@@ -112,7 +112,7 @@ def foreground(
     cross = ndi.generate_binary_structure(2, 1).reshape((3,3,1)[:a.ndim]) # within a slice
     return largest_part(ndi.binary_fill_holes(a>otsu(a)*factor, cross))
 
-# %% ../nbs/library/01_images.ipynb #c017x
+# %% ../nbs/library/01_images.ipynb #e
 MOST_VOXELS = 1024**3
 
 def volume_header(path):
@@ -152,7 +152,7 @@ def load_volume(path):
     res.set_data_dtype(a.dtype)
     return res
 
-# %% ../nbs/library/01_images.ipynb #c019x
+# %% ../nbs/library/01_images.ipynb #f
 def count_values(a):
     "Pixels of each value, as a dict"
     if a.dtype.kind in 'iu' and a.size and a.min()>=0 and a.max()<256:
@@ -182,7 +182,7 @@ def by_stamp(maxsize):
         return g
     return deco
 
-# %% ../nbs/library/01_images.ipynb #c021x
+# %% ../nbs/library/01_images.ipynb #g
 def in_cache(path, suffix): return cache_dir()/'volumes'/(digest(2, stamp(path), n=24)+suffix)
 def sha_of(*parts): return hashlib.sha256(b''.join(parts)).hexdigest()
 
@@ -216,7 +216,7 @@ def volume_facts(path):
     with suppress(OSError): write_json(f, d) # no room: found out again next time
     return d
 
-# %% ../nbs/library/01_images.ipynb #c023x
+# %% ../nbs/library/01_images.ipynb #h
 @by_stamp(maxsize=16)
 def open_volume(path):
     "nibabel image in RAS+ orientation, memory-mapped and read-only; a damaged one raises"
@@ -233,7 +233,7 @@ def open_volume(path):
             except OSError as e: raise known('images.cache', flat, why=e) from e
     return nib.as_closest_canonical(nib.squeeze_image(nib.load(flat, mmap='r')))
 
-# %% ../nbs/library/01_images.ipynb #c025x
+# %% ../nbs/library/01_images.ipynb #i
 @dataclass(frozen=True)
 class Pixels:
     "Where the pixels of a case are"
@@ -268,7 +268,7 @@ class Pixels:
 
 def pixels_of(x): return x if isinstance(x, Pixels) else Pixels(x)
 
-# %% ../nbs/library/01_images.ipynb #c028x
+# %% ../nbs/library/01_images.ipynb #j
 def read_image(
     x # Image file or `Pixels`
 )->np.ndarray: # uint8, (H,W) or (X,Y,Z); several channels make a last axis
@@ -309,7 +309,7 @@ def read_mask(
     classes = np.searchsorted(codes, np.arange(256) if table else a).astype(np.uint8)
     return np.ascontiguousarray(classes[a] if table else classes)
 
-# %% ../nbs/library/01_images.ipynb #c035x
+# %% ../nbs/library/01_images.ipynb #k
 def to_native(mask, affine, shape):
     "A mask in the orientation and shape of a file's own array"
     import nibabel.orientations as o
@@ -344,7 +344,7 @@ def write_mask(
     with written(path) as tmp: im.to_filename(tmp) if volume else Image.fromarray(a).save(tmp)
     return Path(path)
 
-# %% ../nbs/library/01_images.ipynb #c038x
+# %% ../nbs/library/01_images.ipynb #l
 @by_stamp(maxsize=100_000)
 def look(path, x, mask):
     if is_volume(path):

@@ -6,7 +6,7 @@
 __all__ = ['Stopwatch', 'step_seconds', 'peak_mb', 'timed', 'windows', 'prediction_seconds', 'measure_training', 'plan_variants',
            'duration', 'advice']
 
-# %% ../nbs/8_speed.ipynb #19a5c276
+# %% ../nbs/8_speed.ipynb #a
 import math, time
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from .runs import prepare_learner
 from .segmentation import predict_cases, score_cases
 from .splits import with_split
 
-# %% ../nbs/8_speed.ipynb #9cced8b5
+# %% ../nbs/8_speed.ipynb #b
 class Stopwatch(Callback):
     "Counts the seconds of training steps, all callbacks included, and stops after `seconds`"
     order = 1000
@@ -59,7 +59,7 @@ def step_seconds(
         if fast: fast.until = until
     return watch.median()
 
-# %% ../nbs/8_speed.ipynb #69b2511b
+# %% ../nbs/8_speed.ipynb #c
 def peak_mb():
     "Largest memory of this process, or of the graphics card, so far in MB; NaN if it cannot be told"
     cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
@@ -92,7 +92,7 @@ def prediction_seconds(learn, cases)->float:
     seconds = min(timed(lambda: predict(model, two)) for _ in range(2)) # the first takes longer
     return seconds*windows(a.shape, patch)/windows(two.shape, patch)
 
-# %% ../nbs/8_speed.ipynb #70a54759
+# %% ../nbs/8_speed.ipynb #d
 def measure_training(
     cases:pd.DataFrame, # Case table with the column `split`
     settings,           # `Settings`
@@ -121,7 +121,7 @@ def measure_training(
         setup_s=setup,
         score_s=float(n['test']*score), memory_mb=peak_mb())
 
-# %% ../nbs/8_speed.ipynb #9e983aeb
+# %% ../nbs/8_speed.ipynb #e
 @delegates(prepare)
 def plan_variants(
     root,          # Data folder
@@ -147,7 +147,7 @@ def plan_variants(
         row['minutes'] += n*(row['setup_s'] + row['epochs']*row['epoch_s'] + row['score_s'])/60
     return pd.DataFrame(rows.values())
 
-# %% ../nbs/8_speed.ipynb #7f5e4e48
+# %% ../nbs/8_speed.ipynb #f
 def duration(minutes):
     if minutes<2: return f'{minutes*60:.0f} s'
     return f'{minutes:.0f} min' if minutes<120 else f'{minutes/60:.1f} h'
