@@ -31,7 +31,6 @@ def variant_name(v): return SHOWN.get(v, str(v))
 def lower_name(v): return SHOWN[v].lower() if v in SHOWN else str(v)
 
 def colours(variants):
-    "A colour for each of a few variants"
     return {v: COLOURS.get(v, c) for v,c in zip(variants, [*COLOURS.values(), INK])}
 
 # %% ../nbs/library/21_report.ipynb #c
@@ -139,7 +138,6 @@ def per_subject(scores):
     return s.groupby(['subject','variant']).dice.mean().unstack()
 
 def pairs(scores, comparison):
-    "Mean Dice of the subjects that have both variants"
     both = [*comparison['metrics']]
     return with_columns(per_subject(scores), both, 'The score table, spread by variant,')[both].dropna()
 
@@ -217,7 +215,6 @@ def worst_first(scores, n=None):
 
 # %% ../nbs/library/21_report.ipynb #m
 def tile(r, out, px)->dict:
-    "A case (row of a score table) as the sheet shows it"
     r = r | dict(href=quote(r['prediction']), title=Path(str(r['image'])).name)
     try: return r | dict(src=data_uri(case_tile(r['image'], r['mask'], Path(out)/r['prediction'], px)))
     except DataError as e: return r | dict(gone=str(e))
@@ -288,7 +285,6 @@ def curves_html(curves, scores, answer):
     return para(*answers), some(curves) and svg(curves_plot(curves), alt)
 
 def sheet_html(scores, out, simulated):
-    "The contact sheet below what must be known about it"
     notes = dict(again=len(worst_first(scores))<len(scores), real=not simulated)
     return para(*(TEXTS[k] for k,v in notes.items() if v)), contact_sheet(scores, out)
 
@@ -302,7 +298,6 @@ def groups_html(scores):
 # %% ../nbs/library/21_report.ipynb #q
 def evidence(scores, curves=None, split=None, swap=None, external=None, problems=None, info=None, out='.',
     words=None, simulated=False)->list:
-    "The sections that every report ends with"
     info = info or {}
     command,origin = (info.get(k) for k in ('command','fingerprint'))
     more = {k: v for k,v in info.items() if k not in OWN}

@@ -75,7 +75,6 @@ def canonical(self:Scan, mask):
 
 @patch
 def to_native(self:Scan, mask):
-    "Classes of the image as an array like that of the file"
     if not self.is_volume: return mask
     return to_native(self.canonical(mask), self.like.affine, self.like.shape)
 
@@ -213,7 +212,6 @@ def known_spacings(root):
     return {None: d.get('spacing'), **each}
 
 def read_picture_scan(path, name, channels, packed, spacing)->Scan:
-    "A `Scan` from a picture"
     names,image = packed or channels, path
     if packed or len(channels)>1:
         n = (*decode(path, keep=True).shape, 1)[2]
@@ -239,7 +237,6 @@ NO_SCAN = re.compile(r'.*[_-](d?seg|mask|segmentation|labels?)', re.I)
 NO_SCANS = {'func','dwi','fmap','perf','derivatives','mask'} # folders
 
 def scans_among(files, channels, all_inputs)->list:
-    "The scans among the files of a folder"
     folder = files[0].parent
     found = sequence_files(files, all_inputs or channels)
     wanted = [found[c] for c in channels if c in found]
@@ -249,7 +246,6 @@ def scans_among(files, channels, all_inputs)->list:
     return res + [folder]*any(map(is_dicom, files))
 
 def scans_below(root, channels, all_inputs)->list:
-    "The scans in a folder and its subfolders"
     own = root/'+'.join(channels) # of a data folder with brain, orig and mask
     if own!=root and own.is_dir() and (root/'mask').is_dir(): root = own
     folders = {}

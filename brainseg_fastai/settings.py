@@ -76,7 +76,6 @@ def shape(self:Settings):
 
 @patch(as_prop=True)
 def how(self:Settings):
-    "The recipe's values for this network"
     return RECIPES[self.recipe] | (BY_NAME if not self.resnet else {})
 
 @patch
@@ -110,7 +109,6 @@ def read_value(name, text):
 BOOLS = dict(true=True, yes=True, false=False, no=False) | {'1': True, '0': False}
 
 def value_text(v):
-    "A value as `read_value` reads it"
     return ','.join(map(str, v)) if isinstance(v, tuple) else 'none' if v=='' else str(v)
 
 # %% ../nbs/library/10_settings.ipynb #f

@@ -64,7 +64,6 @@ def check_subject_rule(subject):
     need(n==1, 'slices.rule', 'subject', subject=subject, n=f'{n} groups' if isinstance(n, int) else n)
 
 def find_scans(subjects_dir, folders='*', subject=None, names=NAMES)->list:
-    "All scans below a folder, whether complete or not"
     root,res = Path(subjects_dir),{}
     check_subject_rule(subject)
     need(root.is_dir(), 'slices.no_folder', root)
@@ -101,7 +100,6 @@ def load_scan(scan, labels)->dict:
 heights = dict(largest=None, height=63., fraction=.585)
 
 def say_rule(rule, height, n, gap):
-    "The rule in words"
     which = say(f'slices.by_{rule}', height=height)
     return f'the axial slice {which}' if n==1 else f'{n} axial slices {gap:g} mm apart, around the one {which}'
 
@@ -117,7 +115,6 @@ def choose_slices(brain, mask, mm, rule='largest', height=None, n=1, gap=5.)->tu
 
 # %% ../nbs/library/18_slices.ipynb #h
 def slice_scan(scan, out, labels, **rule)->list:
-    "Write the slices of one scan"
     v = load_scan(scan, labels)
     mm,nz = v['mm'],v['orig'].shape[2]
     need(abs(mm[0]/mm[1]-1)<.01, 'slices.pixels', scan['orig'], x=mm[0], y=mm[1])
@@ -170,7 +167,6 @@ def describe(scans, done):
 
 # %% ../nbs/library/18_slices.ipynb #j
 def write_slices(scans, out, labels, rule, skip=False, workers=None, progress=False):
-    "Pictures and tables of all scans; the table"
     for k in KINDS: (out/k).mkdir()
     def one(scan):
         try: return slice_scan(scan, out, labels, **rule)

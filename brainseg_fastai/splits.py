@@ -116,7 +116,6 @@ def old_fold(old, f, folds):
     return old[old['fold']==f]
 
 def tested_folds(subjects, folds, seed, old, groups):
-    "The fold in which each subject is tested"
     counts = subjects.value_counts().sort_index().to_dict()
     need(len(counts)>=max(3, folds), 'splits.too_few', n=len(counts), folds=folds, least=max(3, folds))
     home = {} if old is None else dict(old.loc[old['split']=='test', ['subject','fold']].itertuples(index=False))

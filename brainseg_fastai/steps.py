@@ -209,7 +209,6 @@ class Nyul(Step):
 STEPS = {o.name: o for o in (Clip, ZScore, Equalise, Clahe, Match, Nyul, N4)}
 
 def parse_step(text):
-    "One step from text such as `clahe:clip_limit=0.02`"
     name,*opts = (o.strip() for o in text.split(':'))
     need(name in STEPS, 'steps.name', 'steps', name=name, steps=', '.join(STEPS))
     cls,kw = STEPS[name], {}

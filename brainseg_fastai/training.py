@@ -47,7 +47,6 @@ class ReadImage:
         return np.concatenate([a]*3) if self.rgb and len(a)==1 else a
 
 class ReadMask:
-    "Classes of a case's mask"
     def __init__(self, codes): self.codes = tuple(codes)
     def __call__(self, case): return read_mask(case['mask'], self.codes)
 

@@ -31,7 +31,6 @@ def zscore_volume(x:torch.Tensor)->torch.Tensor:
     return torch.stack([one(c) for c in x.float()])
 
 def network_volume(a, steps=None)->torch.Tensor:
-    "What a network sees of a volume"
     several = a.ndim==4
     if steps is not None: a = steps(a, channels=several)
     x = torch.from_numpy(np.array(np.moveaxis(a, -1, 0) if several else a[None]))
