@@ -64,7 +64,7 @@ def take_upload(file, session)->Path:
         folder = visitor_folder(session)/uuid.uuid4().hex[:8]
         folder.mkdir(parents=True)
         return Path(shutil.move(file, folder/file.name))
-    # the very same file, uploaded at the same moment, was taken
+    # the same file, uploaded at the same moment, was taken
     except FileNotFoundError as e: raise known('app.gone', file.name) from e
     finally: file.unlink(missing_ok=True)
 

@@ -143,7 +143,7 @@ def mixed_codes(t, background):
 
 # %% ../nbs/library/04_checks.ipynb #g
 def mask_codes(
-    masks # Mask files or `Pixels`, all of them; None is passed over
+    masks # Mask files or `Pixels`; None is passed over
 )->tuple: # Raw codes, sorted; their positions are the classes
     "The raw codes of all masks; a `DataError` if masks were smoothed or have mixed codes"
     facts = facts_of((), masks, strict=True)

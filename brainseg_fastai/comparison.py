@@ -96,7 +96,7 @@ def prepare(
     external=None, # Another data folder to score the models on
     progress=True, # Show how far the check is
     **options      # Of the layout, such as `subject` (how subjects are named)
-)->AttrDict: # variants, layout, tables, split, codes, problems, external, about, what, crossed, few
+)->AttrDict: # variants, layout, tables, split, codes, problems, external, about, what
     "Check a folder, pair the cases of all variants, and split their subjects once"
     tables,problems = checked_tables(root, variants, layout, progress, **options)
     first,seed = next(iter(tables.values())), next(iter(variants.values())).seed
@@ -255,7 +255,7 @@ def compare_variants(
     track=None,    # 'mlflow' logs the finished run there
     command='',    # How to repeat this, for the report
     **kwargs
-)->AttrDict: # report, comparison and swap (or summary), and all that `train_variants` gives
+)->AttrDict: # report, comparison and swap (or summary), and what `train_variants` gives
     "Train both variants, compare them on the same test subjects, and report a verdict"
     need(len(variants)<3, 'comparison.many', n=len(variants), names=few(variants))
     if track: check_track(track, out)

@@ -17,9 +17,9 @@ from scipy import ndimage as ndi
 from .core import cache_dir, in_threads, made_once, need, write_text
 
 # %% ../nbs/library/05_demo.ipynb #b
-version = 3      # goes up whenever the same seed gives other pixels or facts than before
-z_lo,z_hi = -24,58 # the slab of the template that the slices can reach, mm in MNI space
-brain_top = 81   # of the template, mm in MNI space: the highest plane with 100 mm² of brain or more
+version = 3      # goes up when a seed gives other pixels or facts
+z_lo,z_hi = -24,58 # slab of the template that slices reach, MNI mm
+brain_top = 81   # highest plane with 100 mm² of brain, MNI mm
 Template = namedtuple('Template', 'maps flow origin') # maps: csf, gm, wm, detail, brain, ventricles
 
 def mni_maps():
@@ -254,7 +254,7 @@ def demo_cohort(
     path=None,     # Where to; None: a folder of its own in the user's cache
     size=256,      # Pixels per side
     progress=True, # Show a progress bar while it is made?
-    workers=None,  # Threads; None: the cores, at most 4. The pictures do not depend on it
+    workers=None,  # Threads; None: the cores, at most 4
 )->Path:           # Folder with brain/, orig/, mask/ and cohort.json
     "Folder of a simulated cohort, made on first use"
     want = wanted(n_subjects, seed, size)

@@ -27,7 +27,7 @@ def write_mat(
     mask,      # Height × width, 0 and 1
     pid:str,   # Patient
     label:int, # 1 meningioma, 2 glioma, 3 pituitary tumour
-    border=()  # Outline of the tumour: x1, y1, x2, y2, … from 1, as MATLAB counts
+    border=()  # Outline: x1, y1, x2, y2, … from 1, as MATLAB counts
 ):
     "A struct `cjdata` in a MATLAB v7.3 file: HDF5 behind a header of 512 bytes, arrays column by column"
     fields = dict(PID=np.array([[ord(c)] for c in pid], np.uint16), label=[[float(label)]],

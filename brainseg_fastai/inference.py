@@ -32,7 +32,7 @@ class Frame:
     mode:str='slice'    # What the network sees at once: 'slice', 'patch' or 'volume'
     patch:tuple=None    # Voxels of a patch
     spacing:tuple=None  # mm of the training images along their axes (median); None: not known
-    field:int=None      # Side of the square that a training slice fills, in its own pixels (median)
+    field:int=None      # Side of the square that a training slice fills, own pixels (median)
 
     def ratio(self, spacing, n):
         "Size of a pixel along `n` axes, as a multiple of that in training; 1 where one is not known"
@@ -193,9 +193,9 @@ def predict_volume(model, a, spacing=None, flips=True)->Masks: # (X,Y,Z) each
 @torch.inference_mode()
 def predict(
     model:Model,
-    image,        # Pictures (N,H,W[,C]) for a network of slices, else a volume (X,Y,Z[,C]); uint8
+    image,        # Pictures (N,H,W[,C]), or a volume (X,Y,Z[,C]); uint8
     spacing=None, # mm along the axes of a picture or volume; None: not known
-    flips=True,   # Predict the mirror image as well? Twice the time, a better mask, and its agreement
+    flips=True,   # Predict the mirror image as well? Twice the time
     volume=False, # Are the pictures slices of a volume?
     fit=None      # `Fit` of the pictures, if it is known already
 )->Masks:

@@ -101,7 +101,7 @@ def fast_bf16(device)->bool:
 
 def autocast_of(device, dims=2):
     "bfloat16 where the processor has it"
-    # on processors, its gradients of 3-D convolutions over 2×2×2 voxels hold memory that nothing was written to
+    # on processors, gradients of 3-D convolutions over 2×2×2 voxels would be unwritten memory
     good = dims==2 or device.type!='cpu' or not torch.is_grad_enabled()
     kind = device.type.replace('meta', 'cpu') # meta knows no autocast
     return torch.autocast(kind, torch.bfloat16, enabled=good and fast_bf16(device))

@@ -64,7 +64,7 @@ def peak_mb():
     "Largest memory of this process, or of the graphics card, so far in MB; NaN if it cannot be told"
     cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     if cuda: return cuda/2**20
-    status = Path('/proc/self/status') # Linux, where `getrusage` begins with the size of the parent
+    status = Path('/proc/self/status') # Linux; `getrusage` begins with the size of the parent
     if status.exists(): return int(status.read_text().split('VmHWM:')[1].split()[0])/2**10
     try: import resource
     except ImportError: return math.nan # Windows
@@ -99,7 +99,7 @@ def measure_training(
     codes,              # Raw mask values
     seconds=20.,        # How long to measure, about
     layout=ADNI         # How the data are scored
-)->dict: # epochs, steps of an epoch, seconds of step, epoch, set-up and scoring, memory_mb
+)->dict: # epochs, steps, step_s, epoch_s, setup_s, score_s, memory_mb
     "What one training on these cases costs, measured on a few batches and two predictions"
     n,start = cases['split'].value_counts(), time.perf_counter()
     s = settings.filled(int(n['train']))
@@ -130,7 +130,7 @@ def plan_variants(
     control=True,  # One more training of the first variant
     seconds=20.,   # How long to measure, in all
     **kwargs
-)->pd.DataFrame: # A row per variant: trainings, minutes of all of them, `measure_training`
+)->pd.DataFrame: # A row per variant: trainings, minutes, `measure_training`
     "What `train_variants` would cost on this machine; nothing is written"
     r,rows = prepare(root, variants, **kwargs), {}
     for job in trainings(r, repeats, control):

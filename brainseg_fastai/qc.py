@@ -86,7 +86,7 @@ def key_figures(rows):
 
 # %% ../nbs/library/22_quality_page.ipynb #f
 def qc_page(
-    rows, # dicts: name, image, and if known mask, colours, names, measures, quality, predicted, flags, notes
+    rows, # dicts: name, image, and what is known of `USUAL`, mask
     title='Predicted masks, worst first',
     px=None # Longest side of a picture
 )->QcPage:

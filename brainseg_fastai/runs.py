@@ -278,7 +278,7 @@ def train_run(
     folder,        # Folder of this run
     settings=None, # `Settings`; None: the usual ones
     layout=ADNI,   # How the data set is labelled and scored
-    codes=None,    # Raw mask values; None: those of the layout, or those in the masks
+    codes=None,    # Raw mask values; None: the layout's, or the masks'
     about=None,    # What the model card shall say of the data, such as its `name`
     test_sets=None, # Case tables to score by name; None: the test rows of `cases`
     progress=True  # Show fastai's progress bar?

@@ -278,7 +278,7 @@ def scan_names(paths)->list:
     return names
 
 # %% ../nbs/library/17_scans.ipynb #l
-DARK_RIM = .23 # a larger share of dark pixels in the rim means that the skull is there
+DARK_RIM = .23 # a larger share of dark pixels in the rim is a skull
 
 def dark_rim(a, mm=1.)->float:
     "Share of dark pixels 4 to 14 mm below the surface of what is in the picture"

@@ -80,8 +80,8 @@ def score_mask(
     spacing=None, # mm per pixel, one number or one per axis; None or NaN if unknown
     tolerance=None, # Of the NSD, in the unit of the result; None: `NSD_TOLERANCE`
     n_codes=2,    # Codes with background
-    regions=None  # Codes by name of what is scored, such as {'WT': (1,2,3)}; None: each code
-)->dict: # dice, jaccard, hd95, nsd, size_true, size_pred, unit, n_true, n_pred, n_both, and PARTS
+    regions=None  # Codes by name, such as {'WT': (1,2,3)}; None: each code
+)->dict: # `METRICS`, size_true, size_pred, unit, n_true, n_pred, n_both, `PARTS`
     "All scores of one case; `hd95` is in `unit`, sizes in its square, of volumes in its cube"
     pred,truth = code_map(pred, n_codes),code_map(truth, n_codes)
     need(pred.shape==truth.shape and pred.ndim in (2,3), 'scores.shapes', 'The prediction',

@@ -44,7 +44,7 @@ class SubjectSplitter:
         valid_pct=.2,  # Share of the images for validation
         test_pct=0.,   # Share of the images kept away for the final test
         seed=42,       # Decides which subjects
-        previous=None  # Earlier split (table or CSV file) whose subjects stay where they are
+        previous=None  # Earlier split, table or CSV file, to keep to
     ):
         store_attr()
         self.parts = [(p,pct) for p,pct in (('test',test_pct), ('valid',valid_pct)) if pct]
@@ -97,12 +97,12 @@ ENOUGH_SUBJECTS = 10 # fewer test subjects than this cannot carry a verdict
 
 def split_cases(
     cases:pd.DataFrame, # Case table
-    folds=None,         # 1: one split; K: K folds test every subject; None: one split if it tests ten, else 3 folds
-    valid_pct=.15,      # Share of images for validation (of those not tested, when there are folds)
+    folds=None,         # 1: one split; K: all are tested, in K folds; None: 1 if it tests ten, else 3
+    valid_pct=.15,      # Share of images for validation, with folds of those not tested
     test_pct=.25,       # Share of images for the test of a single split
     seed=42,
-    previous=None,      # Earlier split table or CSV file whose subjects stay where they are
-    stratify=None       # Column, such as the type of tumour, of which every part gets its share
+    previous=None,      # Earlier split, table or CSV file, to keep to
+    stratify=None       # Column of which every part gets its share, such as the type of tumour
 )->pd.DataFrame: # Split table: image, subject, split, fold
     "Who is trained, validated and tested on, by subject"
     old,subjects = None if previous is None else read_split(previous), cases['subject']
@@ -156,15 +156,15 @@ class FramedBlock(DataBlock):
 # %% ../nbs/1_segmentation_on_brain.ipynb #h
 @delegates(augment_tfms)
 def brainseg_block(
-    inputs='brain',   # 'brain' (skull-stripped), 'orig' (full skull), or what the case table calls them
+    inputs='brain',   # 'brain' (skull-stripped), 'orig' (full skull), or others of the table
     codes=(0,255),    # Raw mask values, background first; `mask_codes` finds them
-    size=256,         # Side of the square that images are brought to, in pixels; smaller ones are padded after scaling
+    size=256,         # Side of the square that images are brought to, pixels
     splitter=split_column, # Any splitter of case tables
     rgb=False,        # Three channels with ImageNet statistics, for the published recipe
-    augment=True,     # Random flips, affine and lighting changes, on whole batches
+    augment=True,     # Random flips, affine and lighting changes
     subject=None,     # How subjects are named, as in `adni_cases`
     steps=None,       # Preprocessing, a fitted `Steps`
-    memory=1024,      # MB for images, and as much for masks, that are kept once they were read
+    memory=1024,      # MB for images that are kept, and as much for masks
     **kwargs
 )->FramedBlock: # For a data folder or a case table
     "DataBlock of slices and masks, the same for every kind of image"
@@ -178,7 +178,7 @@ def brainseg_block(
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #i
 def brainseg_learner(
-    dls,           # DataLoaders from `brainseg_block`, with `rgb=True` for the published recipe, or from `volume_dls`
+    dls,           # DataLoaders from `brainseg_block` (published recipe: `rgb=True`) or `volume_dls`
     settings=None, # `Settings`; None: the usual ones
     weights=None,  # Weights of the classes, for the losses that use them
     **kwargs       # Fields of `Settings`, such as arch='unet', and arguments of `Learner`
@@ -267,12 +267,12 @@ def save_prediction(classes, case, folder, codes)->Path:
 def score_cases(
     model,              # Learner or `Model`
     cases:pd.DataFrame, # Case table with `image` and `mask`
-    tolerance=None,     # Of the surface Dice, in mm where the spacing is known, else in pixels; None: as `score_mask`
-    save_to=None,       # Folder for the predicted masks (PNG, for volumes NIfTI, with the raw codes), if wanted
-    regions=None,       # Raw codes by name, such as `{'WT': (1,2,4)}`, of what is scored; None: every code for itself
-    per='case',         # 'volume': slices are put together again and scored as the scan they come from
-    quality=False       # Also how far the predictions of image and mirror image agree, which needs no mask
-)->pd.DataFrame: # One row per case: subject, scan, slice, image, mask, metrics, sizes, unit, counts, prediction
+    tolerance=None,     # Of the surface Dice, mm (pixels without spacing); None: as `score_mask`
+    save_to=None,       # Folder for the predicted masks, if wanted
+    regions=None,       # Raw codes by name, such as {'WT': (1,2,4)}; None: every code for itself
+    per='case',         # 'volume': slices are scored as the scan they come from
+    quality=False       # Also how far image and mirror image agree, which needs no mask
+)->pd.DataFrame: # A row per case: what it is, metrics, sizes, unit, counts, prediction
     "Predict and score every case against its mask"
     model,rows = model_of(model), []
     codes,n = model.codes, len(model.codes)

@@ -182,13 +182,13 @@ def write_slices(scans, out, labels, rule, skip=False, workers=None, progress=Fa
 
 # %% ../nbs/library/18_slices.ipynb #k
 def make_slices(
-    subjects_dir,   # FreeSurfer's SUBJECTS_DIR, or a folder with such volumes in NIfTI format
+    subjects_dir,   # FreeSurfer's SUBJECTS_DIR, or such volumes in NIfTI format
     out,            # New or empty folder for orig, brain, mask, cohort.json and slices.csv
     rule='largest', # Which slice: 'largest', 'height' or 'fraction'
-    height=None,    # mm below the top of the brain ('height'), or fraction of its extent
+    height=None,    # mm below the top of the brain, or fraction of its extent
     n=1,            # Slices per scan
     gap=5.,         # mm between them
-    choroid=False,  # Does the choroid plexus, which lies in the ventricles, belong to them?
+    choroid=False,  # Does the choroid plexus belong to the ventricles?
     labels=None,    # Of another structure; None: the ventricles
     subject=None,   # As in `scan_of`
     folders='*',    # Which of the folders, as in `ls`

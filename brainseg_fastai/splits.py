@@ -17,7 +17,7 @@ from .core import DataError, few, known, need
 def closest_subset(counts:dict, target:float)->set:
     "The subjects, taken from the front of `counts`, whose images add up as closely to `target` as any choice can"
     names,ns = list(counts), list(counts.values())
-    first = np.full(sum(ns)+1, len(ns)) # for each sum the first subject with which it can be reached
+    first = np.full(sum(ns)+1, len(ns)) # for each sum the first subject that reaches it
     first[0],best,most = -1, 1+int(np.abs(np.arange(1, len(first))-target).argmin()), 0
     for i,n in enumerate(ns):
         if first[best] < len(ns): break # no choice comes closer
@@ -128,14 +128,14 @@ def image_split(
     cases:pd.DataFrame, # Case table
     split:pd.DataFrame, # Split by subject
     seed=42
-)->tuple: # Two case tables with `split`: by image, and by subject, tested on the same images
+)->tuple: # Two case tables, split by image and by subject, tested on the same images
     "A wrong split by image and a right one by subject, with the same test images and as many training images"
     right = with_split(cases, split).assign(rank=np.random.default_rng(seed).permutation(len(cases)))
     test = right[right['split']=='test'].sort_values('rank')
     half = test.groupby('subject').cumcount() % 2==0 # is tested on, the other half leaks into training
     leaked,tested = test[~half], test[half]
     train = right[right['split']=='train'].sort_values('rank')
-    kept = train.iloc[len(leaked):]                  # make room, so that both train on the same number of images
+    kept = train.iloc[len(leaked):]                  # both train on the same number of images
     valid = right[right['split']=='valid']
     wrong = pd.concat([kept, leaked.assign(split='train'), valid, tested])
     return wrong.drop(columns='rank'), pd.concat([train, valid, tested]).drop(columns='rank')

@@ -230,7 +230,7 @@ def late_gain(y):
 # %% ../nbs/library/09_statistics.ipynb #m
 def training_longer(
     curves       # Curve table: variant, fold, seed, epoch, valid_dice
-)->pd.DataFrame: # Per variant: answer, gain, error, best_epoch, epochs, trainings, sentence
+)->pd.DataFrame: # Per variant: answer, gain, error, best_epoch, epochs, sentence
     "Would training longer help, judged by the validation curves?"
     res = {}
     for variant,s in curves.groupby('variant', sort=False):

@@ -200,7 +200,7 @@ class Nyul(Step):
     def curve(self, v, c=0):
         x,i = np.unique(self.look(v), return_index=True)
         y = np.array(self.landmarks[c])[i]
-        if len(x)<2: return v # nearly all of the brain is of one grey level: no scale to be moved
+        if len(x)<2: return v # nearly all of one grey level: no scale to be moved
         slope = (y[-1]-y[-2])/(x[-1]-x[-2])
         above = y[-1]+slope*(v-x[-1])
         return np.where(v>x[-1], above, np.interp(v, [0,*x], [0,*y])).astype(np.float32)
@@ -221,7 +221,7 @@ def parse_step(text):
 
 # %% ../nbs/library/11_preprocessing.ipynb #k
 def make_steps(
-    spec=None # Names such as 'n4,nyul,zscore', a list of names and step objects, or None for no step
+    spec=None # Names such as 'n4,nyul,zscore', or a list of names and step objects
 )->Steps:     # `fit` it before use if it has a step that is fitted
     "A preprocessing pipeline from its specification"
     if isinstance(spec, Steps): return Steps(spec.steps)
@@ -257,7 +257,7 @@ def look_all(step, before, images, channels):
 
 @patch
 def fit(self:Steps,
-    cases:pd.DataFrame, # Training rows, or rows with a column `split`, of which only 'train' is used
+    cases:pd.DataFrame, # Training rows, or rows with a column `split`
     channels=None,      # Is the last axis one of channels? None: as `has_channels` says
     most=500            # Images to read at most
 )->Steps: # Itself

@@ -54,7 +54,7 @@ def check_track(track, out='.', uri=None, timeout=5)->bool:
     from urllib.error import HTTPError
     from urllib.request import urlopen
     try: urlopen(re.sub('(?<=://)[^/]*@', '', uri), timeout=timeout).close()
-    except HTTPError: pass # it answers; whether it lets us in is seen when a run is logged
+    except HTTPError: pass # it answers; whether it lets us in is seen later
     except (OSError, ValueError) as e: raise known('tracking.silent', hide_secrets(uri), e=hide_secrets(e)) from None
     return True
 
@@ -175,7 +175,7 @@ def log_run(
             log_folder(client, run_id, out, settings)
             client.set_terminated(run_id)
     except Exception as e:
-        with quiet(), suppress(Exception): # where the server is gone, the first error is the one to tell
+        with quiet(), suppress(Exception): # the first error is the one to tell
             if run_id: client.set_terminated(run_id, status='FAILED')
         why = (hide_secrets(e).strip() or type(e).__name__).splitlines()[0][:300].rstrip('.')
         raise known('tracking.failed', uri=shown, why=why, out=out, name=out.name) from None # it may show the password

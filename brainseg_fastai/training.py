@@ -128,7 +128,7 @@ def augment_tfms(max_rotate=8., min_zoom=.9, max_lighting=.15, max_warp=0., bend
         max_warp=max_warp, xtra_tfms=more, **kwargs)
 
 # %% ../nbs/library/13_training.ipynb #g
-FEW_IMAGES = 16 # training images; below, heads are bent, scaled and lit more than they are likely to differ
+FEW_IMAGES = 16 # training images; below, heads are bent, scaled and lit more
 STRONGER = dict(max_rotate=15., min_zoom=.8, max_zoom=1.25, max_lighting=.3, bend=.1)
 
 def augmentation(recipe, n_train):
@@ -149,7 +149,7 @@ class FastBatches(Callback):
     "Plain channels-last batches; in the first part of training a random window, the same for all of a batch"
     order = 11
     def __init__(self,
-        window=1., # Share of an image's side that a window has, rounded up to a multiple of 32 pixels
+        window=1., # Share of an image's side, rounded up to a multiple of 32 pixels
         until=.5   # Share of training after which images are whole
     ): self.window,self.until = window,until
 
@@ -182,7 +182,7 @@ class Checkpoint(Callback):
     def __init__(self,
         path=None, # File; None: nothing is saved
         every=30,  # Seconds
-        best=None  # File for the weights of the epoch with the highest validation Dice
+        best=None  # File for the weights with the highest validation Dice
     ):
         self.path,self.every,self.best = path and Path(path), every, best and Path(best)
         self.saved,self.phase,self.curve,self.state = 0,0,[],None

@@ -106,7 +106,7 @@ def scan_features(image, spacing=None, dims=None)->dict:
 
 # %% ../nbs/library/16_trust.ipynb #g
 LEAST = dict(dict.fromkeys(('share','dark','middle','bright','rim','alike'), .1), empty=.5, edge=.05, inverted=.15)
-LEAST_MM = .2          # smallest margin of numbers in mm, as a share of the median; of others, `LEAST`
+LEAST_MM = .2          # the same of numbers in mm, as a share of the median
 MARGINS = (2, 3, 5, 8) # multiples of the MAD
 MAX_OWN_RATE = .05     # share of training images that may be flagged
 
@@ -168,7 +168,7 @@ def find_flags(features, reference)->list:
     return [text for b,text in found if b not in explained]
 
 # %% ../nbs/library/16_trust.ipynb #k
-LEVELS = (.9, .8) # of the interval; the second where there are too few subjects for the first
+LEVELS = (.9, .8) # of the interval; the second with few subjects
 
 def n_line(n): return max(3, n//4) # how many of `n` subjects draw the line
 
@@ -240,7 +240,7 @@ def n_flags(v):
     return 0 if missing(v) else int(v)
 
 def review_list(
-    table        # name, quality, flags and, if predicted, (predicted_)dice and (predicted_)low
+    table        # name, quality, flags, (predicted_)dice, (predicted_)low
 )->pd.DataFrame: # The same rows, worst first, each scan once
     "Scans in the order in which a person should look at them"
     need({'name','quality'} <= set(table), 'trust.table', 'The table', columns=few(table) or 'no columns')
