@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ADNI', 'adni_cases', 'check_cases', 'adni_standin', 'adni_demo']
 
-# %% ../nbs/library/06_adni.ipynb #c003x
+# %% ../nbs/library/06_adni.ipynb #a
 import re
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from .checks import (
 from .core import DataError, few, known, need, plural, say
 from .images import IMAGE_SUFFIXES, is_picture, list_files
 
-# %% ../nbs/library/06_adni.ipynb #c009x
+# %% ../nbs/library/06_adni.ipynb #b
 def subject_id(path)->str:
     "The part of the file name before the first dash"
     m = re.match('([^-]+)-', Path(path).name)
@@ -51,12 +51,13 @@ def scan_and_slice(stem, kind, subject):
     m = re.fullmatch('(.*?)[-_/ ]*([^-_/ ]*)', rest)
     return m[1] or '-', m[2] or '-'
 
-# %% ../nbs/library/06_adni.ipynb #c012x
+# %% ../nbs/library/06_adni.ipynb #c
 def csv_rule(file, kinds):
     "Subjects from a CSV file with the columns `image` and `subject`, whatever kind a row names"
     try: t = pd.read_csv(file, dtype=str, encoding='utf-8-sig', keep_default_na=False)
     except (OSError, ValueError) as e: raise known('adni.csv', file, e=e) from e
-    need({'image','subject'}<=set(t.columns), 'adni.columns', file, columns=', '.join(t.columns))
+    columns = ', '.join(t.columns)
+    need({'image','subject'}<={*t}, 'adni.columns', file, columns=columns)
     def key(image, kinds): # its name without the kind
         stem = stem_in(image)
         return next((o for k in kinds if (o := swap_kind(stem, k))!=stem.strip('-_/ ')), stem)
@@ -65,7 +66,8 @@ def csv_rule(file, kinds):
         path = image.replace('\\', '/').removeprefix('./')
         top,_,rest = path.partition('/')
         k = key(rest, [top]) if top in kinds else key(path, kinds)
-        need(subjects.setdefault(k, s)==s, 'adni.two_subjects', file, image=image, one=subjects[k], two=s)
+        one = subjects.setdefault(k, s)
+        need(one==s, 'adni.two_subjects', file, image=image, one=one, two=s)
     return lambda rel,kind: subjects.get(key(rel, [kind])) or None
 
 def regex_rule(pattern):
@@ -84,7 +86,7 @@ def subject_rule(subject, kinds)->tuple:
     else: how,rule = 'by_name', regex_rule(s)
     return rule, partial(say, f'adni.{how}', subject=s)
 
-# %% ../nbs/library/06_adni.ipynb #c014x
+# %% ../nbs/library/06_adni.ipynb #d
 def subfolders(root):
     return sorted(d for d in Path(root).iterdir() if d.is_dir() and d.name[0]!='.')
 
@@ -99,13 +101,13 @@ def kinds_in(root)->list:
     return list(list_kinds(root)) if Path(root).is_dir() else []
 
 def list_slices(root, kinds=())->dict:
-    "Images of a folder in this layout, or a `DataError` that says what is wrong with it"
+    "Images of a folder by kind, or a `DataError` that says what is wrong with it"
     need(not root.is_file(), 'adni.file', root)
     need(root.is_dir(), 'adni.none', root)
     need(any(root.iterdir()), 'adni.empty', root)
     subs = subfolders(root)
     if root/'mask' not in subs:
-        near = next((d for d in [root.parent, *subs] if (d/'mask').is_dir() and kinds_in(d)), None)
+        near = [d for d in [root.parent, *subs] if (d/'mask').is_dir() and kinds_in(d)]
         names = few([d.name for d in subs], 8) or 'none'
         raise known('adni.near' if near else 'adni.no_mask', root, names=names, near=near)
     need(list_files(root/'mask', IMAGE_SUFFIXES), 'adni.no_masks', root)
@@ -115,18 +117,20 @@ def list_slices(root, kinds=())->dict:
     need(not lost, 'adni.no_kind', root, lost=lost, there=', '.join(images))
     return images
 
-# %% ../nbs/library/06_adni.ipynb #c017x
+# %% ../nbs/library/06_adni.ipynb #e
 def match_masks(root, images, kinds, rule):
     "One row per image; `mask` is None if there is none, `subject` if the name tells nothing"
-    masks = {stem_in(p, root/'mask'): p for p in reversed(list_files(root/'mask', IMAGE_SUFFIXES))}
+    files = list_files(root/'mask', IMAGE_SUFFIXES)
+    masks = {stem_in(p, root/'mask'): p for p in reversed(files)}
     def row(p, kind):
         stem = stem_in(p, root/kind)
         subject = rule(stem+p.suffix, kind)
         every = re.sub(whole_word(kind), 'mask', stem)
         names = swap_kind(stem, kind, 'mask'), every, f'{stem}_mask', f'{stem}-mask', stem
-        scan,slice = scan_and_slice(stem, kind, subject)
         mask = next((masks[o] for o in names if o in masks), None)
-        return dict(subject=subject, scan=scan, slice=slice, inputs=kind, image=p, mask=mask)
+        scan,slice = scan_and_slice(stem, kind, subject)
+        return dict(subject=subject, scan=scan, slice=slice,
+            inputs=kind, image=p, mask=mask)
     return [row(p, k) for k in kinds for p in images[k]]
 
 def add_cohort(rows, root):
@@ -137,28 +141,30 @@ def add_cohort(rows, root):
         v = scans.get((o['subject'], o['scan']), {}).get(name) or every.get(name)
         if isinstance(v, dict): v = v.get(o['slice'])
         return float('nan' if v is None else v)
-    more = ['below_top'] if any('below_top' in o for o in [every, *scans.values()]) else []
+    told = any('below_top' in o for o in [every, *scans.values()])
+    more = ['below_top'] if told else []
     return [o | {k: fact(o, k) for k in ['spacing', *more]} for o in rows], more
 
-# %% ../nbs/library/06_adni.ipynb #c018x
+# %% ../nbs/library/06_adni.ipynb #f
 def adni_cases(
     root,         # Data folder with a subfolder for `inputs` and one named `mask`
     inputs=None,  # `brain` (skull-stripped; the default), `orig` (full skull), another kind
     subject=None, # None: ADNI names; or a regular expression with one group, 'folder', a CSV file
     unit='slice'  # Slices are all there is
 )->pd.DataFrame: # Case table; spacing in mm per pixel, or NaN; `below_top` where it is known
-    "The table of all images of one kind that have a mask, sorted by subject, scan and slice"
+    "All images of one kind that have a mask, sorted by subject, scan and slice"
     root,kind = Path(root).resolve(), inputs or 'brain'
     one_unit(unit, ('slice',))
     images = list_slices(root, [kind])
     rule,expected = subject_rule(subject, images)
-    rows = [o for o in match_masks(root, images, [kind], rule) if o['subject'] and o['mask']]
+    rows = match_masks(root, images, [kind], rule)
+    rows = [o for o in rows if o['subject'] and o['mask']]
     need(rows, 'adni.no_case', root/kind, expected=expected(kind=kind))
     rows,more = add_cohort(rows, root)
-    by = ['subject','scan','slice']
-    return case_table(rows, root, '', more=more).sort_values(by, kind='stable', ignore_index=True)
+    t,by = case_table(rows, root, '', more=more), ['subject','scan','slice']
+    return t.sort_values(by, kind='stable', ignore_index=True)
 
-# %% ../nbs/library/06_adni.ipynb #c021x
+# %% ../nbs/library/06_adni.ipynb #g
 def odd_rows(rows, root, kinds, expected):
     "No subject, two images for one case, no mask, no partner of another kind"
     def case(o): return o['subject'], o['scan'], o['slice']
@@ -172,8 +178,8 @@ def odd_rows(rows, root, kinds, expected):
             continue
         if there[kind]!=f: yield known_problem('same_case', f, first=there[kind])
         lost = ' or '.join(k for k in kinds if k not in there)
-        alone = len(there)==1<len(kinds)
-        name = ('no_partner' if lost else None) if o['mask'] else 'unused_image' if alone else 'no_mask'
+        name = 'unused_image' if len(there)==1<len(kinds) else 'no_mask'
+        if o['mask']: name = 'no_partner' if lost else None
         if name: yield known_problem(name, f, lost=lost)
 
 def few_subjects(rows, kinds):
@@ -188,7 +194,7 @@ def other_files(root, kinds):
         files = plural(len(names), 'file')
         if names: yield known_problem('other_files', d, files=files, names=few(names, 3))
 
-# %% ../nbs/library/06_adni.ipynb #c023x
+# %% ../nbs/library/06_adni.ipynb #h
 def check_cases(
     root,          # Data folder
     inputs=None,   # Kinds to check; None: all
@@ -208,13 +214,15 @@ def check_cases(
     rows = [o for o in rows if o['inputs'] in kinds]
     t = file_table(rows, root, list_files(root/'mask', IMAGE_SUFFIXES), progress)
     bare = t.file[t.is_mask & ~t.used]
+    either = ' or '.join(kinds)
     return problem_table([
         *odd_rows(rows, root, kinds, expected),
-        *(known_problem('bare_mask', f, kinds=' or '.join(kinds)) for f in bare),
-        *damaged(t), *unequal_sizes(t), *odd_masks(t), *duplicates(t), *few_subjects(rows, kinds),
-        *other_files(root, kinds), *(known_problem('no_kind', k) for k in images if k not in usual)])
+        *(known_problem('bare_mask', f, kinds=either) for f in bare),
+        *damaged(t), *unequal_sizes(t), *odd_masks(t), *duplicates(t),
+        *few_subjects(rows, kinds), *other_files(root, kinds),
+        *(known_problem('no_kind', k) for k in images if k not in usual)])
 
-# %% ../nbs/library/06_adni.ipynb #68bf5295
+# %% ../nbs/library/06_adni.ipynb #i
 def adni_standin(folder, n, rng):
     from brainseg_fastai.demo import wanted, write_cohort
     write_cohort(folder, wanted(n, 42, 128), progress=False)
@@ -223,5 +231,6 @@ def adni_demo():
     from brainseg_fastai.demo import demo_cohort
     return demo_cohort()
 
-ADNI = Layout('adni', adni_cases, check_cases, adni_standin, structure='ventricles', inputs=('brain','orig'), units=('slice',),
+ADNI = Layout('adni', adni_cases, check_cases, adni_standin,
+    structure='ventricles', inputs=('brain','orig'), units=('slice',),
     question=('inputs=brain','inputs=orig'), crossed=True, demo=adni_demo)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WORDS', 'launch_app']
 
-# %% ../nbs/library/25_app.ipynb #c003x
+# %% ../nbs/library/25_app.ipynb #a
 import hashlib, os, shutil, signal, tempfile, threading, traceback, uuid
 from dataclasses import replace
 from functools import lru_cache
@@ -23,7 +23,7 @@ from .runs import load_bundle
 
 WORDS = TEXTS['app']
 
-# %% ../nbs/library/25_app.ipynb #c008x
+# %% ../nbs/library/25_app.ipynb #b
 def measures_html(rows, colours):
     "Table of areas or volumes, with the colour of each structure"
     each = [measures(o) for o in rows]
@@ -36,7 +36,7 @@ def trust_html(quality, predicted, flags, notes):
     agreement = '' if missing(quality) else num(quality, 2)
     return piece('trust', flags, predicted.get('text'), agreement, notes, WORDS['unknown'])
 
-# %% ../nbs/library/25_app.ipynb #421fde6b
+# %% ../nbs/library/25_app.ipynb #c
 @lru_cache(maxsize=None)
 def store():
     "A folder that only this user of the machine can read and that goes when Python ends"
@@ -50,7 +50,7 @@ def visitor_folder(session)->Path:
 
 def forget(session): shutil.rmtree(visitor_folder(session), ignore_errors=True)
 
-# %% ../nbs/library/25_app.ipynb #1a96e293
+# %% ../nbs/library/25_app.ipynb #d
 ACCEPTED = '.nii','.nii.gz','.mgz','.mgh','.png','.tif','.tiff'
 MAX_MB = 300
 
@@ -64,11 +64,11 @@ def take_upload(file, session)->Path:
         folder = visitor_folder(session)/uuid.uuid4().hex[:8]
         folder.mkdir(parents=True)
         return Path(shutil.move(file, folder/file.name))
-    # the very same file, uploaded at the same moment, was taken
+    # the same file, uploaded at the same moment, was taken
     except FileNotFoundError as e: raise known('app.gone', file.name) from e
     finally: file.unlink(missing_ok=True)
 
-# %% ../nbs/library/25_app.ipynb #c017x
+# %% ../nbs/library/25_app.ipynb #e
 def look_at(model, path, spacing=None)->dict:
     "Predict a scan and lay out the slices beside it"
     folder = Path(path).parent
@@ -86,7 +86,7 @@ def look_at(model, path, spacing=None)->dict:
         n=len(images), start=int(seen.argmax() if seen.any() else len(seen)//2), volume=p.scan.is_volume,
         aspect=float(h/w), spacing=p.scan.spacing, colours=colours, text=str(text))
 
-# %% ../nbs/library/25_app.ipynb #c019x
+# %% ../nbs/library/25_app.ipynb #f
 def draw(view, k, opacity=.4)->str:
     "Slice `k` (from 1) of what `look_at` gave, with its mask"
     i = min(max(int(k), 1), view['n'])-1
@@ -98,7 +98,7 @@ def draw(view, k, opacity=.4)->str:
     text = f'{view["name"]}, slice {i+1} of {view["n"]}'
     return str(piece('slice', text, style, data_uri(im, 'PNG'), WORDS['side'] if view['volume'] else ''))
 
-# %% ../nbs/library/25_app.ipynb #c021x
+# %% ../nbs/library/25_app.ipynb #g
 def problem_html(text): return str(piece('problem', text))
 
 def told(e, path)->str:
@@ -113,7 +113,7 @@ def try_look(model, path, spacing=None):
     try: return look_at(model, path, spacing), ''
     except Exception as e: return None, problem_html(told(e, path) if Path(path).exists() else WORDS['gone'])
 
-# %% ../nbs/library/25_app.ipynb #c846b4f5
+# %% ../nbs/library/25_app.ipynb #h
 def private_gradio():
     "Gradio with its statistics off and its files in our folder"
     os.environ.update(GRADIO_ANALYTICS_ENABLED='False', HF_HUB_DISABLE_TELEMETRY='1',
@@ -129,7 +129,7 @@ def about(config, max_mb=MAX_MB)->str:
     names = ', '.join(o['name'] for o in config['labels'])
     return WORDS['about'].format(names=names, skull=skull and f'{skull} ', max_mb=max_mb)
 
-# %% ../nbs/library/25_app.ipynb #c846b41s
+# %% ../nbs/library/25_app.ipynb #i
 def parts_of_page(gr, text):
     "The parts of the page by name, which is also that of their element"
     c = SimpleNamespace(view=gr.State(), path=gr.State())
@@ -150,7 +150,7 @@ def parts_of_page(gr, text):
             part(gr.DownloadButton, 'download', 'Download the mask', variant='primary')
     return c
 
-# %% ../nbs/library/25_app.ipynb #86033677
+# %% ../nbs/library/25_app.ipynb #j
 def page_of(gr, c, v=None, message='', ask=False, opacity=0):
     "The page with the results `v` of `look_at`, or with none"
     res = {c.view: v, c.message: message, c.results: gr.Row(visible=bool(v)), c.ask: gr.Row(visible=ask)}
@@ -160,7 +160,7 @@ def page_of(gr, c, v=None, message='', ask=False, opacity=0):
     return res | {c.picture: draw(v, first, opacity), c.slice: slider, c.text: v['text'],
         c.download: gr.DownloadButton(value=v['mask'])}
 
-# %% ../nbs/library/25_app.ipynb #c028x
+# %% ../nbs/library/25_app.ipynb #k
 def connect(gr, c, model):
     "What happens when something is dropped or moved; returns what must happen when a visitor leaves"
     def take(file, request: gr.Request):
@@ -188,7 +188,7 @@ def connect(gr, c, model):
             concurrency_limit=4, **quick)
     return leave
 
-# %% ../nbs/library/25_app.ipynb #f61c44f2
+# %% ../nbs/library/25_app.ipynb #l
 def need_one_file(path, config):
     "Refuse a model that one file is not enough for"
     names = config['channels']
@@ -202,7 +202,7 @@ def make_app(bundle_path, max_mb=MAX_MB):
         app.unload(connect(gr, parts_of_page(gr, about(model.config, max_mb)), model))
     return app.queue(max_size=32, api_open=False)
 
-# %% ../nbs/library/25_app.ipynb #a00a3860
+# %% ../nbs/library/25_app.ipynb #m
 def launch_app(
     bundle_path,       # Folder of a model
     port=None,         # Port; None: the first free one from 7860

@@ -6,13 +6,13 @@
 __all__ = ['LABELS', 'LOOKS', 'SEQUENCES', 'LAYOUT', 'brats_cases', 'brats_check', 'draw_patient', 'brats_standin',
            'find_patients']
 
-# %% ../nbs/4_brats_regions.ipynb #4b7a1c03
+# %% ../nbs/4_brats_regions.ipynb #a
 import numpy as np
 
 from .cases import Patient, ellipsoid, list_niftis, write_nifti
 from .checks import volume_layout
 
-# %% ../nbs/4_brats_regions.ipynb #4b7a1c05
+# %% ../nbs/4_brats_regions.ipynb #b
 LABELS = {0:'background', 1:'necrotic core', 2:'oedema', 4:'enhancing tumour'}
 LOOKS = dict(flair=(300,420,600,520), t1=(400,260,330,300),
     t1ce=(400,240,330,900), t2=(300,560,520,480)) # brain, 1, 2, 4
@@ -38,7 +38,7 @@ def brats_standin(folder, n, rng):
         for k,a in images.items(): write_nifti(a.astype(np.int16), affine, f'{stem}_{k}.nii.gz')
         if s<n: write_nifti(seg, affine, f'{stem}_seg.nii.gz')
 
-# %% ../nbs/4_brats_regions.ipynb #4b7a1c08
+# %% ../nbs/4_brats_regions.ipynb #c
 def find_patients(root):
     "A `Patient` for each folder of sequences"
     found = {}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Layout', 'cohort', 'is_simulated', 'standin', 'data_folder']
 
-# %% ../nbs/library/02_cases.ipynb #c003x
+# %% ../nbs/library/02_cases.ipynb #a
 import os, re
 from collections import namedtuple
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import numpy as np, pandas as pd
 from .core import DataError, cache_dir, few, in_threads, made_once, need, read_json, write_json
 from .images import Pixels, list_files, stem_of, volume_facts
 
-# %% ../nbs/library/02_cases.ipynb #c006x
+# %% ../nbs/library/02_cases.ipynb #b
 COLUMNS = ['subject','scan','slice','inputs','image','mask','spacing']
 
 def case_table(rows, root, what, labelled=True, more=())->pd.DataFrame:
@@ -39,7 +39,7 @@ def pair_cases(a, b)->tuple: # Row by row the same subject, scan and slice
     both = a[on].merge(b[on], on=on).sort_values(on)
     return tuple(both.merge(t, on=on, how='left')[list(t.columns)] for t in (a, b))
 
-# %% ../nbs/library/02_cases.ipynb #c010x
+# %% ../nbs/library/02_cases.ipynb #c
 @dataclass(frozen=True)
 class Layout:
     "How a data set is read, checked and scored"
@@ -60,7 +60,7 @@ class Layout:
     crossed:bool=False   # Can a model of one input be tested on the others?
     demo:callable=None   # () → folder to show things on; None: a stand-in
 
-# %% ../nbs/library/02_cases.ipynb #c012x
+# %% ../nbs/library/02_cases.ipynb #d
 def cohort(root)->dict:
     "What the folder's `cohort.json` says, if it has one"
     f = Path(root)/'cohort.json'
@@ -83,27 +83,31 @@ def standin(
     def make(folder):
         layout.standin(folder, n, np.random.default_rng([n, *layout.name.encode()]))
         write_json(folder/'cohort.json', cohort(folder) | want)
-    return made_once(root or cache_dir()/f'standin-{layout.name}-v1-{n}', complete, make)
+    root = root or cache_dir()/f'standin-{layout.name}-v1-{n}'
+    return made_once(root, complete, make)
 
 def data_folder(default, layout)->Path:
-    "The folder that the variable `BRAINSEG_DATA` names, or `default` in it; else a simulated one"
-    if 'BRAINSEG_DATA' not in os.environ: return layout.demo() if layout.demo else standin(layout)
+    "The folder that `BRAINSEG_DATA` names, or `default` in it; else a simulated one"
+    if 'BRAINSEG_DATA' not in os.environ:
+        return layout.demo() if layout.demo else standin(layout)
     root = Path(os.environ['BRAINSEG_DATA']).expanduser().resolve()
     return root/default if (root/default).is_dir() else root
 
-# %% ../nbs/library/02_cases.ipynb #c016x
+# %% ../nbs/library/02_cases.ipynb #e
 Patient = namedtuple('Patient', 'subject folder images mask', defaults=[None]) # images by input
 
 def data_root(root, what):
     "An existing data folder as an absolute path, or a `DataError`"
     root = Path(root).expanduser().resolve()
-    need(root.is_dir(), 'cases.file' if root.exists() else 'cases.root', root, what=what)
+    need(not root.is_file(), 'cases.file', root, what=what)
+    need(root.is_dir(), 'cases.root', root, what=what)
     return root
 
 def list_niftis(root)->dict:
     "NIfTI files by folder and stem; of `x.nii` and `x.nii.gz` the first"
     res = {}
-    for p in list_files(root, ('.nii','.nii.gz')): res.setdefault(p.parent, {}).setdefault(stem_of(p), p)
+    for p in list_files(root, ('.nii','.nii.gz')):
+        res.setdefault(p.parent, {}).setdefault(stem_of(p), p)
     return res
 
 def choose_inputs(inputs, choices)->tuple:
@@ -126,19 +130,21 @@ def write_nifti(a, affine, path):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(a, affine), path)
 
-# %% ../nbs/library/02_cases.ipynb #c018x
+# %% ../nbs/library/02_cases.ipynb #f
 def patient_rows(p, names, unit, skip_empty)->list:
     "Rows of one patient: one, or one for each slice"
     lost = ', '.join(k for k in names if k not in p.images)
     inputs,there = '+'.join(names), few(p.images) or 'no image'
-    need(not lost, 'cases.lost', p.folder, lost=lost, there=there, names=', '.join(names))
+    need(not lost, 'cases.lost', p.folder, lost=lost, there=there, names=inputs)
     files = [p.images[k] for k in names]
     f = volume_facts(files[0])
     x,y,z = f['spacing']
     ks = f['slices'] if skip_empty else range(f['shape'][2])
-    rows = [(f'z{k:03d}', k, (y,x)) for k in ks] if unit=='slice' else [('', None, (x,y,z))]
-    return [dict(subject=p.subject, scan='-', slice=name, inputs=inputs, image=Pixels(files, k),
-        mask=p.mask and Pixels(p.mask, k), spacing=mm) for name,k,mm in rows]
+    rows = [(f'z{k:03d}', k, (y,x)) for k in ks]
+    if unit=='volume': rows = [('', None, (x,y,z))]
+    return [dict(subject=p.subject, scan='-', slice=name, inputs=inputs,
+        image=Pixels(files, k), mask=p.mask and Pixels(p.mask, k),
+        spacing=mm) for name,k,mm in rows]
 
 def volume_cases(
     root,           # Data folder

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['refuse_errors', 'format_problems', 'mask_codes', 'odd_masks', 'unknown_labels']
 
-# %% ../nbs/library/04_checks.ipynb #c003x
+# %% ../nbs/library/04_checks.ipynb #a
 import os, re
 from collections import Counter
 from functools import partial, wraps
@@ -18,7 +18,7 @@ from .cases import Layout, choose_inputs, data_root, volume_cases
 from .core import MESSAGES, DataError, few, known, missing, need, plural, say, times
 from .images import facts_of
 
-# %% ../nbs/library/04_checks.ipynb #c005x
+# %% ../nbs/library/04_checks.ipynb #b
 LEVELS = 'error','warning','note'
 
 def problem(level, file, found, expected, remedy)->dict:
@@ -36,7 +36,8 @@ def failure(e, level='error', **more)->dict:
 
 def problem_table(rows)->pd.DataFrame:
     df = pd.DataFrame(list(rows), columns='level file found expected remedy'.split(), dtype=object)
-    return df.sort_values('level', key=lambda s: s.map(LEVELS.index), kind='stable', ignore_index=True)
+    def rank(s): return s.map(LEVELS.index)
+    return df.sort_values('level', key=rank, kind='stable', ignore_index=True)
 
 def as_problem(check):
     "A check whose own `DataError`, such as that of a folder that is none, becomes the only problem"
@@ -46,7 +47,7 @@ def as_problem(check):
         except DataError as e: return problem_table([failure(e)])
     return f
 
-# %% ../nbs/library/04_checks.ipynb #c007x
+# %% ../nbs/library/04_checks.ipynb #c
 def refuse_errors(problems):
     "Raise a `DataError` if there is an error in the table of a check"
     es = problems[problems.level=='error']
@@ -66,7 +67,7 @@ def format_problems(problems, n=5)->str:
         res.append(f'  -> {remedy}')
     return '\n'.join(res)
 
-# %% ../nbs/library/04_checks.ipynb #c010x
+# %% ../nbs/library/04_checks.ipynb #d
 FILE_COLUMNS = ('file path is_mask used subject scan slice inputs mask '
     'error shape sha constant codes inside affine').split()
 
@@ -77,14 +78,15 @@ def file_table(rows, root, masks=(), progress=False)->pd.DataFrame:
     cases = {}
     for o in rows:
         used = not missing(o['mask'])
-        cases[os.fspath(o['image']), False] = o | dict(used=used)
-        if used: cases.setdefault((os.fspath(o['mask']), True), o | dict(used=True))
+        o = o | dict(used=used)
+        cases[os.fspath(o['image']), False] = o
+        if used: cases.setdefault((os.fspath(o['mask']), True), o)
     def row(path, is_mask):
         d = dict(used=False) | cases.get((path, is_mask), {}) | facts[path, is_mask]
         return d | dict(file=Path(path).relative_to(root).as_posix(), path=path, is_mask=is_mask)
     return pd.DataFrame([row(*o) for o in facts], columns=FILE_COLUMNS)
 
-# %% ../nbs/library/04_checks.ipynb #c012x
+# %% ../nbs/library/04_checks.ipynb #e
 def damaged(t): # from `file_table`, as in all checks below
     for o in t[t.error.notna()].itertuples():
         yield failure(o.error, 'error' if o.used else 'warning', file=o.file)
@@ -105,13 +107,14 @@ def duplicates(t):
         stranger = next((o for o in more if o.subject!=first.subject), None)
         for o in more:
             other = first if o.subject!=first.subject else stranger
-            yield known_problem('twin_stranger' if other else 'twin', o.file, other=(other or first).file)
+            name = 'twin_stranger' if other else 'twin'
+            yield known_problem(name, o.file, other=(other or first).file)
 
 def too_few_subjects(where, subjects, what='with image and mask'):
     n = len(set(subjects))
     if n<3: yield known_problem('few_subjects', where, n=plural(n, 'subject'), what=what)
 
-# %% ../nbs/library/04_checks.ipynb #c014x
+# %% ../nbs/library/04_checks.ipynb #f
 def odd_codes(t):
     "Codes that cannot be believed"
     n,inside = [sum(map(Counter, o), Counter()) for o in (t.codes, t.inside)]
@@ -125,9 +128,10 @@ def odd_codes(t):
 def soft_edges(t, codes, odd):
     solid = few(c for c in codes if c not in odd)
     for file,o in zip(t.file, t.codes):
-        here = odd & set(o)
+        here = sorted(odd & set(o))
         pixels = plural(sum(o[c] for c in here), 'pixel')
-        if here: yield known_problem('soft_edges', file, values=few(sorted(here)), pixels=pixels, solid=solid)
+        words = dict(values=few(here), pixels=pixels, solid=solid)
+        if here: yield known_problem('soft_edges', file, **words)
 
 def mixed_codes(t, background):
     "Masks whose only foreground code is another than in most"
@@ -137,9 +141,9 @@ def mixed_codes(t, background):
     for file,o in zip(t.file, fore):
         if o and o!={usual}: yield known_problem('mixed_codes', file, code=few(o), usual=usual)
 
-# %% ../nbs/library/04_checks.ipynb #c015x
+# %% ../nbs/library/04_checks.ipynb #g
 def mask_codes(
-    masks # Mask files or `Pixels`, all of them; None is passed over
+    masks # Mask files or `Pixels`; None is passed over
 )->tuple: # Raw codes, sorted; their positions are the classes
     "The raw codes of all masks; a `DataError` if masks were smoothed or have mixed codes"
     facts = facts_of((), masks, strict=True)
@@ -154,17 +158,18 @@ def odd_masks(t):
     yield from odd_codes(masks)
     background = min(map(min, masks.codes))
     empty = masks.file[[set(o)=={background} for o in masks.codes]].tolist()
-    if len(empty)==len(masks): yield known_problem('all_empty', 'mask', n=len(empty))
-    elif empty: yield known_problem('some_empty', empty[0], n=len(empty), all=len(masks), names=few(empty, 3))
+    words = dict(n=len(empty), all=len(masks), names=few(empty, 3))
+    if len(empty)==len(masks): yield known_problem('all_empty', 'mask', **words)
+    elif empty: yield known_problem('some_empty', empty[0], **words)
 
 def unknown_labels(t, labels):
     names = ', '.join(f'{c} ({name})' for c,name in labels.items())
     for o in t[t.is_mask & t.error.isna()].itertuples():
         odd = sorted(set(o.codes)-set(labels))
-        what = 'labels' if len(odd)>1 else 'label'
-        if odd: yield known_problem('unknown_labels', o.file, labels=what, odd=few(odd), known=names)
+        words = dict(labels='labels' if len(odd)>1 else 'label', odd=few(odd), known=names)
+        if odd: yield known_problem('unknown_labels', o.file, **words)
 
-# %% ../nbs/library/04_checks.ipynb #c022x
+# %% ../nbs/library/04_checks.ipynb #h
 def off_grid(t):
     "Volumes that do not lie on the grid of the first image beside them"
     ok = t[t.error.isna()]
@@ -174,7 +179,8 @@ def off_grid(t):
         corners = np.array([*product(*((0, n-1) for n in shape), [1])]).T
         for o in more:
             if o.shape!=shape:
-                yield known_problem('other_shape', o.file, shape=times(o.shape), first=times(shape), name=name)
+                shapes = dict(shape=times(o.shape), first=times(shape))
+                yield known_problem('other_shape', o.file, name=name, **shapes)
                 continue
             mm = abs((np.array(first.affine)-o.affine)[:3] @ corners).max()
             if mm>.1: yield known_problem('other_place', o.file, mm=mm, name=name)
@@ -182,14 +188,14 @@ def off_grid(t):
 def no_mask(where, path, root, what='segmentation'):
     "A missing mask is an error, but not in the part of a challenge to be predicted"
     name = Path(Path(root).name, Path(path).relative_to(root)).as_posix()
-    later = re.search('(?<![a-z])(valid|test)', name, re.I) and not re.search('train', name, re.I)
+    later = re.search('(?i)(?<![a-z])(valid|test)', name) and not re.search('(?i)train', name)
     return known_problem('unlabelled' if later else 'no_labels', where, what=what)
 
 def nothing_here(root, what):
     found = 'no patient' if any(Path(root).iterdir()) else 'an empty folder'
     return problem_table([known_problem('no_patient', root, found=found, what=what)])
 
-# %% ../nbs/library/04_checks.ipynb #c025x
+# %% ../nbs/library/04_checks.ipynb #i
 def patient_problems(patients, names, choices, root):
     first = {}
     for p in patients:
@@ -197,8 +203,8 @@ def patient_problems(patients, names, choices, root):
         lost = [k for k in names if k not in p.images]
         if lost:
             file = f'{p.subject}{"_"+lost[0] if len(choices)>1 else ""}.nii.gz'
-            there = few(p.images) or 'no image'
-            yield known_problem('lost_channel', where, lost=', '.join(lost), there=there, file=file)
+            words = dict(lost=', '.join(lost), there=few(p.images) or 'no image')
+            yield known_problem('lost_channel', where, file=file, **words)
         if not p.mask: yield no_mask(where, p.folder/p.subject, root)
         one = first.setdefault(p.subject, where)
         if one!=where: yield known_problem('second_folder', where, subject=p.subject, one=one)
@@ -212,8 +218,8 @@ def check_volumes(root, inputs=None, progress=False, *, find, choices, what, lab
         for p in patients for k,f in p.images.items()]
     t = file_table(rows, root, [p.mask for p in patients], progress)
     return problem_table([
-        *patient_problems(patients, names, choices, root), *off_grid(t), *damaged(t.assign(used=True)),
-        *unknown_labels(t, labels), *odd_masks(t), *duplicates(t),
+        *patient_problems(patients, names, choices, root), *off_grid(t),
+        *damaged(t.assign(used=True)), *unknown_labels(t, labels), *odd_masks(t), *duplicates(t),
         *too_few_subjects('images', [o['subject'] for o in rows if o['mask']])])
 
 def volume_layout(name, find, what, standin, labels, inputs, **kwargs)->Layout:

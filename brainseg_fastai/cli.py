@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parser', 'say_warning', 'stopped', 'main']
 
-# %% ../nbs/library/26_commands.ipynb #c002x
+# %% ../nbs/library/26_commands.ipynb #a
 import argparse, shlex, sys, tomllib, warnings
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +14,7 @@ from . import __version__
 from .core import DataError, asset, few, need, plural, say
 from .settings import add_flags, from_flags
 
-# %% ../nbs/library/26_commands.ipynb #8dadbbcb
+# %% ../nbs/library/26_commands.ipynb #b
 LAYOUTS = dict(adni='ADNI', figshare='LAYOUT', brats='LAYOUT', ibsr='LAYOUT', lgg='LAYOUT')
 
 def find_layout(name:str):
@@ -22,7 +22,7 @@ def find_layout(name:str):
     need(name in LAYOUTS, 'cli.layout', 'layout', name=name, layouts=few(LAYOUTS))
     return getattr(import_module(f'brainseg_fastai.{name}'), LAYOUTS[name])
 
-# %% ../nbs/library/26_commands.ipynb #c008x
+# %% ../nbs/library/26_commands.ipynb #c
 def reader(read, ok, expected):
     "A reader of one flag's text, for argparse; `ok`: is what `read` gives all right?"
     def f(text):
@@ -53,7 +53,7 @@ def add_group(p, group):
         if isinstance(kw.get('metavar'), list): kw = kw | dict(metavar=tuple(kw['metavar']))
         p.add_argument(name, **kw)
 
-# %% ../nbs/library/26_commands.ipynb #419c644f
+# %% ../nbs/library/26_commands.ipynb #d
 def watched(): return sys.stderr.isatty() # bars are for people who look
 
 def options(a): return dict(subject=a.subject) if a.subject else {} # of the layout
@@ -87,7 +87,7 @@ def check(a):
     print(format_problems(problems))
     return int((problems['level']=='error').any())
 
-# %% ../nbs/library/26_commands.ipynb #c014x
+# %% ../nbs/library/26_commands.ipynb #e
 def compare(a):
     "Train on skull-stripped and on full-skull slices, or any two settings, and compare on unseen subjects"
     from brainseg_fastai.comparison import compare_variants
@@ -102,7 +102,7 @@ def demo(a):
     vars(a).update(data=None, layout=find_layout('adni'), subject=None, a=None, b=None, control=True, margin=.01)
     return compare(a)
 
-# %% ../nbs/library/26_commands.ipynb #c015x
+# %% ../nbs/library/26_commands.ipynb #f
 def train(a):
     "Train one model and report how well it does on unseen subjects"
     from brainseg_fastai.comparison import train_input
@@ -122,7 +122,7 @@ def plan(a):
     t = plan_variants(a.data, variants, control=a.control, **training(a))
     print('\n'.join(advice(t, a.minutes, a.memory)))
 
-# %% ../nbs/library/26_commands.ipynb #14b6ff45
+# %% ../nbs/library/26_commands.ipynb #g
 def slices(a):
     "Mid-axial slices from FreeSurfer subject folders or NIfTI triples, in the layout that compare reads"
     from brainseg_fastai.slices import make_slices
@@ -155,7 +155,7 @@ def export(a):
     diff = export_onnx(load_bundle(a.bundle, 'cpu'), a.onnx)
     print(f'{a.onnx}: largest difference of a class score from PyTorch {diff:.1g}')
 
-# %% ../nbs/library/26_commands.ipynb #c019x
+# %% ../nbs/library/26_commands.ipynb #h
 def parser()->argparse.ArgumentParser:
     "The command line of `brainseg`"
     text = COMMANDS['examples'].strip()
@@ -171,7 +171,7 @@ def parser()->argparse.ArgumentParser:
         for g in groups: add_group(q, g)
     return p
 
-# %% ../nbs/library/26_commands.ipynb #fcb3502c
+# %% ../nbs/library/26_commands.ipynb #i
 def say_warning(message, category, *args, **kwargs):
     "Our own warnings in one line, without those of other libraries about their future"
     if category is UserWarning: print(f'brainseg: {message}', file=sys.stderr)

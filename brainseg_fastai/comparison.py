@@ -6,7 +6,7 @@
 __all__ = ['FEW', 'named_variants', 'differs_in', 'prepare', 'result_folder', 'trainings', 'announcer', 'train_variants',
            'swap_table', 'shown', 'compare_variants', 'compare_inputs', 'train_input']
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #fd82aec0
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #a
 import re, shutil, time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from .splits import same_split
 from .stats import SHOWN_AS, compare_scores, training_longer
 from .tracking import check_track, log_run
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #90ae30b8
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #b
 def named_variants(
     root,        # Data folder
     layout=ADNI, # How the data are stored
@@ -58,7 +58,7 @@ def differs_in(
     each = [asdict(s) for s in variants.values()]
     return [k for k in each[0] if len({o[k] for o in each})>1]
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #bddd9dbe
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #c
 def checked_tables(root, variants, layout, progress=False, **options)->tuple:
     "The cases of every variant, and what the check says"
     need(Path(root).is_dir(), 'comparison.no_folder', root)
@@ -86,7 +86,7 @@ def other_people(root, r, **options)->dict:
         need(not odd, 'comparison.codes', root, odd=odd, codes=list(r.codes))
     return tables
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #0c743c5c
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #d
 def prepare(
     root,          # Data folder
     variants:dict, # `Settings` by name
@@ -96,7 +96,7 @@ def prepare(
     external=None, # Another data folder to score the models on
     progress=True, # Show how far the check is
     **options      # Of the layout, such as `subject` (how subjects are named)
-)->AttrDict: # variants, layout, tables, split, codes, problems, external, about, what, crossed, few
+)->AttrDict: # variants, layout, tables, split, codes, problems, external, about, what
     "Check a folder, pair the cases of all variants, and split their subjects once"
     tables,problems = checked_tables(root, variants, layout, progress, **options)
     first,seed = next(iter(tables.values())), next(iter(variants.values())).seed
@@ -112,7 +112,7 @@ def prepare(
     r.external = other_people(external, r, **options) if external else {}
     return r
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #17a53ab2
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #e
 RESULTS = ('settings.json','split.csv','scores.csv','curves.csv','swap.csv','external.csv',
     'control.csv','comparison.json','summary.json','report.html','runs','bundles')
 
@@ -125,7 +125,7 @@ def check_out(out, again=False):
     ok((out/'settings.json').exists(), 'a folder with other things in it')
     ok(again, 'an earlier run', ', go on with it (--resume) or replace it (--overwrite)')
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #c6bebfba
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #f
 def result_folder(
     out,             # Folder for the results
     asked:dict,      # What decides them; a resumed run must ask for the same
@@ -144,7 +144,7 @@ def result_folder(
     write_json(mine, asked)
     return out
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #c8381932
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #g
 def trainings(
     r,           # From `prepare`
     repeats=1,   # Trainings per fold and variant
@@ -174,7 +174,7 @@ def announcer(
         say(f'Training {n} of {total}: {SHOWN_AS.get(name, name)}, fold {fold+1}, seed {seed}{left}')
     return announce
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #4b88de96
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #h
 FEW = say('comparison.few', n=ENOUGH_SUBJECTS)
 
 @delegates(prepare)
@@ -205,7 +205,7 @@ def train_variants(
         progress=kwargs.get('progress', True))
     return gathered(r, [train_folds(**job, **same) for job in jobs])
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #82071a15
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #i
 def gathered(r, parts)->AttrDict:
     "Tables of all trainings and a bundle per variant, written to the folder of results"
     n = len(r.variants)
@@ -220,7 +220,7 @@ def gathered(r, parts)->AttrDict:
     for k,o in zip(r.variants, parts): pool_bundle(o['runs'][0], r.out/'bundles'/file_name(k), o['scores'])
     return r
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #fe82706a
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #j
 def swap_table(scores:pd.DataFrame)->pd.DataFrame:
     "Mean Dice, with 95 % interval over subjects, by what was trained on and what was tested on"
     def row(g):
@@ -245,7 +245,7 @@ def shown(
     return dict(scores=r.scores, curves=r.curves, split=r.split, external=external,
         problems=r.problems, info=info, out=r.out)
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #fdcc7984
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #k
 @delegates(train_variants)
 def compare_variants(
     root,          # Data folder
@@ -255,7 +255,7 @@ def compare_variants(
     track=None,    # 'mlflow' logs the finished run there
     command='',    # How to repeat this, for the report
     **kwargs
-)->AttrDict: # report, comparison and swap (or summary), and all that `train_variants` gives
+)->AttrDict: # report, comparison and swap (or summary), and what `train_variants` gives
     "Train both variants, compare them on the same test subjects, and report a verdict"
     need(len(variants)<3, 'comparison.many', n=len(variants), names=few(variants))
     if track: check_track(track, out)
@@ -267,7 +267,7 @@ def compare_variants(
     if track: print(log_run(track, r.out)['look'])
     return r
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #cf04b644
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #l
 def judged(r, margin, facts):
     "Compare two variants: adds `comparison`, `swap` and `report`"
     a,b = (r.scores.query('variant==@k') for k in r.variants)
@@ -288,7 +288,7 @@ def summed_up(r, facts):
         scores=r.summary.to_dict('index')))
     r.report = train_report(simulated=simulated, **facts)
 
-# %% ../nbs/2_segmentation_on_full_skull.ipynb #10854d6a
+# %% ../nbs/2_segmentation_on_full_skull.ipynb #m
 @delegates(compare_variants, but='variants')
 def compare_inputs(
     root,          # Data folder with `brain`, `orig` and `mask`

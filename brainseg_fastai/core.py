@@ -7,14 +7,14 @@ __all__ = ['MESSAGES', 'DataError', 'asset', 'say', 'known', 'need', 'need_packa
            'plain', 'digest', 'make_folder', 'beside', 'written', 'written_folder', 'write_text', 'write_json',
            'write_csv', 'read_json', 'stamp', 'progress', 'in_threads']
 
-# %% ../nbs/library/00_core.ipynb #c002x
+# %% ../nbs/library/00_core.ipynb #a
 import hashlib, importlib, json, math, numbers, os, shutil, sys, tomllib, uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
-# %% ../nbs/library/00_core.ipynb #c005x
+# %% ../nbs/library/00_core.ipynb #b
 class DataError(ValueError):
     "Bad input; the message says which file, what was found, what was expected and what to do"
     parts = None
@@ -31,7 +31,7 @@ class DataError(ValueError):
         e.parts = dict(file=str(file), found=found, expected=expected, remedy=remedy)
         return e
 
-# %% ../nbs/library/00_core.ipynb #c008x
+# %% ../nbs/library/00_core.ipynb #c
 def asset(name)->str:
     "Text of a file in `brainseg_fastai/assets`"
     return (files('brainseg_fastai')/'assets'/name).read_text(encoding='utf-8')
@@ -62,7 +62,7 @@ def need_package(module, extra):
     try: return importlib.import_module(module)
     except ImportError as e: raise known('core.package', module=module, extra=extra) from e
 
-# %% ../nbs/library/00_core.ipynb #c011x
+# %% ../nbs/library/00_core.ipynb #d
 def few(xs, n=5):
     "The first `n` of many as text"
     xs = list(xs)
@@ -88,7 +88,7 @@ def num(v, digits=3, sign=False):
     if not s.strip('+-0.,'): s = s.lstrip('+-') # no signed zeros
     return s.replace('-', '−')
 
-# %% ../nbs/library/00_core.ipynb #d8b7c7f1
+# %% ../nbs/library/00_core.ipynb #e
 def plain(o):
     "`o` with plain numbers, texts, lists and dicts; numbers that are not finite become None"
     if isinstance(o, dict): return {str(k): plain(v) for k,v in o.items()}
@@ -102,7 +102,7 @@ def digest(*parts, n=16)->str:
     text = json.dumps(plain(parts), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:n]
 
-# %% ../nbs/library/00_core.ipynb #c017x
+# %% ../nbs/library/00_core.ipynb #f
 def make_folder(path):
     "Make a folder unless it is there"
     try: path.mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,7 @@ def written_folder(path, replace=False):
         tmp.rename(path)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../nbs/library/00_core.ipynb #c019x
+# %% ../nbs/library/00_core.ipynb #g
 def write_text(path, text):
     with written(path) as tmp: tmp.write_text(text, encoding='utf-8', newline='\n')
 
@@ -153,7 +153,7 @@ def read_json(path, what='a JSON object', remedy='Correct or delete the file.')-
     need(isinstance(d, dict), path, type(d).__name__, what, remedy)
     return d
 
-# %% ../nbs/library/00_core.ipynb #c021x
+# %% ../nbs/library/00_core.ipynb #h
 def cache_dir()->Path:
     "The folder for things that can be made again: BRAINSEG_CACHE, else XDG_CACHE_HOME, else the system's"
     e = os.environ
@@ -175,7 +175,7 @@ def made_once(path, complete, make)->Path:
         if not complete(path): raise
     return path
 
-# %% ../nbs/library/00_core.ipynb #c023x
+# %% ../nbs/library/00_core.ipynb #i
 def stamp(path)->tuple:
     "Absolute path, size and time of change: the key to what was learnt about a file"
     try: s = os.stat(path)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['demo_cohort']
 
-# %% ../nbs/library/05_demo.ipynb #e4b3c20d
+# %% ../nbs/library/05_demo.ipynb #a
 import json, math
 from collections import namedtuple
 from pathlib import Path
@@ -16,10 +16,10 @@ from scipy import ndimage as ndi
 
 from .core import cache_dir, in_threads, made_once, need, write_text
 
-# %% ../nbs/library/05_demo.ipynb #b6cb5522
-version = 3      # goes up whenever the same seed gives other pixels or facts than before
-z_lo,z_hi = -24,58 # the slab of the template that the slices can reach, mm in MNI space
-brain_top = 81   # of the template, mm in MNI space: the highest plane with 100 mm² of brain or more
+# %% ../nbs/library/05_demo.ipynb #b
+version = 3      # goes up when a seed gives other pixels or facts
+z_lo,z_hi = -24,58 # slab of the template that slices reach, MNI mm
+brain_top = 81   # highest plane with 100 mm² of brain, MNI mm
 Template = namedtuple('Template', 'maps flow origin') # maps: csf, gm, wm, detail, brain, ventricles
 
 def mni_maps():
@@ -33,7 +33,7 @@ def mni_maps():
     csf = np.where(t1>0, np.clip(1-gm-wm, 0, 1), 0).astype(np.float32)
     return t1,gm,wm,csf,np.array([x, y, z_lo])
 
-# %% ../nbs/library/05_demo.ipynb #14c1d407
+# %% ../nbs/library/05_demo.ipynb #c
 def ventricle_label(t1, csf, origin):
     "Flood the template's T1 from seeds in the ventricles and from seeds in everything that must not be one"
     x,y,z = [a+o for a,o in zip(np.ogrid[tuple(slice(n) for n in t1.shape)],
@@ -59,7 +59,7 @@ def ventricle_label(t1, csf, origin):
         structure=np.ones((3,3,3)))==2
     return res
 
-# %% ../nbs/library/05_demo.ipynb #25776fd9
+# %% ../nbs/library/05_demo.ipynb #d
 def outward_flow(label, reach=14.):
     "Field that points away from the ventricles: 1 at their walls, fading with distance, 0 along their middle"
     far = ndi.distance_transform_edt
@@ -80,7 +80,7 @@ def load_template():
     return Template(maps.astype(np.float32),
         outward_flow(label).astype(np.float32), origin)
 
-# %% ../nbs/library/05_demo.ipynb #6817144b
+# %% ../nbs/library/05_demo.ipynb #e
 def sample(vols, pts, origin, step=1.):
     "Linear interpolation of each volume at `pts`, by nearest edge outside"
     ijk = (pts-np.reshape(origin, (3,)+(1,)*(pts.ndim-1)))/step
@@ -96,7 +96,7 @@ def smooth_noise(rng, n, sigma, step=4.):
 
 noise_origin = np.array([-104.,-142.,-33.])
 
-# %% ../nbs/library/05_demo.ipynb #65fbe619
+# %% ../nbs/library/05_demo.ipynb #f
 def draw_subject(i, seed=42):
     "Draw one person: name, head size, shape, ventricle size, skull"
     r = np.random.default_rng(np.random.SeedSequence([seed, i]))
@@ -124,7 +124,7 @@ def draw_scan(s, k):
         bias=r.uniform(.05,.22)*smooth_noise(r, 1, 45),
         noise=r.uniform(.02,.06), white=r.uniform(135,185), blur=r.uniform(.35,.7), grain=r.integers(2**32))
 
-# %% ../nbs/library/05_demo.ipynb #4d8a4f74
+# %% ../nbs/library/05_demo.ipynb #g
 def slice_points(c, size=256):
     "Positions of a slice's pixels in the head: rows run from front to back, columns from left to right of the picture"
     mm = c['spacing']*256/size
@@ -142,7 +142,7 @@ def to_template(pts, s, t, growth, steps=4):
     for _ in range(steps): p -= growth/steps*sample(t.flow, p, t.origin)
     return p
 
-# %% ../nbs/library/05_demo.ipynb #67cf85ea
+# %% ../nbs/library/05_demo.ipynb #h
 def tissue_signal(m, s, c, texture):
     "T1 signal from the tissue maps, sharpened (the template is an average) and with wider sulci in atrophy"
     csf,gm,wm,detail,_,vent = m
@@ -176,7 +176,7 @@ def head_signal(brain, layers, mm):
         sig = sig + (v1-v0)/(1+np.exp(-(d-edge)/.35))
     return sig
 
-# %% ../nbs/library/05_demo.ipynb #f6bf3c7d
+# %% ../nbs/library/05_demo.ipynb #i
 def slice_tag(z):
     "Name of a slice by its height, in steps of 3.6 mm from 5 mm upwards"
     return f'ax{min(max(int((z-5)/3.6), 0), 4)+1}'
@@ -201,7 +201,7 @@ def make_scan(s, c, t, size=256):
     return dict(brain=orig*brain, orig=orig,
         mask=(mask*255).astype(np.uint8)), mm
 
-# %% ../nbs/library/05_demo.ipynb #65f9f52f
+# %% ../nbs/library/05_demo.ipynb #j
 def wanted(n_subjects, seed, size):
     "What `cohort.json` must say for a folder to be this cohort"
     for name,v,lo,hi in (('n_subjects',n_subjects,1,9000),
@@ -223,7 +223,7 @@ def is_complete(path, want)->bool:
         for k in ('brain','orig','mask')]
     return want.items()<=got.items() and all(f.is_file() for f in files)
 
-# %% ../nbs/library/05_demo.ipynb #a35b5f02
+# %% ../nbs/library/05_demo.ipynb #k
 def make_subject(i, want, t, out)->list:
     s,rows = draw_subject(i, want['seed']), []
     for k in range(s['n_scans']):
@@ -247,14 +247,14 @@ def write_cohort(out, want, progress=True, workers=None):
     write_text(out/'cohort.json',
         json.dumps({**want, 'scans': sum(rows, [])}, indent=1))
 
-# %% ../nbs/library/05_demo.ipynb #e6818021
+# %% ../nbs/library/05_demo.ipynb #l
 def demo_cohort(
     n_subjects=48, # People, each with 1 to 4 scans
     seed=42,       # Another seed, another cohort
     path=None,     # Where to; None: a folder of its own in the user's cache
     size=256,      # Pixels per side
     progress=True, # Show a progress bar while it is made?
-    workers=None,  # Threads; None: the cores, at most 4. The pictures do not depend on it
+    workers=None,  # Threads; None: the cores, at most 4
 )->Path:           # Folder with brain/, orig/, mask/ and cohort.json
     "Folder of a simulated cohort, made on first use"
     want = wanted(n_subjects, seed, size)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['show_cases']
 
-# %% ../nbs/library/03_drawing.ipynb #c002x
+# %% ../nbs/library/03_drawing.ipynb #a
 import base64, io, re
 from itertools import cycle
 
@@ -16,7 +16,7 @@ from scipy.ndimage import binary_dilation
 from .core import missing, need
 from .images import image_size, raw_mask, read_image, to_bytes
 
-# %% ../nbs/library/03_drawing.ipynb #c007x
+# %% ../nbs/library/03_drawing.ipynb #b
 TRUTH,PRED = '#56b4e9','#ff9f1c'
 PALETTE = '#e6194b','#3cb44b','#4363d8','#f58231','#911eb4','#42d4f4','#f032e6','#bfef45'
 
@@ -46,11 +46,14 @@ def draw_case(image, layers=(), box=None, px=None, fill=0.)->Image.Image:
     size = box[2]-box[0], box[3]-box[1]
     if px: size = tuple(max(1, round(o*px/max(size))) for o in size)
     big = tuple(2*o for o in size) if px and layers else size # smooth outlines
-    rgb = np.array(im.convert('RGB').crop(box).resize(big, Image.BICUBIC), np.float32)
-    for here,colour in marks(layers, big, box, fill): rgb[here] += (fill or 1)*(colour-rgb[here])
-    return Image.fromarray(rgb.round().astype(np.uint8)).resize(size, Image.LANCZOS)
+    im = im.convert('RGB').crop(box).resize(big, Image.BICUBIC)
+    rgb = np.array(im, np.float32)
+    for here,colour in marks(layers, big, box, fill):
+        rgb[here] += (fill or 1)*(colour-rgb[here])
+    im = Image.fromarray(rgb.round().astype(np.uint8))
+    return im.resize(size, Image.LANCZOS)
 
-# %% ../nbs/library/03_drawing.ipynb #c011x
+# %% ../nbs/library/03_drawing.ipynb #c
 def crop_box(mask, margin=.25, least=.4)->tuple:
     "A square around `mask`, within the image where it fits; the whole image if the mask is empty"
     at,longest = np.nonzero(mask if mask.any() else ~mask), max(mask.shape)
@@ -84,7 +87,7 @@ def data_uri(im, format='JPEG')->str:
     im.save(f, format, optimize=True, **how)
     return f'data:image/{format.lower()};base64,' + base64.b64encode(f.getvalue()).decode()
 
-# %% ../nbs/library/03_drawing.ipynb #c016x
+# %% ../nbs/library/03_drawing.ipynb #d
 def show_cases(
     cases, # Case table
     n=6    # How many, evenly spread over it
@@ -93,11 +96,13 @@ def show_cases(
     import matplotlib.pyplot as plt
     at = np.linspace(0, len(cases)-1, min(n, len(cases))).round().astype(int)
     shown = [*cases.iloc[at].itertuples()]
-    masks = [np.zeros(image_size(o.image), int) if missing(o.mask) else raw_mask(o.mask) for o in shown]
+    masks = [np.zeros(image_size(o.image), int) if missing(o.mask)
+        else raw_mask(o.mask) for o in shown]
     codes = sorted(set().union(*(np.unique(m[m>0]).tolist() for m in masks)))
     colours = dict(zip(codes, cycle(PALETTE)))
-    fig,axs = plt.subplots(1, len(at), figsize=(2*len(at), 2.4), squeeze=False, layout='constrained')
-    for ax,o,m in zip(axs[0], shown, masks):
+    fig = plt.figure(figsize=(2*len(at), 2.4), layout='constrained')
+    for i,(o,m) in enumerate(zip(shown, masks), 1):
+        ax = fig.add_subplot(1, len(at), i)
         names = str(o.inputs).split('+')
         flair = names.index('flair') if 'flair' in names else None
         im,m = middle_slice(read_image(o.image), m, channel=flair)

@@ -6,7 +6,7 @@
 __all__ = ['AGAIN', 'EXPECTED', 'TUMOURS', 'LAYOUT', 'write_mat', 'open_mat', 'on_edge', 'MatSlice', 'mat_files', 'mat_row',
            'figshare_cases', 'find_cvind', 'read_cvind', 'figshare_folds', 'figshare_check']
 
-# %% ../nbs/3_figshare_tumours.ipynb #5a1e3c03
+# %% ../nbs/3_figshare_tumours.ipynb #a
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -20,14 +20,14 @@ from .checks import (
     as_problem, damaged, duplicates, file_table, nothing_here, odd_masks, failure,
     problem_table, too_few_subjects)
 
-# %% ../nbs/3_figshare_tumours.ipynb #5a1e3c05
+# %% ../nbs/3_figshare_tumours.ipynb #b
 def write_mat(
     path,      # Where to
     image,     # Height × width
     mask,      # Height × width, 0 and 1
     pid:str,   # Patient
     label:int, # 1 meningioma, 2 glioma, 3 pituitary tumour
-    border=()  # Outline of the tumour: x1, y1, x2, y2, … from 1, as MATLAB counts
+    border=()  # Outline: x1, y1, x2, y2, … from 1, as MATLAB counts
 ):
     "A struct `cjdata` in a MATLAB v7.3 file: HDF5 behind a header of 512 bytes, arrays column by column"
     fields = dict(PID=np.array([[ord(c)] for c in pid], np.uint16), label=[[float(label)]],
@@ -40,7 +40,7 @@ def write_mat(
     with open(path, 'r+b') as f:
         f.write(b'MATLAB 7.3 MAT-file, Platform: GLNXA64'.ljust(124) + b'\x00\x02IM')
 
-# %% ../nbs/3_figshare_tumours.ipynb #5a1e3c07
+# %% ../nbs/3_figshare_tumours.ipynb #c
 PLACES = {1: (-.45,.1), 2: (0,-.35), 3: (.3,.05)} # of each type: row and column, from -1 to 1
 
 def draw_slice(label, rng, size=128):
@@ -61,7 +61,7 @@ def figshare_standin(folder, n, rng):
     with need_package('h5py', 'mat').File(folder/'cvind.mat', 'w', userblock_size=512) as f:
         f['cvind'] = [[k//3%5+1. for k in range(3*n)]]
 
-# %% ../nbs/3_figshare_tumours.ipynb #5a1e3c0a
+# %% ../nbs/3_figshare_tumours.ipynb #d
 AGAIN = "Download it again. What is older than v7.3 must be saved again in MATLAB: save(name, 'cjdata', '-v7.3')."
 
 @contextmanager
@@ -99,7 +99,7 @@ class MatSlice(Pixels):
     def window(self, a): return a.min(), a.max()
     def shape(self): return self.values().shape
 
-# %% ../nbs/3_figshare_tumours.ipynb #5a1e3c12
+# %% ../nbs/3_figshare_tumours.ipynb #e
 EXPECTED = 'a folder with the files 1.mat, 2.mat, … of the figshare brain tumour set'
 TUMOURS = {1:'meningioma', 2:'glioma', 3:'pituitary'}
 
@@ -121,7 +121,7 @@ def mat_row(path, size, time): # `stamp` of a file
     return dict(subject=str(pid), scan='-', slice=Path(path).stem, inputs='t1c', image=pixels,
         mask=pixels, label=TUMOURS[label])
 
-# %% ../nbs/3_figshare_tumours.ipynb #5a1e3c1s
+# %% ../nbs/3_figshare_tumours.ipynb #f
 def figshare_cases(
     root,                # Folder with `.mat` files, in subfolders or not
     inputs=None,         # 't1c' is all there is
@@ -137,7 +137,7 @@ def figshare_cases(
     rows.sort(key=lambda o: o['subject']) # files stay in order within a patient
     return case_table(rows, root, EXPECTED, labelled, ['label']).assign(spacing=spacing)
 
-# %% ../nbs/3_figshare_tumours.ipynb #5a1e3c15
+# %% ../nbs/3_figshare_tumours.ipynb #g
 def find_cvind(root):
     "The archive's `cvind.mat` in the folder or above it, or None"
     files = [*list_files(root, 'cvind.mat'), root.parent/'cvind.mat']
@@ -150,7 +150,7 @@ def read_cvind(file):
     except Exception: # v7.3, or damaged
         with open_mat(file) as f: return f['cvind'][()].ravel()
 
-# %% ../nbs/3_figshare_tumours.ipynb #5a1e3c1s
+# %% ../nbs/3_figshare_tumours.ipynb #h
 def figshare_folds(
     root,               # Folder with `cvind.mat`
     cases:pd.DataFrame, # From `figshare_cases`
@@ -176,7 +176,7 @@ def figshare_folds(
     parts = [np.select([folds==k, folds==after], ['test','valid'], 'train') for k,after in zip(ks, np.roll(ks, -1))]
     return pd.concat([t.assign(split=o, fold=i) for i,o in enumerate(parts)], ignore_index=True)
 
-# %% ../nbs/3_figshare_tumours.ipynb #5a1e3c18
+# %% ../nbs/3_figshare_tumours.ipynb #i
 @as_problem
 def figshare_check(root, inputs=None, progress=False)->pd.DataFrame:
     "All that is wrong, doubtful or noteworthy in a folder of the figshare set"
@@ -195,6 +195,6 @@ def figshare_check(root, inputs=None, progress=False)->pd.DataFrame:
     return problem_table([*found, *damaged(t[~t.is_mask]), *odd_masks(t), *duplicates(t),
         *too_few_subjects('t1c', cases['subject'])])
 
-# %% ../nbs/3_figshare_tumours.ipynb #5a1e3c21
+# %% ../nbs/3_figshare_tumours.ipynb #j
 LAYOUT = Layout('figshare', figshare_cases, figshare_check, figshare_standin, {0:'background', 1:'tumour'},
     regions={'tumour':(1,)}, stratify='label', inputs=('t1c',), units=('slice',), question=('steps=none','steps=clahe'))

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['LABELS', 'LAYOUT', 'ibsr_cases', 'ibsr_check', 'draw_brain', 'ibsr_standin', 'find_subjects']
 
-# %% ../nbs/5_ibsr_tissue.ipynb #5c9d1c03
+# %% ../nbs/5_ibsr_tissue.ipynb #a
 import re
 import numpy as np
 
 from .cases import Patient, ellipsoid, list_niftis, write_nifti
 from .checks import volume_layout
 
-# %% ../nbs/5_ibsr_tissue.ipynb #5c9d1c05
+# %% ../nbs/5_ibsr_tissue.ipynb #b
 def draw_brain(rng, shape=(48,32,48)):
     "A simulated head: image and segmentation"
     size = rng.uniform(.9, 1.1, 3)
@@ -34,7 +34,7 @@ def ibsr_standin(folder, n, rng):
         write_nifti(image, affine, f'{stem}.nii.gz')
         if s<n: write_nifti(seg, affine, f'{stem}_seg.nii.gz')
 
-# %% ../nbs/5_ibsr_tissue.ipynb #5c9d1c08
+# %% ../nbs/5_ibsr_tissue.ipynb #c
 LABELS = {0:'background', 1:'CSF', 2:'grey matter', 3:'white matter'}
 
 def find_subjects(root):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Pixels', 'pixels_of', 'read_image', 'image_size', 'raw_mask', 'read_mask', 'to_native', 'write_mask']
 
-# %% ../nbs/library/01_images.ipynb #c003x
+# %% ../nbs/library/01_images.ipynb #a
 import gzip, hashlib, json, math, os
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from brainseg_fastai.core import (
     DataError, cache_dir, digest, few, in_threads, known, missing, need, plain, plural, stamp, times,
     write_json, written)
 
-# %% ../nbs/library/01_images.ipynb #c008x
+# %% ../nbs/library/01_images.ipynb #b
 IMAGE_SUFFIXES = '.png','.tif','.tiff','.bmp','.jpg','.jpeg'
 VOLUME_SUFFIXES = '.nii.gz','.nii','.mgz','.mgh'
 
@@ -42,7 +42,7 @@ def list_files(folder, suffixes='')->list:
             elif has_suffix(e.name, suffixes) and e.is_file(): yield Path(e.path)
     return sorted(walk(folder), key=Path.as_posix)
 
-# %% ../nbs/library/01_images.ipynb #c011x
+# %% ../nbs/library/01_images.ipynb #c
 def decode(path, mask=False, keep=False):
     "The values of a picture file; with `keep` all of its channels"
     try:
@@ -74,7 +74,7 @@ def read_picture(path, channels=None, mask=False):
         need(not mask or (a==np.round(a)).all(), 'images.halves', path)
     return a
 
-# %% ../nbs/library/01_images.ipynb #c013x
+# %% ../nbs/library/01_images.ipynb #d
 def window_of(a):
     "Grey levels of a scan that become 0 and 255"
     some = a[a!=0]
@@ -112,16 +112,17 @@ def foreground(
     cross = ndi.generate_binary_structure(2, 1).reshape((3,3,1)[:a.ndim]) # within a slice
     return largest_part(ndi.binary_fill_holes(a>otsu(a)*factor, cross))
 
-# %% ../nbs/library/01_images.ipynb #c017x
+# %% ../nbs/library/01_images.ipynb #e
 MOST_VOXELS = 1024**3
 
 def volume_header(path):
-    "nibabel image of a file that is one volume of real numbers; voxels are not read yet"
+    "nibabel image of one volume of real numbers; its voxels are not read yet"
     import nibabel as nib
     try: im = nib.load(os.fspath(path))
     except Exception as e: raise known('images.volume', path, why=e) from e
     shape,dtype,affine = im.shape, im.get_data_dtype(), im.affine
-    need(len(shape)>2 and set(shape[3:])<={1} and 0 not in shape, 'images.dimensions', path, shape=times(shape))
+    single = len(shape)>2 and {*shape[3:]}<={1} and 0 not in shape
+    need(single, 'images.dimensions', path, shape=times(shape))
     need(dtype.kind in 'iuf', 'images.type', path, dtype=dtype)
     placed = np.isfinite(affine).all() and abs(np.linalg.det(affine[:3,:3]))>1e-12
     need(placed, 'images.affine', path)
@@ -145,13 +146,13 @@ def load_volume(path):
     except Exception as e: raise known('images.volume', path, why=e) from e
     if a.dtype.kind=='f':
         if a.dtype.itemsize>4: a = a.astype(np.float32)
-        bad = a.size-np.isfinite(a).sum()
+        bad = (~np.isfinite(a)).sum()
         need(not bad, 'images.nan', path, n=bad)
     res = type(im)(a.reshape(a.shape[:3]), im.affine, im.header)
     res.set_data_dtype(a.dtype)
     return res
 
-# %% ../nbs/library/01_images.ipynb #c019x
+# %% ../nbs/library/01_images.ipynb #f
 def count_values(a):
     "Pixels of each value, as a dict"
     if a.dtype.kind in 'iu' and a.size and a.min()>=0 and a.max()<256:
@@ -159,14 +160,14 @@ def count_values(a):
     return dict(zip(*(o.tolist() for o in np.unique(a, return_counts=True))))
 
 def all_alike(a):
-    "True where the eight neighbours in the slice have the same value; never on its border"
+    "Where the eight neighbours in the slice have the same value; never on its border"
     row,res = np.zeros((2, *a.shape), bool)
     row[:,1:-1] = (a[:,1:-1]==a[:,:-2]) & (a[:,1:-1]==a[:,2:])
     res[1:-1] = row[1:-1] & row[:-2] & row[2:] & (a[1:-1]==a[:-2]) & (a[1:-1]==a[2:])
     return res
 
 def code_counts(a):
-    "Voxels of each code, and those inside a region of it; None if there are too many to be codes"
+    "Voxels of each code, and those inside a region; None if they are too many for codes"
     if a.dtype.kind=='f': a = a.astype(np.int64)
     for part in a[...,a.shape[2]//2], a: # of an image, one slice tells
         if len(codes := count_values(part))>256: return None,None
@@ -181,7 +182,7 @@ def by_stamp(maxsize):
         return g
     return deco
 
-# %% ../nbs/library/01_images.ipynb #c021x
+# %% ../nbs/library/01_images.ipynb #g
 def in_cache(path, suffix): return cache_dir()/'volumes'/(digest(2, stamp(path), n=24)+suffix)
 def sha_of(*parts): return hashlib.sha256(b''.join(parts)).hexdigest()
 
@@ -215,10 +216,10 @@ def volume_facts(path):
     with suppress(OSError): write_json(f, d) # no room: found out again next time
     return d
 
-# %% ../nbs/library/01_images.ipynb #c023x
+# %% ../nbs/library/01_images.ipynb #h
 @by_stamp(maxsize=16)
 def open_volume(path):
-    "nibabel image in RAS+ orientation, memory-mapped, not to be written to; a damaged one raises"
+    "nibabel image in RAS+ orientation, memory-mapped and read-only; a damaged one raises"
     import nibabel as nib
     volume_facts(path)
     data,flat = volume_header(path).dataobj, path
@@ -232,13 +233,13 @@ def open_volume(path):
             except OSError as e: raise known('images.cache', flat, why=e) from e
     return nib.as_closest_canonical(nib.squeeze_image(nib.load(flat, mmap='r')))
 
-# %% ../nbs/library/01_images.ipynb #c025x
+# %% ../nbs/library/01_images.ipynb #i
 @dataclass(frozen=True)
 class Pixels:
     "Where the pixels of a case are"
     files:tuple         # One path per channel, or a single file
-    index:int=None      # Axial slice of a volume in RAS+ orientation; None: all of the file
-    channels:tuple=None # Which channels of a picture that has several, () for all; None: it is grey
+    index:int=None      # Axial slice of a volume in RAS+ orientation; None: the whole
+    channels:tuple=None # Of a picture that has several, () for all; None: it is grey
 
     def __post_init__(self):
         files,c = self.files, self.channels
@@ -253,13 +254,13 @@ class Pixels:
         "Grey levels, or codes of a mask, of the first file in its own range"
         if not is_volume(self): return read_picture(self.files[0], self.channels, mask)
         a = np.asanyarray(open_volume(self).dataobj)
-        if self.index is None: return a
-        n = a.shape[2]
-        need(0<=self.index<n, 'images.slice', self.files[0], n=plural(n, 'slice'), index=self.index)
-        return np.rot90(a[:,:,self.index])
+        k,n = self.index, a.shape[2]
+        if k is None: return a
+        need(0<=k<n, 'images.slice', self.files[0], n=plural(n, 'slice'), index=k)
+        return np.rot90(a[:,:,k])
 
     def window(self, a):
-        "Which of the values `a` become 0 and 255: of a picture what fits in 8 bits stays"
+        "What becomes 0 and 255: of a picture all that fits in 8 bits stays"
         if is_volume(self): return volume_facts(self)['window']
         lo,hi = min(a.min(), 0), a.max()
         fits = hi-lo <= (0 if a.dtype.kind=='f' else 255)
@@ -267,7 +268,7 @@ class Pixels:
 
 def pixels_of(x): return x if isinstance(x, Pixels) else Pixels(x)
 
-# %% ../nbs/library/01_images.ipynb #c028x
+# %% ../nbs/library/01_images.ipynb #j
 def read_image(
     x # Image file or `Pixels`
 )->np.ndarray: # uint8, (H,W) or (X,Y,Z); several channels make a last axis
@@ -285,8 +286,8 @@ def image_size(x)->tuple:
     "Height and width of an image, or x, y and z"
     x = pixels_of(x)
     if is_volume(x):
-        shape = tuple(volume_facts(x)['shape'])
-        return shape if x.index is None else shape[1::-1]
+        shape = volume_facts(x)['shape']
+        return tuple(shape if x.index is None else shape[1::-1])
     try:
         with Image.open(x) as im: return im.size[::-1]
     except Exception: return x.values().shape[:2] # raises with a reason
@@ -308,7 +309,7 @@ def read_mask(
     classes = np.searchsorted(codes, np.arange(256) if table else a).astype(np.uint8)
     return np.ascontiguousarray(classes[a] if table else classes)
 
-# %% ../nbs/library/01_images.ipynb #c035x
+# %% ../nbs/library/01_images.ipynb #k
 def to_native(mask, affine, shape):
     "A mask in the orientation and shape of a file's own array"
     import nibabel.orientations as o
@@ -343,7 +344,7 @@ def write_mask(
     with written(path) as tmp: im.to_filename(tmp) if volume else Image.fromarray(a).save(tmp)
     return Path(path)
 
-# %% ../nbs/library/01_images.ipynb #c038x
+# %% ../nbs/library/01_images.ipynb #l
 @by_stamp(maxsize=100_000)
 def look(path, x, mask):
     if is_volume(path):
@@ -367,8 +368,8 @@ def facts_of(images, masks=(), show=False, strict=False)->dict:
         for x in {(x.files, x.channels): x for x in xs}.values():
             jobs |= {(f, mask): replace(x, files=f, index=None, channels=x.channels and ()) for f in x.files}
     res = in_threads(fact, jobs, show)
-    bad = [d['error'] for d in res if d['error']]
-    if strict and bad: raise bad[0]
+    for d in res if strict else ():
+        if d['error']: raise d['error']
     return dict(zip(jobs, res))
 
 def data_fingerprint(cases:pd.DataFrame)->str:

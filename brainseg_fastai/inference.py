@@ -32,7 +32,7 @@ class Frame:
     mode:str='slice'    # What the network sees at once: 'slice', 'patch' or 'volume'
     patch:tuple=None    # Voxels of a patch
     spacing:tuple=None  # mm of the training images along their axes (median); None: not known
-    field:int=None      # Side of the square that a training slice fills, in its own pixels (median)
+    field:int=None      # Side of the square that a training slice fills, own pixels (median)
 
     def ratio(self, spacing, n):
         "Size of a pixel along `n` axes, as a multiple of that in training; 1 where one is not known"
@@ -40,7 +40,6 @@ class Frame:
         return np.broadcast_to(spacing, n)/np.broadcast_to(self.spacing, n) if known else np.ones(n)
 
 def training_spacing(cases)->tuple:
-    "Median size of a pixel or voxel"
     dims = [3 if o in ('','-') and not np.isscalar(mm) else 2 for o,mm in zip(cases['slice'], cases['spacing'])]
     mm = [np.broadcast_to(np.asarray(o, float), n) for o,n in zip(cases['spacing'], dims)]
     mm = np.array([o for o in mm if np.isfinite(o).all()])
@@ -99,7 +98,6 @@ class Fit:
         return left, self.side-w-left, top, self.side-h-top
 
 def fit_of(pics, spacing, frame:Frame, volume=False)->Fit:
-    "How pictures are fitted for a network"
     own,ratio = pics.shape[1:3], frame.ratio(spacing, 2)
     other = (abs(ratio-1) > (.05 if volume else .1)).any()
     at = tuple(max(1, round(o*r)) for o,r in zip(own, ratio)) if other else own
@@ -119,7 +117,6 @@ def needed_side(pics, at)->int:
 
 # %% ../nbs/library/15_inference.ipynb #e6a61667
 def resized(x, hw, antialias=False):
-    "A batch (N,C,H,W) at another size"
     if tuple(x.shape[-2:])==tuple(hw): return x
     return F.interpolate(x.float(), size=tuple(hw), mode='bilinear', antialias=antialias, align_corners=False)
 
@@ -156,7 +153,6 @@ def both_ways(scores, mirrored=None)->tuple:
     return classes(scores+mirrored), plain, classes(mirrored)
 
 def predict_slices(model:Model, pics, fit:Fit, flips=True, bs=8)->Masks:
-    "Predicted classes of pictures of one size"
     res = []
     for i in range(0, len(pics), bs):
         x = network_input(model.frame, pics[i:i+bs], fit)
@@ -167,12 +163,10 @@ def predict_slices(model:Model, pics, fit:Fit, flips=True, bs=8)->Masks:
 
 # %% ../nbs/library/15_inference.ipynb #59b1bde7
 def scaled(x, shape):
-    "A volume (C,X,Y,Z) at another size"
     if tuple(x.shape[1:])==tuple(shape): return x
     return F.interpolate(x[None].float(), size=tuple(shape), mode='trilinear', align_corners=False)[0]
 
 def volume_input(frame:Frame, a, spacing)->torch.Tensor:
-    "What a network sees of a volume, as in training"
     ratio = frame.ratio(spacing, 3)
     if (abs(ratio-1)>.05).any():
         x = torch.from_numpy(a.reshape(*a.shape[:3], -1)).movedim(-1, 0)
@@ -181,7 +175,6 @@ def volume_input(frame:Frame, a, spacing)->torch.Tensor:
     return network_volume(a, frame.steps)
 
 def window_scores(model:Model, x, overlap=.5, multiple=16)->torch.Tensor:
-    "What a network says of a volume"
     inner,patch = x.shape[1:], model.frame.patch
     shape = [max(o) for o in zip(inner, patch)] if patch else [-(-n//multiple)*multiple for n in inner]
     x = widened(x, shape, x.amin((1,2,3), keepdim=True))[None]
@@ -190,7 +183,6 @@ def window_scores(model:Model, x, overlap=.5, multiple=16)->torch.Tensor:
     return res[0][(..., *middle(shape, inner))]
 
 def predict_volume(model, a, spacing=None, flips=True)->Masks: # (X,Y,Z) each
-    "Predicted classes of a volume (X,Y,Z) or (X,Y,Z,C)"
     x,own = volume_input(model.frame, a, spacing), a.shape[:3]
     scores = [window_scores(model, x)]
     if flips: scores.append(window_scores(model, x.flip(1)).flip(1))
@@ -201,9 +193,9 @@ def predict_volume(model, a, spacing=None, flips=True)->Masks: # (X,Y,Z) each
 @torch.inference_mode()
 def predict(
     model:Model,
-    image,        # Pictures (N,H,W[,C]) for a network of slices, else a volume (X,Y,Z[,C]); uint8
+    image,        # Pictures (N,H,W[,C]), or a volume (X,Y,Z[,C]); uint8
     spacing=None, # mm along the axes of a picture or volume; None: not known
-    flips=True,   # Predict the mirror image as well? Twice the time, a better mask, and its agreement
+    flips=True,   # Predict the mirror image as well? Twice the time
     volume=False, # Are the pictures slices of a volume?
     fit=None      # `Fit` of the pictures, if it is known already
 )->Masks:

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['bootstrap_t', 'subjects_needed']
 
-# %% ../nbs/library/07_intervals.ipynb #f039abf2
+# %% ../nbs/library/07_intervals.ipynb #a
 from bisect import bisect_left
 import numpy as np
 from scipy.special import stdtr, stdtrit
 from .core import few, need
 
-# %% ../nbs/library/07_intervals.ipynb #d632e529
+# %% ../nbs/library/07_intervals.ipynb #b
 MIN_BOOTSTRAP,MAX_BOOTSTRAP = 5,1000 # outside these, Student's t stands alone
 
 def resamples(n, n_boot=9999, seed=0):
@@ -20,7 +20,7 @@ def resamples(n, n_boot=9999, seed=0):
     r = np.random.default_rng(seed)
     return r.multinomial(n, np.full(n, 1/n), size=n_boot).astype(float)
 
-# %% ../nbs/library/07_intervals.ipynb #c2bb58fc
+# %% ../nbs/library/07_intervals.ipynb #c
 def t_points(x, draws):
     "The points mean − t·se of all resamples, whose quantiles are ends of an interval"
     n,c = len(x),x-x.mean(0)
@@ -32,7 +32,7 @@ def t_points(x, draws):
     points = x.mean(0) - t*(c.std(0, ddof=1)/np.sqrt(n))
     return np.where(flat.mean(0)<=.01, points, np.nan)
 
-# %% ../nbs/library/07_intervals.ipynb #345c1592
+# %% ../nbs/library/07_intervals.ipynb #d
 def mean_intervals(x, level=.95, draws=None):
     "The wider of Student's t and bootstrap-t at either end"
     n,m = len(x),x.mean(0)
@@ -53,7 +53,7 @@ def mean_intervals(x, level=.95, draws=None):
         low,high = np.fmin(low, points[k-1]),np.fmax(high, points[b-k])
     return low,high,np.minimum(1, 2*np.min(p, axis=0))
 
-# %% ../nbs/library/07_intervals.ipynb #f91c0cbd
+# %% ../nbs/library/07_intervals.ipynb #e
 def bootstrap_t(x, level=.95, n_boot=9999, seed=0)->tuple:
     "Interval of a mean and the two-sided p-value against a mean of 0"
     x = np.asarray(x, float)
@@ -67,7 +67,7 @@ def bootstrap_t(x, level=.95, n_boot=9999, seed=0)->tuple:
     if low==high: p = 1. if low==0 else 1/(n_boot+1)
     return low,high,p
 
-# %% ../nbs/library/07_intervals.ipynb #bfaf36d8
+# %% ../nbs/library/07_intervals.ipynb #f
 def subjects_needed(
     x,       # One number per subject
     margin,  # Half-width to reach
@@ -81,7 +81,7 @@ def subjects_needed(
     def enough(k): return (high-low)/2*t(k)/t(n)<=margin
     return 2+bisect_left(range(2, 2**53), True, key=enough)
 
-# %% ../nbs/library/07_intervals.ipynb #f92d3f03
+# %% ../nbs/library/07_intervals.ipynb #g
 def simulate_coverage(draw, n_subjects=20, images=(1,4), n_sim=1000,
     seed=0,
     n_boot=9999,

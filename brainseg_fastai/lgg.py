@@ -6,7 +6,7 @@
 __all__ = ['CHANNELS', 'LOOKS', 'EXPECTED', 'LABELS', 'LAYOUT', 'draw_slice', 'lgg_standin', 'find_slices', 'read_findings',
            'lgg_cases', 'wrong_channels', 'without_mask', 'lgg_check']
 
-# %% ../nbs/6_lgg_networks_and_losses.ipynb #6d2f1c03
+# %% ../nbs/6_lgg_networks_and_losses.ipynb #a
 import numpy as np, pandas as pd
 from PIL import Image
 
@@ -17,7 +17,7 @@ from .checks import (
     as_problem, damaged, duplicates, file_table, known_problem, no_mask, nothing_here,
     odd_masks, problem, problem_table, too_few_subjects, unequal_sizes, unknown_labels)
 
-# %% ../nbs/6_lgg_networks_and_losses.ipynb #6d2f1c06
+# %% ../nbs/6_lgg_networks_and_losses.ipynb #b
 CHANNELS = 'pre','flair','post'
 LOOKS = (90,-15), (80,110), (100,20) # of each channel: the brain, and what a tumour adds
 
@@ -41,7 +41,7 @@ def lgg_standin(folder, n, rng):
                 Image.fromarray(a).save(d/f'{d.name}_{k}{end}.tif')
     pd.DataFrame(rows).to_csv(folder/'kaggle_3m/data.csv', index=False)
 
-# %% ../nbs/6_lgg_networks_and_losses.ipynb #6d2f1c09
+# %% ../nbs/6_lgg_networks_and_losses.ipynb #c
 EXPECTED = 'folders such as TCGA_CS_4941_19960909 with TCGA_CS_4941_19960909_1.tif and TCGA_CS_4941_19960909_1_mask.tif'
 
 def find_slices(root):
@@ -58,7 +58,7 @@ def find_slices(root):
     alone = [files[d,s] for d,s in masks if (d,s.removesuffix('_mask')) not in files]
     return sorted(rows, key=lambda o: (o['subject'], o['scan'], o['slice'])), sorted(alone)
 
-# %% ../nbs/6_lgg_networks_and_losses.ipynb #6d2f1c0b
+# %% ../nbs/6_lgg_networks_and_losses.ipynb #d
 def read_findings(root):
     "The table `data.csv` by patient; empty without that file"
     file = next((p for p in list_files(root, '.csv') if p.name=='data.csv'), None)
@@ -86,7 +86,7 @@ def lgg_cases(
     t['image'] = [Pixels(p, channels=channels) for p in t['image']]
     return t.join(read_findings(root), on='subject')
 
-# %% ../nbs/6_lgg_networks_and_losses.ipynb #6d2f1c0e
+# %% ../nbs/6_lgg_networks_and_losses.ipynb #e
 LABELS = {0:'background', 255:'tumour'}
 
 def wrong_channels(t):

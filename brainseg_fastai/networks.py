@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['build_model', 'class_counts', 'class_shares', 'class_weights']
 
-# %% ../nbs/library/12_networks.ipynb #c003x
+# %% ../nbs/library/12_networks.ipynb #a
 import urllib.request
 from copy import deepcopy
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from torchvision.models import get_model_weights
 from .core import few, known, need, say, times, written
 from .images import read_mask
 
-# %% ../nbs/library/12_networks.ipynb #c008x
+# %% ../nbs/library/12_networks.ipynb #b
 class Arch(NamedTuple):
     "What a network's name stands for; None: fixed by its authors"
     make:callable=None # From dimensions, channels, classes, size, maps and strides
@@ -51,7 +51,7 @@ ARCHS |= dict(unet=Arch(plain_unet, depth=4, width=32),
     unetr=Arch(unetr, (3,), 16, 16, width=16),
     segresnet=Arch(segresnet, (2,3), depth=3, width=16))
 
-# %% ../nbs/library/12_networks.ipynb #c011x
+# %% ../nbs/library/12_networks.ipynb #c
 def check_size(arch, size, dims=2, depth=None, width=None)->tuple:
     "The size per axis if the network takes it; else a `DataError` names what it takes"
     fit = [k for k,a in ARCHS.items() if dims in a.dims]
@@ -71,7 +71,7 @@ def check_size(arch, size, dims=2, depth=None, width=None)->tuple:
     raise known('networks.size', arch=arch, size=times(size), div=div, low=low, fit=' or '.join(fit),
         also=say('networks.keep', depth=keep[-1]) if keep else '')
 
-# %% ../nbs/library/12_networks.ipynb #c014x
+# %% ../nbs/library/12_networks.ipynb #d
 def imagenet_weights(arch)->bool:
     "Can the ImageNet weights of an encoder be had? Warns if not"
     url = url_map.get(arch.replace('_', '-')) or get_model_weights(arch).DEFAULT.url
@@ -92,7 +92,7 @@ def efficientnet(arch, n_in, n_out, pretrained):
         net.encoder._conv_stem.weight.data.copy_(d['_conv_stem.weight'].sum(1, keepdim=True)/n_in)
     return net
 
-# %% ../nbs/library/12_networks.ipynb #c016x
+# %% ../nbs/library/12_networks.ipynb #e
 def fast_bf16(device)->bool:
     "Is bfloat16 native here? Never timed, so that runs repeat"
     if device.type=='cuda': return torch.cuda.is_bf16_supported()
@@ -101,7 +101,7 @@ def fast_bf16(device)->bool:
 
 def autocast_of(device, dims=2):
     "bfloat16 where the processor has it"
-    # on processors, its gradients of 3-D convolutions over 2×2×2 voxels hold memory that nothing was written to
+    # on processors, gradients of 3-D convolutions over 2×2×2 voxels would be unwritten memory
     good = dims==2 or device.type!='cpu' or not torch.is_grad_enabled()
     kind = device.type.replace('meta', 'cpu') # meta knows no autocast
     return torch.autocast(kind, torch.bfloat16, enabled=good and fast_bf16(device))
@@ -118,7 +118,7 @@ def plain_batch(x):
     "Batch as a plain channels-last tensor, without the cost of subclasses"
     return x.as_subclass(torch.Tensor).contiguous(memory_format=channels_last(x.ndim))
 
-# %% ../nbs/library/12_networks.ipynb #c018x
+# %% ../nbs/library/12_networks.ipynb #f
 class LightUnet(Module):
     "ResNet encoder on the image at half its size, a narrow decoder, and the image again"
     def __init__(self,
@@ -155,7 +155,7 @@ def light_splitter(m):
     "Parameter groups of a `LightUnet`: encoder, and the rest"
     return L(m.body, nn.ModuleList([m.ups, m.shuffle, m.head])).map(params)
 
-# %% ../nbs/library/12_networks.ipynb #c021x
+# %% ../nbs/library/12_networks.ipynb #g
 def build_model(
     s,          # `Settings`
     n_in,       # Channels of the input
@@ -180,7 +180,7 @@ def build_model(
     net.pretrained = have
     return net
 
-# %% ../nbs/library/12_networks.ipynb #c023x
+# %% ../nbs/library/12_networks.ipynb #h
 def first_names(model):
     "Each name in a model's state, with the first name that its tensor has"
     first = {}
@@ -196,7 +196,7 @@ def load_weights(model, path):
     d = load_file(path)
     model.load_state_dict({k: d[n] for k,n in first_names(model).items()})
 
-# %% ../nbs/library/12_networks.ipynb #c024x
+# %% ../nbs/library/12_networks.ipynb #i
 class LiveBytes(TorchDispatchMode):
     "Most bytes of tensors alive at one time; `known` ones are not counted"
     def __init__(self, known):
@@ -235,7 +235,7 @@ def memory_estimate(
     total = mb(fixed)+2*mb(learned)+maps # Adam keeps two averages of the gradients
     return dict(parameters=sum(p.numel() for p in ps), parameters_mb=mb(ps), activations_mb=maps, total_mb=total)
 
-# %% ../nbs/library/12_networks.ipynb #c031x
+# %% ../nbs/library/12_networks.ipynb #j
 LOSSES = dict(ce=F.cross_entropy, weighted_ce=F.cross_entropy, dice=DiceLoss(to_onehot_y=True, softmax=True),
     focal=FocalLoss(gamma=2.), dice_ce=DiceCELoss(to_onehot_y=True, softmax=True))
 
@@ -273,7 +273,7 @@ class make_loss(Module):
     def activation(self, x): return F.softmax(x, dim=1)
     def decodes(self, x): return x.argmax(dim=1)
 
-# %% ../nbs/library/12_networks.ipynb #c034x
+# %% ../nbs/library/12_networks.ipynb #k
 def class_counts(masks, codes):
     "Pixels of each class in some masks of classes"
     n = len(codes)

@@ -6,7 +6,7 @@
 __all__ = ['Stopwatch', 'step_seconds', 'peak_mb', 'timed', 'windows', 'prediction_seconds', 'measure_training', 'plan_variants',
            'duration', 'advice']
 
-# %% ../nbs/8_speed.ipynb #19a5c276
+# %% ../nbs/8_speed.ipynb #a
 import math, time
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from .runs import prepare_learner
 from .segmentation import predict_cases, score_cases
 from .splits import with_split
 
-# %% ../nbs/8_speed.ipynb #9cced8b5
+# %% ../nbs/8_speed.ipynb #b
 class Stopwatch(Callback):
     "Counts the seconds of training steps, all callbacks included, and stops after `seconds`"
     order = 1000
@@ -59,12 +59,12 @@ def step_seconds(
         if fast: fast.until = until
     return watch.median()
 
-# %% ../nbs/8_speed.ipynb #69b2511b
+# %% ../nbs/8_speed.ipynb #c
 def peak_mb():
     "Largest memory of this process, or of the graphics card, so far in MB; NaN if it cannot be told"
     cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     if cuda: return cuda/2**20
-    status = Path('/proc/self/status') # Linux, where `getrusage` begins with the size of the parent
+    status = Path('/proc/self/status') # Linux; `getrusage` begins with the size of the parent
     if status.exists(): return int(status.read_text().split('VmHWM:')[1].split()[0])/2**10
     try: import resource
     except ImportError: return math.nan # Windows
@@ -92,14 +92,14 @@ def prediction_seconds(learn, cases)->float:
     seconds = min(timed(lambda: predict(model, two)) for _ in range(2)) # the first takes longer
     return seconds*windows(a.shape, patch)/windows(two.shape, patch)
 
-# %% ../nbs/8_speed.ipynb #70a54759
+# %% ../nbs/8_speed.ipynb #d
 def measure_training(
     cases:pd.DataFrame, # Case table with the column `split`
     settings,           # `Settings`
     codes,              # Raw mask values
     seconds=20.,        # How long to measure, about
     layout=ADNI         # How the data are scored
-)->dict: # epochs, steps of an epoch, seconds of step, epoch, set-up and scoring, memory_mb
+)->dict: # epochs, steps, step_s, epoch_s, setup_s, score_s, memory_mb
     "What one training on these cases costs, measured on a few batches and two predictions"
     n,start = cases['split'].value_counts(), time.perf_counter()
     s = settings.filled(int(n['train']))
@@ -121,7 +121,7 @@ def measure_training(
         setup_s=setup,
         score_s=float(n['test']*score), memory_mb=peak_mb())
 
-# %% ../nbs/8_speed.ipynb #9e983aeb
+# %% ../nbs/8_speed.ipynb #e
 @delegates(prepare)
 def plan_variants(
     root,          # Data folder
@@ -130,7 +130,7 @@ def plan_variants(
     control=True,  # One more training of the first variant
     seconds=20.,   # How long to measure, in all
     **kwargs
-)->pd.DataFrame: # A row per variant: trainings, minutes of all of them, `measure_training`
+)->pd.DataFrame: # A row per variant: trainings, minutes, `measure_training`
     "What `train_variants` would cost on this machine; nothing is written"
     r,rows = prepare(root, variants, **kwargs), {}
     for job in trainings(r, repeats, control):
@@ -147,7 +147,7 @@ def plan_variants(
         row['minutes'] += n*(row['setup_s'] + row['epochs']*row['epoch_s'] + row['score_s'])/60
     return pd.DataFrame(rows.values())
 
-# %% ../nbs/8_speed.ipynb #7f5e4e48
+# %% ../nbs/8_speed.ipynb #f
 def duration(minutes):
     if minutes<2: return f'{minutes*60:.0f} s'
     return f'{minutes:.0f} min' if minutes<120 else f'{minutes/60:.1f} h'

@@ -45,7 +45,7 @@ def inner_width(a, m, mm):
     return inner if brain[m].mean()>.9 and .7*outer<inner<.96*outer else 0
 
 def evans_index(a, mask, mm, ks):
-    "Width of the frontal horns over that of the skull, where the horns are widest; NaN if it cannot be told"
+    "Width of the frontal horns over that of the skull, where they are widest; NaN if unknown"
     w = widths(mask[:,:,list(ks)]) # (Y,K)
     some,n = w>0, len(w)
     middle = (some.argmax(0)+n-some[::-1].argmax(0))//2 # of the ventricles
@@ -62,16 +62,16 @@ class Part(NamedTuple):
     skull:bool=False  # Is it in view?
     notes:tuple=()
 
-def slab_of(config, slab):
+def slab_of(c, slab):
     "mm below the top of the brain where a model may be used; None: everywhere"
-    if slab is None: return (config['slab'] or {}).get('below_top_mm')
+    if slab is None: return (c['slab'] or {}).get('below_top_mm')
     lo,hi = map(float, slab)
     need(0<=lo<=hi, 'prediction.slab', lo=lo, hi=hi)
     return [lo,hi]
 
-def part_of_volume(scan, config, slab):
-    slab,n = slab_of(config, slab), scan.extent[2]
-    need(slab or config['whole'], 'prediction.which_slices', scan.path)
+def part_of_volume(scan, c, slab):
+    slab,n = slab_of(c, slab), scan.extent[2]
+    need(slab or c['whole'], 'prediction.which_slices', scan.path)
     need(scan.grey.any(), 'prediction.empty', scan.path)
     top,skull = top_of_brain(scan.grey, scan.spacing)
     if not slab: return Part(range(n), True, skull)
@@ -92,8 +92,7 @@ def measure(scan, m, label, part, whole):
     k = int(sizes.argmax())
     px,mm2 = int(sizes[k]), mm[0]*mm[1] if mm else np.nan
     res = dict(
-        name=scan.name, label=label['name'], code=label['code'],
-        area_mm2=px*mm2, area_px=px,
+        name=scan.name, label=label['name'], code=label['code'], area_mm2=px*mm2, area_px=px,
         volume_ml=float(m.sum()*np.prod(mm)/1000) if whole else np.nan,
         slice=k if volume and px else None, slices=len(part.slices),
         brain_mm2=np.nan, ventricle_brain_ratio=np.nan, evans_index=np.nan)
@@ -105,6 +104,7 @@ def measure(scan, m, label, part, whole):
         res['evans_index'] = evans_index(grey, m, mm, part.slices)
     return res
 
+# %% ../nbs/library/23_prediction.ipynb #c015x
 @dataclass
 class Prediction:
     "The mask of a scan and what is to be said of it"
@@ -129,7 +129,19 @@ class Prediction:
         a,m = (o.pictures([k])[0] for o in (self.scan, replace(self.scan, image=self.mask)))
         return (a[...,a.shape[-1]//2] if a.ndim==3 else a), m
 
-# %% ../nbs/library/23_prediction.ipynb #c015x
+def read_for(model, path, spacing=None, name=None):
+    "A scan as a model wants it; a `DataError` if the two do not fit"
+    c,scan = model.config, path
+    need(c, 'prediction.no_config')
+    if not isinstance(path, Scan):
+        packed = c['inputs_all'] if c['packed'] else ()
+        scan = read_scan(path, spacing, c['channels'], packed, name)
+    n,want = scan.channels.shape[-1], len(c['channels'])
+    need(n==want, 'prediction.channels', scan.path, n=plural(n, 'channel'), want=want)
+    need(scan.is_volume or model.frame.mode=='slice', 'prediction.no_volume', scan.path)
+    return scan
+
+# %% ../nbs/library/23_prediction.ipynb #c017x
 def assess(model, scan, masks, part):
     c,notes,quality = model.config, [*scan.notes, *part.notes], np.nan
     sliced,volume = model.frame.mode=='slice', scan.is_volume
@@ -149,18 +161,6 @@ def assess(model, scan, masks, part):
         dice_high=dice['high'], dice_text=dice['text'], flags='; '.join(flags))
     rows = [measure(scan, mask==i, o, part, whole) | more for i,o in enumerate(c['labels'], 1)]
     return Prediction(scan, mask, model.codes, rows, quality, dice, flags, notes, part.slices)
-
-def read_for(model, path, spacing=None, name=None):
-    "A scan as a model wants it; a `DataError` if the two do not fit"
-    c,scan = model.config, path
-    need(c, 'prediction.no_config')
-    if not isinstance(path, Scan):
-        packed = c['inputs_all'] if c['packed'] else ()
-        scan = read_scan(path, spacing, c['channels'], packed, name)
-    n,want = scan.channels.shape[-1], len(c['channels'])
-    need(n==want, 'prediction.channels', scan.path, n=plural(n, 'channel'), want=want)
-    need(scan.is_volume or model.frame.mode=='slice', 'prediction.no_volume', scan.path)
-    return scan
 
 def predict_pictures(model, scans, flips=True):
     "`Prediction`s of slices, those of one size and spacing at once"
@@ -213,7 +213,7 @@ def mask_path(name, volume, out):
     desc = ''.join(o for o in parts if o not in rest) or 'desc-'
     return Path(out, *who, 'anat', '_'.join([*rest, desc+suffix, 'dseg.nii.gz']))
 
-# %% ../nbs/library/23_prediction.ipynb #c026x
+# %% ../nbs/library/23_prediction.ipynb #c028x
 PROGRAM = dict(Name='brainseg_fastai', Version=__version__)
 
 def input_stamps(path):
@@ -246,6 +246,12 @@ def sidecars(out, bundle):
         if d.get('bundle')==bundle and (f.parent/d['mask']).is_file(): res[f] = d
     return res
 
+def rows_before(jobs, out, made):
+    "Rows by name of what was predicted before with these options"
+    done = {d['name']: d for d in sidecars(out, made['bundle']).values()}
+    now = {n: made | dict(stamps=input_stamps(p)) for p,n in jobs if n in done}
+    return {n: done[n]['rows'] for n,o in now.items() if o.items() <= done[n].items()}
+
 # %% ../nbs/library/23_prediction.ipynb #c028x
 def qc_row(d, labels, out):
     with Image.open(out/'qc'/f"{d['name']}.png") as im: image,mask = map(np.array, im.split())
@@ -267,7 +273,7 @@ def write_tables(out, labels, bundle):
     write_json(out/'dataset_description.json', dict(Name='Segmentations by brainseg_fastai',
         BIDSVersion='1.9.0', DatasetType='derivative', GeneratedBy=[by]))
 
-# %% ../nbs/library/23_prediction.ipynb #c030x
+# %% ../nbs/library/23_prediction.ipynb #c032x
 def attempt(f, *args, **kw):
     try: return f(*args, **kw)
     except (DataError, OSError) as e: return str(e)
@@ -275,9 +281,10 @@ def attempt(f, *args, **kw):
 
 def predict_each(model, jobs, spacing=None, slab=None, flips=True):
     "Each job, a path and a name, with its `Prediction` or an error's text"
-    pictures,rest = partition(jobs, lambda job: is_picture(job[0]) and job[0].is_file())
+    def read(job): return attempt(read_for, model, job[0], spacing, job[1])
+    pictures,rest = partition(jobs, lambda o: is_picture(o[0]) and o[0].is_file())
     for part in chunked(pictures, 16):
-        scans = in_threads(lambda job: attempt(read_for, model, job[0], spacing, job[1]), part)
+        scans = in_threads(read, part)
         good = [s for s in scans if isinstance(s, Scan)]
         done = attempt(predict_pictures, model, good, flips)
         done = repeat(done) if isinstance(done, str) else iter(done)
@@ -285,14 +292,14 @@ def predict_each(model, jobs, spacing=None, slab=None, flips=True):
     for path,name in rest:
         yield (path, name), attempt(predict_scan, model, path, spacing, slab, flips, name)
 
-def checked_options(config, paths, spacing, slab, flips):
+def checked_options(c, paths, spacing, slab, flips):
     mm = None if spacing is None else np.ravel(spacing).tolist()
     ok = mm is None or len(mm)<3 and 0<min(mm) and max(mm)<100
     need(ok, 'prediction.spacing', mm=mm)
     need(slab is None or not all(map(is_picture, paths)), 'prediction.slab_of_picture', paths[0])
-    return dict(spacing=mm, slab=slab_of(config, slab), flips=flips)
+    return dict(spacing=mm, slab=slab_of(c, slab), flips=flips)
 
-# %% ../nbs/library/23_prediction.ipynb #c032x
+# %% ../nbs/library/23_prediction.ipynb #c034x
 def predict_scans(
     bundle,         # Folder of a model, or what `load_bundle` gives
     scans,          # Files and folders: pictures, NIfTI, MGH, DICOM series
@@ -305,24 +312,21 @@ def predict_scans(
 )->pd.DataFrame:    # A row per scan and label; `attrs['failed']`: paths and reasons
     "Predict scans, and write masks, sidecars, volumes.csv and qc.html"
     model = bundle if hasattr(bundle, 'net') else load_bundle(bundle)
-    config,failed,out = model.config, [], out and Path(out)
-    need(config, 'prediction.no_config')
-    paths = find_scans_to_predict(scans, config['channels'], config['inputs_all'])
-    options = checked_options(config, paths, spacing, slab, flips)
-    made = dict(bundle=digest(config['sha256']), options=options)
-    if out: make_folder(out)
-    done = {} if overwrite or not out else sidecars(out, made['bundle'])
-    done = {d['name']: d for d in done.values()}
+    c,failed,out = model.config, [], out and Path(out)
+    need(c, 'prediction.no_config')
+    paths = find_scans_to_predict(scans, c['channels'], c['inputs_all'])
+    options = checked_options(c, paths, spacing, slab, flips)
+    made = dict(bundle=digest(c['sha256']), options=options)
     rows = dict.fromkeys(scan_names(paths))
-    for path,name in zip(paths, rows):
-        d,now = done.get(name, {}), made | dict(stamps=input_stamps(path))
-        if now.items() <= d.items(): rows[name] = d['rows']
-    todo = [o for o in zip(paths, rows) if rows[o[1]] is None]
+    jobs = list(zip(paths, rows))
+    if out: make_folder(out)
+    if out and not overwrite: rows |= rows_before(jobs, out, made)
+    todo = [o for o in jobs if rows[o[1]] is None]
     for (path,name),p in bar(predict_each(model, todo, **options), len(todo), progress):
         said = p if isinstance(p, str) or not out else attempt(write_prediction, p, out, **made)
         if isinstance(said, str): failed.append((str(path), said))
         else: rows[name] = p.rows
-    if out: write_tables(out, config['labels'], made['bundle'])
+    if out: write_tables(out, c['labels'], made['bundle'])
     res = pd.DataFrame([r for o in rows.values() for r in o or ()])
     res.attrs['failed'] = failed
     return res

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['qc_page', 'nifti_bytes', 'label_map', 'view_3d']
 
-# %% ../nbs/library/22_quality_page.ipynb #c002x
+# %% ../nbs/library/22_quality_page.ipynb #a
 import gzip
 
 import numpy as np, pandas as pd
@@ -16,7 +16,7 @@ from .drawing import data_uri, draw_case, marks, rgb_of
 from .report import TEXTS, Report, para, piece
 from .trust import review_list
 
-# %% ../nbs/library/22_quality_page.ipynb #252a62ef
+# %% ../nbs/library/22_quality_page.ipynb #b
 def page_px(n)->int:
     "Longest side of a picture, so that a page stays small: 256 for 200 scans"
     return int(np.clip(256*(200/max(n,1))**.5, 128, 512))
@@ -28,7 +28,7 @@ def contour_uri(mask, colours, size)->str:
     for here,colour in marks([(mask, colours, False)], (w,h)): rgba[here] = *colour, 255
     return data_uri(Image.fromarray(rgba), 'PNG')
 
-# %% ../nbs/library/22_quality_page.ipynb #e049dfa4
+# %% ../nbs/library/22_quality_page.ipynb #c
 USUAL = dict(colours={}, names={}, measures={}, quality=None, predicted={}, flags=[], notes=[])
 
 def checked(row)->dict:
@@ -57,7 +57,7 @@ def measure_text(v):
     if missing(v) or abs(v)<1: return num(v, 4)
     return num(v, 2) if abs(v)<100 else num(round(v))
 
-# %% ../nbs/library/22_quality_page.ipynb #c013x
+# %% ../nbs/library/22_quality_page.ipynb #d
 def scan_row(i, r, measures, px)->dict:
     mask,p = r['mask'], r['predicted']
     im = draw_case(r['image'], px=min(px, max(mask.shape)))
@@ -67,7 +67,7 @@ def scan_row(i, r, measures, px)->dict:
         seen=', '.join(class_name(r, c) for c in np.unique(mask[mask>0]).tolist()),
         care=piece('care') if r['flags'] and p.get('calibrated') else '')
 
-# %% ../nbs/library/22_quality_page.ipynb #c016x
+# %% ../nbs/library/22_quality_page.ipynb #e
 class QcPage(Report):
     "A `Report` with a script of its own"
     styles,script = ('report.css','qc.css'), 'qc.js'
@@ -84,9 +84,9 @@ def key_figures(rows):
     return [('Scans', num(len(rows))), ('Flagged', num(sum(bool(r['flags']) for r in rows))),
         ('Lowest predicted Dice', 'uncalibrated' if dice is None else num(dice)), ('Lowest quality', num(quality))]
 
-# %% ../nbs/library/22_quality_page.ipynb #c018x
+# %% ../nbs/library/22_quality_page.ipynb #f
 def qc_page(
-    rows, # dicts: name, image, and if known mask, colours, names, measures, quality, predicted, flags, notes
+    rows, # dicts: name, image, and what is known of `USUAL`, mask
     title='Predicted masks, worst first',
     px=None # Longest side of a picture
 )->QcPage:
@@ -101,7 +101,7 @@ def qc_page(
     return QcPage(title, piece('quality', title, key_figures(rows), TEXTS['quality'].values(), keys,
         list(kinds.items()), shown))
 
-# %% ../nbs/library/22_quality_page.ipynb #c021x
+# %% ../nbs/library/22_quality_page.ipynb #g
 def nifti_bytes(a, spacing):
     "A volume as the bytes of a compressed NIfTI file"
     import nibabel as nib

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Report', 'compare_report', 'train_report']
 
-# %% ../nbs/library/21_report.ipynb #c002x
+# %% ../nbs/library/21_report.ipynb #a
 import base64, hashlib, io, numbers, re, tomllib
 from html import escape
 from pathlib import Path
@@ -22,7 +22,7 @@ from brainseg_fastai.stats import found_nothing
 
 TEXTS = tomllib.loads(asset('report.toml'))
 
-# %% ../nbs/library/21_report.ipynb #9cc6e246
+# %% ../nbs/library/21_report.ipynb #b
 SHOWN = dict(brain='Skull-stripped', orig='Full skull')
 COLOURS = dict(brain='#0072b2', orig='#d55e00')
 INK,GREY = '#1b1f24','#8a929c'
@@ -31,10 +31,9 @@ def variant_name(v): return SHOWN.get(v, str(v))
 def lower_name(v): return SHOWN[v].lower() if v in SHOWN else str(v)
 
 def colours(variants):
-    "A colour for each of a few variants"
     return {v: COLOURS.get(v, c) for v,c in zip(variants, [*COLOURS.values(), INK])}
 
-# %% ../nbs/library/21_report.ipynb #c011x
+# %% ../nbs/library/21_report.ipynb #c
 class Html(Markup):
     "Markup that shows itself in a notebook"
     def _repr_html_(self): return str(self)
@@ -66,7 +65,7 @@ def table_html(rows, heads=None, caption='', most=None)->Html:
     if heads is None: heads,rows = rows.columns, rows.itertuples(index=False, name=None)
     return piece('table', list(rows), [str(o) for o in heads], caption, most)
 
-# %% ../nbs/library/21_report.ipynb #3a9301f6
+# %% ../nbs/library/21_report.ipynb #d
 def with_columns(df, cols, what):
     "`df`, or an error that names the columns it lacks"
     lack = [c for c in cols if c not in df.columns]
@@ -83,7 +82,7 @@ def split_table(split):
     share = 100*t.images/t.groupby('fold').images.transform('sum')
     return t.assign(**{'share of images': [f'{o:.1f} %' for o in share]})
 
-# %% ../nbs/library/21_report.ipynb #c017x
+# %% ../nbs/library/21_report.ipynb #e
 def metric_name(key, **words):
     part = next((p for p in PARTS if key.startswith(p)), key)
     return TEXTS['metrics'][part].format(part=key.removeprefix(part), **words)
@@ -94,7 +93,7 @@ def score_table_html(tables, unit='px', case='image'):
     rows = [(k, metric_name(k, unit=unit, case=case), 2 if k.startswith(('hd95','volume')) else 3) for k in keys]
     return piece('means', tables, rows, unit, case)
 
-# %% ../nbs/library/21_report.ipynb #c019x
+# %% ../nbs/library/21_report.ipynb #f
 def swap_html(swap):
     "The 2×2 table: trained on one kind of image, tested on the other; darker is better"
     s = with_columns(swap, ['trained_on','tested_on','dice','low','high'], 'The swap table')
@@ -102,7 +101,7 @@ def swap_html(swap):
     rows = [(v, g.to_dict('records')) for v,g in s.groupby('trained_on', sort=False)]
     return piece('swap', rows, list(s.tested_on.unique()))
 
-# %% ../nbs/library/21_report.ipynb #c021x
+# %% ../nbs/library/21_report.ipynb #g
 STYLE = {'svg.fonttype':'none', 'svg.hashsalt':'brainseg', 'figure.dpi':90,
     'axes.spines.top':False, 'axes.spines.right':False, 'axes.edgecolor':GREY,
     'axes.titlesize':11, 'grid.color':GREY, 'grid.alpha':.25, 'font.size':10,
@@ -132,18 +131,17 @@ def svg(fig, alt)->Html:
     style = f'max-width:{fig.get_figwidth()*104:.0f}px;width:100%'
     return Html(f'<svg role="img" aria-label="{escape(alt)}" style="{style}"{s}')
 
-# %% ../nbs/library/21_report.ipynb #1f2f5229
+# %% ../nbs/library/21_report.ipynb #h
 def per_subject(scores):
     "Mean Dice of each subject, a column for each variant"
     s = with_columns(scores, ['variant','subject','dice'], 'The score table')
     return s.groupby(['subject','variant']).dice.mean().unstack()
 
 def pairs(scores, comparison):
-    "Mean Dice of the subjects that have both variants"
     both = [*comparison['metrics']]
     return with_columns(per_subject(scores), both, 'The score table, spread by variant,')[both].dropna()
 
-# %% ../nbs/library/21_report.ipynb #03f5e57b
+# %% ../nbs/library/21_report.ipynb #i
 def draw_subjects(ax, per, cols, better):
     "A line from variant to variant for each subject, in the colour of the better"
     for y,col in zip(per.to_numpy(), better): ax.plot([0,1], y, color=col, lw=1, alpha=.45)
@@ -171,7 +169,7 @@ def draw_differences(ax, d, c, better):
     ax.locator_params(axis='x', nbins=5)
     ax.grid(axis='x')
 
-# %% ../nbs/library/21_report.ipynb #6da9fade
+# %% ../nbs/library/21_report.ipynb #j
 def paired_plot(scores, comparison):
     "Mean Dice of each subject with both variants, and the differences with mean, 95 % interval and margin"
     per = pairs(scores, comparison)
@@ -186,7 +184,7 @@ def paired_plot(scores, comparison):
     b.set_xlabel(f'Difference in Dice:  ← {lower_name(w)} better  ·  {lower_name(v)} better →')
     return fig
 
-# %% ../nbs/library/21_report.ipynb #90c36e67
+# %% ../nbs/library/21_report.ipynb #k
 def curves_plot(curves):
     "Validation Dice by epoch: a thin line per training, a thick one for the mean, the last third enlarged"
     c = with_columns(curves, ['variant','fold','seed','epoch','valid_dice'], 'The curve table')
@@ -207,7 +205,7 @@ def curves_plot(curves):
     axs[0].legend(frameon=False, loc='lower right', labelcolor=INK)
     return fig
 
-# %% ../nbs/library/21_report.ipynb #7bf14253
+# %% ../nbs/library/21_report.ipynb #l
 def worst_first(scores, n=None):
     "Each case once, at its worst, sorted by variant and Dice; undefined Dice comes first"
     s = with_columns(scores, ['variant','image','mask','subject','dice','prediction'], 'The score table')
@@ -215,9 +213,8 @@ def worst_first(scores, n=None):
     s = s.drop_duplicates(['variant','key']).drop(columns='key').reset_index(drop=True)
     return s if n is None else s.groupby('variant').head(n)
 
-# %% ../nbs/library/21_report.ipynb #c037x
+# %% ../nbs/library/21_report.ipynb #m
 def tile(r, out, px)->dict:
-    "A case (row of a score table) as the sheet shows it"
     r = r | dict(href=quote(r['prediction']), title=Path(str(r['image'])).name)
     try: return r | dict(src=data_uri(case_tile(r['image'], r['mask'], Path(out)/r['prediction'], px)))
     except DataError as e: return r | dict(gone=str(e))
@@ -230,7 +227,7 @@ def contact_sheet(scores, out, n=None, first=12)->Html:
         for v,g in s.groupby('variant')]
     return piece('sheet', groups, px, [(TRUTH,'truth'), (PRED,'prediction')], first)
 
-# %% ../nbs/library/21_report.ipynb #c040x
+# %% ../nbs/library/21_report.ipynb #n
 class Report:
     "A self-contained HTML page that shows itself in a notebook and saves itself as one file"
     styles,script = ('report.css',), None
@@ -257,13 +254,14 @@ class Report:
         style = f'width:100%;height:42rem;border:1px solid {GREY}55;border-radius:6px'
         return f'<iframe title="{escape(self.title)}" srcdoc="{escape(self.html)}" style="{style}"></iframe>'
 
-# %% ../nbs/library/21_report.ipynb #c044x
+# %% ../nbs/library/21_report.ipynb #o
 def para(*texts)->Html: return piece('paras', texts)
 
-def section(title, *body):
-    "A section of the page from markup; what is empty is dropped, and all of it if there is nothing to say"
-    body = Markup('').join(o for o in body if o)
-    return dict(title=title, id=re.sub(r'\W+', '-', title.lower()).strip('-'), body=body) if body else None
+def section(name, *body):
+    "A section of the page, one of `report.toml`: title, prose, and markup; what is empty is dropped, and all of it without markup"
+    title,*prose = TEXTS['sections'][name]
+    body = [o for o in body if o]
+    return body and dict(title=title, id=name, body=Markup('').join([para(*prose), *body]))
 
 def plain_text(v):
     if isinstance(v, (list,tuple)): return ', '.join(map(plain_text, v))
@@ -275,7 +273,7 @@ def dict_html(d):
     flat, = pd.json_normalize(d, sep=' ').to_dict('records')
     return table_html([(k.replace('_', ' '), plain_text(v)) for k,v in flat.items()], ['','value'])
 
-# %% ../nbs/library/21_report.ipynb #c047x
+# %% ../nbs/library/21_report.ipynb #p
 OWN = 'command','fingerprint','definitions','training_longer'
 
 def some(table): return table is not None and len(table)>0
@@ -287,45 +285,42 @@ def curves_html(curves, scores, answer):
     return para(*answers), some(curves) and svg(curves_plot(curves), alt)
 
 def sheet_html(scores, out, simulated):
-    "The contact sheet below what must be known about it"
-    notes = dict(tiles=True, again=len(worst_first(scores))<len(scores), real=not simulated)
+    notes = dict(again=len(worst_first(scores))<len(scores), real=not simulated)
     return para(*(TEXTS[k] for k,v in notes.items() if v)), contact_sheet(scores, out)
 
 def groups_html(scores):
     "Mean Dice of each group of cases, such as each type of tumour"
-    if 'label' not in scores: return ()
+    if 'label' not in scores: return None
     rows = [(variant_name(v), label, t.subject.nunique(), len(t), t.dice.mean())
         for (v,label),t in scores.groupby(['variant','label'], sort=False)]
-    return para(TEXTS['groups']), table_html(rows, ['variant','label','subjects','cases','Dice'])
+    return table_html(rows, ['variant','label','subjects','cases','Dice'])
 
-# %% ../nbs/library/21_report.ipynb #c049x
+# %% ../nbs/library/21_report.ipynb #q
 def evidence(scores, curves=None, split=None, swap=None, external=None, problems=None, info=None, out='.',
     words=None, simulated=False)->list:
-    "The sections that every report ends with"
     info = info or {}
     command,origin = (info.get(k) for k in ('command','fingerprint'))
     more = {k: v for k,v in info.items() if k not in OWN}
     return [
-        some(swap) and section('Trained on one, tested on the other', para(TEXTS['swap']), swap_html(swap)),
-        some(external) and section('On the external data set', table_html(external)),
-        section('Would training longer help?', *curves_html(curves, scores, info.get('training_longer'))),
-        section('Every test case, worst first', *sheet_html(scores, out, simulated)),
-        section('By type', *groups_html(scores)),
-        some(split) and section('How subjects were split', para(TEXTS['split']), table_html(split_table(split))),
-        section('Problems found in the data',
-            table_html(problems, most=200) if some(problems) else para('None.')),
-        section('What the words mean', piece('terms', {**(words or {}), **info.get('definitions', {})})),
-        section('Data fingerprint', origin and dict_html(dict(fingerprint=origin))),
-        section('Environment', more and dict_html(more)),
-        command and section('How to reproduce this', piece('code', command), para(TEXTS['reproduce']))]
+        section('swap', some(swap) and swap_html(swap)),
+        section('external', some(external) and table_html(external)),
+        section('longer', *curves_html(curves, scores, info.get('training_longer'))),
+        section('cases', *sheet_html(scores, out, simulated)),
+        section('groups', groups_html(scores)),
+        section('split', some(split) and table_html(split_table(split))),
+        section('problems', table_html(problems, most=200) if some(problems) else para('None.')),
+        section('terms', piece('terms', {**(words or {}), **info.get('definitions', {})})),
+        section('fingerprint', origin and dict_html(dict(fingerprint=origin))),
+        section('environment', more and dict_html(more)),
+        section('command', command and piece('code', command))]
 
-# %% ../nbs/library/21_report.ipynb #c052x
+# %% ../nbs/library/21_report.ipynb #r
 def page(tag, colour, sentence, facts, sections, simulated=False)->Report:
     "The whole report: verdict in a few words and in a sentence, banner, key figures, links, sections"
     simulated = TEXTS['simulated'] if simulated else ''
     return Report(f'brainseg: {tag}', piece('front', tag, colour, sentence, facts, [s for s in sections if s], simulated))
 
-# %% ../nbs/library/21_report.ipynb #053f9d3f
+# %% ../nbs/library/21_report.ipynb #s
 def verdict_tag(c):
     "The verdict in two or three words, and the class of its colour"
     v = str(c['verdict'])
@@ -335,7 +330,7 @@ def verdict_tag(c):
 
 def terms(group, **words): return {k.format(**words): v.format(**words) for k,v in TEXTS[group].items()}
 
-# %% ../nbs/library/21_report.ipynb #c060x
+# %% ../nbs/library/21_report.ipynb #t
 def unit_of(scores): return ' or '.join(sorted(set(scores['unit'])))
 
 def comparison_html(scores, comparison)->Html:
@@ -346,7 +341,7 @@ def comparison_html(scores, comparison)->Html:
     table = table_html(rows, ['subject', *map(variant_name, per), 'difference'])
     return piece('comparison', comparison, svg(paired_plot(scores, comparison), alt), table)
 
-# %% ../nbs/library/21_report.ipynb #c060x
+# %% ../nbs/library/21_report.ipynb #u
 @delegates(evidence, but='words,simulated')
 def compare_report(comparison, scores, **kwargs)->Report:
     "One input or setting against the other: the verdict, what it rests on, and every test case"
@@ -354,12 +349,12 @@ def compare_report(comparison, scores, **kwargs)->Report:
     means = {v: summarise_scores(scores[scores.variant==v]) for v in c['metrics']}
     words = terms('rules', case=c['case'], margin=f'{c["margin"]:g}', estimand=c['estimand'])
     return page(*verdict_tag(c), c['sentence'], piece('compare_facts', c, means), [
-        section('Please note', piece('bullets', c['warnings'])),
-        section('The comparison', comparison_html(scores, c)),
-        section('Scores on test subjects', score_table_html(means, unit_of(scores), c['case'])),
+        section('note', piece('bullets', c['warnings'])),
+        section('comparison', comparison_html(scores, c)),
+        section('scores', score_table_html(means, unit_of(scores), c['case'])),
         *evidence(scores, words=words, simulated=simulated, **kwargs)], simulated)
 
-# %% ../nbs/library/21_report.ipynb #c063x
+# %% ../nbs/library/21_report.ipynb #v
 @delegates(evidence, but='words,swap')
 def train_report(scores, simulated=False, **kwargs)->Report:
     "One model: how well it does on subjects it has not seen"
@@ -371,6 +366,6 @@ def train_report(scores, simulated=False, **kwargs)->Report:
         dice=num(dice), interval=f' (95 % interval {ci})'*bool(ci))
     facts = piece('train_facts', dice, case, per, scores.loc[scores.dice.idxmin()], n)
     return page(variant_name(v), v if v in SHOWN else '', sentence, facts, [
-        section('Please note', piece('bullets', found_nothing(scores))),
-        section('Scores on test subjects', score_table_html({v: means}, unit_of(scores), case)),
+        section('note', piece('bullets', found_nothing(scores))),
+        section('scores', score_table_html({v: means}, unit_of(scores), case)),
         *evidence(scores, words=terms('mean', case=case), simulated=simulated, **kwargs)], simulated)

@@ -138,7 +138,6 @@ def model_card(c):
 
 # %% ../nbs/library/20_runs.ipynb #c014x
 def hashes(folder, config):
-    "SHA-256 of the weights, and of the config"
     weights = (folder/'model.safetensors').read_bytes()
     said = digest({k: v for k,v in config.items() if k!='sha256'}, n=64)
     return {'model.safetensors': hashlib.sha256(weights).hexdigest(), 'config': said}
@@ -243,7 +242,6 @@ def claimed(folder, key):
     return (folder/'config.json').exists()
 
 def train(cases, s, codes, folder, progress=True):
-    "The trained learner, and its curve"
     set_seed(s.seed, reproducible=True)
     learn = prepare_learner(cases, s, codes)
     best = folder/'best.safetensors' if s.pick=='best' else None
@@ -280,7 +278,7 @@ def train_run(
     folder,        # Folder of this run
     settings=None, # `Settings`; None: the usual ones
     layout=ADNI,   # How the data set is labelled and scored
-    codes=None,    # Raw mask values; None: those of the layout, or those in the masks
+    codes=None,    # Raw mask values; None: the layout's, or the masks'
     about=None,    # What the model card shall say of the data, such as its `name`
     test_sets=None, # Case tables to score by name; None: the test rows of `cases`
     progress=True  # Show fastai's progress bar?
@@ -346,7 +344,6 @@ def train_folds(
 
 # %% ../nbs/library/20_runs.ipynb #c029x
 class InFloat32(Module):
-    "A network without autocast"
     def __init__(self, net): self.net = net
     def forward(self, x):
         n = self.net

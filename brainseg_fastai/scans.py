@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/library/17_scans.ipynb #11c27fe4
+# %% ../nbs/library/17_scans.ipynb #a
 import os, re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from .images import (
     otsu, read_image, stem_of, to_bytes, to_native, volume_header)
 from .cases import cohort
 
-# %% ../nbs/library/17_scans.ipynb #bbd86281
+# %% ../nbs/library/17_scans.ipynb #b
 @dataclass
 class Scan:
     "A scan in a known frame, and the way back to the frame of its file"
@@ -51,7 +51,7 @@ class Scan:
         "Height and width in mm of a pixel of `pictures`, or None"
         return self.spacing[1::-1] if self.is_volume else self.spacing
 
-# %% ../nbs/library/17_scans.ipynb #5c7e10b2
+# %% ../nbs/library/17_scans.ipynb #c
 @patch
 def pictures(self:Scan, ks=slice(None)):
     "Axial slices (N,H,W), front of the head at the top; a slice as the only one"
@@ -75,11 +75,10 @@ def canonical(self:Scan, mask):
 
 @patch
 def to_native(self:Scan, mask):
-    "Classes of the image as an array like that of the file"
     if not self.is_volume: return mask
     return to_native(self.canonical(mask), self.like.affine, self.like.shape)
 
-# %% ../nbs/library/17_scans.ipynb #f2997b95
+# %% ../nbs/library/17_scans.ipynb #d
 def is_dicom(path):
     try:
         with open(path, 'rb') as f: return f.read(132)[128:]==b'DICM'
@@ -99,7 +98,7 @@ PLACE = 'ImagePositionPatient','ImageOrientationPatient','PixelSpacing'
 
 def files_in(folder): return [p for p in list_files(folder) if p.parent==Path(folder)]
 
-# %% ../nbs/library/17_scans.ipynb #a90d7c31
+# %% ../nbs/library/17_scans.ipynb #e
 def dicom_series(folder)->dict:
     "Headers of the one DICOM series in a folder, by file"
     heads = {p: read_dicom(p, False) for p in files_in(folder) if is_dicom(p)}
@@ -117,7 +116,7 @@ def dicom_series(folder)->dict:
         need(abs(own-grid).max()<=1e-3, 'scans.one_stack', p)
     return heads
 
-# %% ../nbs/library/17_scans.ipynb #36440074
+# %% ../nbs/library/17_scans.ipynb #f
 def dicom_affine(heads)->tuple:
     "Files of a series from bottom to top, and where they lie in space"
     files,h = list(heads), next(iter(heads.values()))
@@ -150,7 +149,7 @@ def load_dicom(folder)->tuple:
     im.header.set_sform(affine, 1)
     return im, files
 
-# %% ../nbs/library/17_scans.ipynb #99e63f4b
+# %% ../nbs/library/17_scans.ipynb #g
 MOST_TILT = 15. # degrees
 
 def sequence_files(files, names)->dict:
@@ -177,7 +176,7 @@ def turned_upright(a, affine)->tuple:
     box = (ndi.find_objects(seen) or [np.s_[:,:,:]])[0]
     return [o[box] for o in a], ups[0].slicer[box].affine
 
-# %% ../nbs/library/17_scans.ipynb #25511fda
+# %% ../nbs/library/17_scans.ipynb #h
 def read_volume_scan(path, name, channels)->Scan:
     "A `Scan` from a volume, the volumes of a case folder, or a DICOM series"
     files,notes,upright = volume_files(path, channels), [], None
@@ -203,7 +202,7 @@ def read_volume_scan(path, name, channels)->Scan:
     mm = tuple(voxel_sizes(affine).round(4).tolist())
     return Scan(name, path, image, mm, like, upright, oriented, tuple(files), notes)
 
-# %% ../nbs/library/17_scans.ipynb #2c28ac95
+# %% ../nbs/library/17_scans.ipynb #i
 @lru_cache(maxsize=8)
 def known_spacings(root):
     "mm per pixel by subject and scan, if a data folder's `cohort.json` tells; at None that of all"
@@ -213,7 +212,6 @@ def known_spacings(root):
     return {None: d.get('spacing'), **each}
 
 def read_picture_scan(path, name, channels, packed, spacing)->Scan:
-    "A `Scan` from a picture"
     names,image = packed or channels, path
     if packed or len(channels)>1:
         n = (*decode(path, keep=True).shape, 1)[2]
@@ -234,12 +232,11 @@ def read_scan(path, spacing=None, channels=(), packed=(), name=None)->Scan:
     need(not is_dicom(path), 'scans.one_dicom', path, folder=path.parent)
     raise known('scans.ending', path, ending=path.suffix or '(none)')
 
-# %% ../nbs/library/17_scans.ipynb #0515e6f0
+# %% ../nbs/library/17_scans.ipynb #j
 NO_SCAN = re.compile(r'.*[_-](d?seg|mask|segmentation|labels?)', re.I)
 NO_SCANS = {'func','dwi','fmap','perf','derivatives','mask'} # folders
 
 def scans_among(files, channels, all_inputs)->list:
-    "The scans among the files of a folder"
     folder = files[0].parent
     found = sequence_files(files, all_inputs or channels)
     wanted = [found[c] for c in channels if c in found]
@@ -249,7 +246,6 @@ def scans_among(files, channels, all_inputs)->list:
     return res + [folder]*any(map(is_dicom, files))
 
 def scans_below(root, channels, all_inputs)->list:
-    "The scans in a folder and its subfolders"
     own = root/'+'.join(channels) # of a data folder with brain, orig and mask
     if own!=root and own.is_dir() and (root/'mask').is_dir(): root = own
     folders = {}
@@ -268,7 +264,7 @@ def find_scans_to_predict(paths, channels=(), all_inputs=())->list:
         res |= {os.path.abspath(o): o for o in found}
     return list(res.values())
 
-# %% ../nbs/library/17_scans.ipynb #73d1b1a6
+# %% ../nbs/library/17_scans.ipynb #k
 def scan_names(paths)->list:
     "The name of each file, with those of its folders where two would be the same"
     paths = [Path(p) for p in paths]
@@ -281,8 +277,8 @@ def scan_names(paths)->list:
             elif len(p.parents)>up: names[i] = f'{p.parents[up].name}_{names[i]}'
     return names
 
-# %% ../nbs/library/17_scans.ipynb #adcc5af5
-DARK_RIM = .23 # a larger share of dark pixels in the rim means that the skull is there
+# %% ../nbs/library/17_scans.ipynb #l
+DARK_RIM = .23 # a larger share of dark pixels in the rim is a skull
 
 def dark_rim(a, mm=1.)->float:
     "Share of dark pixels 4 to 14 mm below the surface of what is in the picture"
@@ -308,7 +304,7 @@ def has_skull(a, mm=1.)->bool:
     rims = [dark_rim(np.rot90(a[:,:,k]), mm[1::-1]) for k in ks if k>=0]
     return bool(rims) and bool(np.median(rims)>DARK_RIM)
 
-# %% ../nbs/library/17_scans.ipynb #35f322c8
+# %% ../nbs/library/17_scans.ipynb #m
 SCALP_AND_SKULL = 17. # mm from the top of the head to the top of the brain
 
 def top_of_brain(a, mm)->tuple:

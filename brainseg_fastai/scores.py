@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EMPTY_POLICY', 'NSD_TOLERANCE', 'TOLERANCE_POLICY', 'METRICS', 'PARTS', 'score_mask', 'summarise_scores']
 
-# %% ../nbs/library/08_scores.ipynb #c00637ce
+# %% ../nbs/library/08_scores.ipynb #a
 import warnings
 import numpy as np, pandas as pd
 from scipy import ndimage as ndi
@@ -13,24 +13,24 @@ from scipy.spatial import KDTree
 from .core import few, need, say
 from .intervals import bootstrap_t
 
-# %% ../nbs/library/08_scores.ipynb #ae0330f7
+# %% ../nbs/library/08_scores.ipynb #b
 def empty_score(true_empty, pred_empty, diagonal)->dict|None:
     if true_empty and pred_empty: return dict(dice=1, jaccard=1, hd95=0, nsd=1)
     if true_empty or pred_empty: return dict(dice=0, jaccard=0, hd95=diagonal, nsd=0)
 
-# %% ../nbs/library/08_scores.ipynb #655df5ef
+# %% ../nbs/library/08_scores.ipynb #c
 EMPTY_POLICY = say('scores.empty', both=empty_score(True, True, 0), one=empty_score(True, False, 'the image diagonal'))
 NSD_TOLERANCE = 1. # mm where the spacing is known, else pixels
 TOLERANCE_POLICY = say('scores.tolerance', tolerance=NSD_TOLERANCE)
 
-# %% ../nbs/library/08_scores.ipynb #992724f0
+# %% ../nbs/library/08_scores.ipynb #d
 def overlap(pred, truth)->dict:
     "Counts, Dice and Jaccard of two bool masks; NaN if both are empty"
     t,p,b = (int(np.count_nonzero(o)) for o in (truth, pred, truth&pred))
     dice,jaccard = (2*b/(t+p),b/(t+p-b)) if t+p else (np.nan,np.nan)
     return dict(n_true=t, n_pred=p, n_both=b, dice=dice, jaccard=jaccard)
 
-# %% ../nbs/library/08_scores.ipynb #ee8e29a3
+# %% ../nbs/library/08_scores.ipynb #e
 def surface_scores(pred, truth, spacing, tolerance=None)->dict:
     "95th percentile Hausdorff distance and normalised surface Dice"
     import torch
@@ -54,7 +54,7 @@ def score_structure(pred, truth, spacing, tolerance=None)->dict:
     empty = empty_score(not res['n_true'], not res['n_pred'], diagonal)
     return res | (empty or surface_scores(pred, truth, spacing, tolerance))
 
-# %% ../nbs/library/08_scores.ipynb #e6229be5
+# %% ../nbs/library/08_scores.ipynb #f
 def code_map(mask, n_codes):
     "A mask as integers, or a `DataError` if it holds others than 0 to `n_codes`−1"
     m = np.asarray(mask)
@@ -70,7 +70,7 @@ def known_spacing(spacing, ndim):
     need((s>0).all(), 'scores.spacing', 'The pixel spacing', spacing=s.tolist())
     return s,'mm'
 
-# %% ../nbs/library/08_scores.ipynb #6be5c368
+# %% ../nbs/library/08_scores.ipynb #g
 METRICS = ('dice','jaccard','hd95','nsd')
 PARTS = ('dice_','hd95_','volume_diff_') # how those of a single structure begin
 
@@ -80,8 +80,8 @@ def score_mask(
     spacing=None, # mm per pixel, one number or one per axis; None or NaN if unknown
     tolerance=None, # Of the NSD, in the unit of the result; None: `NSD_TOLERANCE`
     n_codes=2,    # Codes with background
-    regions=None  # Codes by name of what is scored, such as {'WT': (1,2,3)}; None: each code
-)->dict: # dice, jaccard, hd95, nsd, size_true, size_pred, unit, n_true, n_pred, n_both, and PARTS
+    regions=None  # Codes by name, such as {'WT': (1,2,3)}; None: each code
+)->dict: # `METRICS`, size_true, size_pred, unit, n_true, n_pred, n_both, `PARTS`
     "All scores of one case; `hd95` is in `unit`, sizes in its square, of volumes in its cube"
     pred,truth = code_map(pred, n_codes),code_map(truth, n_codes)
     need(pred.shape==truth.shape and pred.ndim in (2,3), 'scores.shapes', 'The prediction',
@@ -99,7 +99,7 @@ def score_mask(
         if unit=='mm' and pred.ndim==3: res[f'volume_diff_{k}'] = (o['n_pred']-o['n_true'])*(pixel/1000)
     return res
 
-# %% ../nbs/library/08_scores.ipynb #ebe1ad33
+# %% ../nbs/library/08_scores.ipynb #h
 def pooled_dice(scores)->float:
     "Dice of all pixels of a score table: large structures dominate it, so it never replaces the per-image Dice"
     if {'n_true','n_pred','n_both'} <= set(scores):
@@ -110,7 +110,7 @@ def pooled_dice(scores)->float:
     else: return np.nan
     return float(2*both/total) if total else 1.
 
-# %% ../nbs/library/08_scores.ipynb #94d20df5
+# %% ../nbs/library/08_scores.ipynb #i
 def summarise_scores(
     scores,      # Score table
     by='subject' # What is independent: the unit of the mean and of its interval

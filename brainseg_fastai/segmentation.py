@@ -7,7 +7,7 @@ __all__ = ['ENOUGH_SUBJECTS', 'SubjectSplitter', 'PrefixSplitter', 'split_cases'
            'scans_of', 'from_volume', 'predict_some', 'predict_cases', 'whole_scan', 'scored_cases', 'predict_scans',
            'save_prediction', 'score_cases']
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #c003x
+# %% ../nbs/1_segmentation_on_brain.ipynb #a
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -30,21 +30,21 @@ from .training import (
 from .trust import agreement
 from .volumes import slices_to_volume
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #a76a4f09
+# %% ../nbs/1_segmentation_on_brain.ipynb #b
 def subjects_of(items):
     "Subjects of a case table, or of paths with ADNI names"
     return list(items['subject']) if isinstance(items, pd.DataFrame) else [subject_id(o) for o in items]
 
 def both_sides(parts): return tuple(L(np.flatnonzero(parts==o).tolist()) for o in ('train','valid'))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #a76a4f1s
+# %% ../nbs/1_segmentation_on_brain.ipynb #c
 class SubjectSplitter:
     "Split paths or a case table by subject; test items are in neither part that a `DataBlock` gets"
     def __init__(self,
         valid_pct=.2,  # Share of the images for validation
         test_pct=0.,   # Share of the images kept away for the final test
         seed=42,       # Decides which subjects
-        previous=None  # Earlier split (table or CSV file) whose subjects stay where they are
+        previous=None  # Earlier split, table or CSV file, to keep to
     ):
         store_attr()
         self.parts = [(p,pct) for p,pct in (('test',test_pct), ('valid',valid_pct)) if pct]
@@ -85,24 +85,24 @@ class SubjectSplitter:
 
     def __call__(self, items): return both_sides(self.split(items))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #0fbf86e5
+# %% ../nbs/1_segmentation_on_brain.ipynb #d
 class PrefixSplitter:
     "Validation subjects are those whose ID starts with `prefix`"
     def __init__(self, prefix): self.prefix = prefix
     def __call__(self, items):
         return both_sides(np.where([s.startswith(self.prefix) for s in subjects_of(items)], 'valid', 'train'))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #6bc60ee6
+# %% ../nbs/1_segmentation_on_brain.ipynb #e
 ENOUGH_SUBJECTS = 10 # fewer test subjects than this cannot carry a verdict
 
 def split_cases(
     cases:pd.DataFrame, # Case table
-    folds=None,         # 1: one split; K: K folds test every subject; None: one split if it tests ten, else 3 folds
-    valid_pct=.15,      # Share of images for validation (of those not tested, when there are folds)
+    folds=None,         # 1: one split; K: all are tested, in K folds; None: 1 if it tests ten, else 3
+    valid_pct=.15,      # Share of images for validation, with folds of those not tested
     test_pct=.25,       # Share of images for the test of a single split
     seed=42,
-    previous=None,      # Earlier split table or CSV file whose subjects stay where they are
-    stratify=None       # Column, such as the type of tumour, of which every part gets its share
+    previous=None,      # Earlier split, table or CSV file, to keep to
+    stratify=None       # Column of which every part gets its share, such as the type of tumour
 )->pd.DataFrame: # Split table: image, subject, split, fold
     "Who is trained, validated and tested on, by subject"
     old,subjects = None if previous is None else read_split(previous), cases['subject']
@@ -119,7 +119,7 @@ def split_cases(
     return split_table(cases, [fold_parts(subjects, home, f, valid_pct, seed, old_fold(old, f, folds), groups)
         for f in range(folds)])
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #c022x
+# %% ../nbs/1_segmentation_on_brain.ipynb #f
 def fold_parts(subjects, home, f, valid_pct, seed, old, groups):
     "Part of each subject in one fold"
     rest = subjects[subjects.map(home)!=f]
@@ -128,7 +128,7 @@ def fold_parts(subjects, home, f, valid_pct, seed, old, groups):
     parts = by_group(SubjectSplitter(valid_pct, 0, seed+f, stay).assign, rest, groups)
     return parts | {s: 'test' for s,g in home.items() if g==f}
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #06dde312
+# %% ../nbs/1_segmentation_on_brain.ipynb #g
 class ReadCases:
     "Case table of a data folder, or the rows of a table that have these inputs"
     def __init__(self, inputs, subject=None): self.inputs,self.subject = inputs,subject
@@ -153,18 +153,18 @@ class FramedBlock(DataBlock):
     def weighted_dataloaders(self, source, wgts, **kwargs):
         return self.framed(super().weighted_dataloaders(source, wgts, **kwargs))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #988e6d81
+# %% ../nbs/1_segmentation_on_brain.ipynb #h
 @delegates(augment_tfms)
 def brainseg_block(
-    inputs='brain',   # 'brain' (skull-stripped), 'orig' (full skull), or what the case table calls them
+    inputs='brain',   # 'brain' (skull-stripped), 'orig' (full skull), or others of the table
     codes=(0,255),    # Raw mask values, background first; `mask_codes` finds them
-    size=256,         # Side of the square that images are brought to, in pixels; smaller ones are padded after scaling
+    size=256,         # Side of the square that images are brought to, pixels
     splitter=split_column, # Any splitter of case tables
     rgb=False,        # Three channels with ImageNet statistics, for the published recipe
-    augment=True,     # Random flips, affine and lighting changes, on whole batches
+    augment=True,     # Random flips, affine and lighting changes
     subject=None,     # How subjects are named, as in `adni_cases`
     steps=None,       # Preprocessing, a fitted `Steps`
-    memory=1024,      # MB for images, and as much for masks, that are kept once they were read
+    memory=1024,      # MB for images that are kept, and as much for masks
     **kwargs
 )->FramedBlock: # For a data folder or a case table
     "DataBlock of slices and masks, the same for every kind of image"
@@ -176,9 +176,9 @@ def brainseg_block(
     block.frame = Frame(tuple(codes), size, rgb, steps)
     return block
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #84003172
+# %% ../nbs/1_segmentation_on_brain.ipynb #i
 def brainseg_learner(
-    dls,           # DataLoaders from `brainseg_block`, with `rgb=True` for the published recipe, or from `volume_dls`
+    dls,           # DataLoaders from `brainseg_block` (published recipe: `rgb=True`) or `volume_dls`
     settings=None, # `Settings`; None: the usual ones
     weights=None,  # Weights of the classes, for the losses that use them
     **kwargs       # Fields of `Settings`, such as arch='unet', and arguments of `Learner`
@@ -203,7 +203,7 @@ def brainseg_learner(
     if s.recipe=='light': learn.add_cb(FastBatches(window=.75 if light else 1.))
     return learn
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #353196ff
+# %% ../nbs/1_segmentation_on_brain.ipynb #j
 def scans_of(cases): return (g for _,g in cases.groupby(['subject','scan'], sort=False))
 
 def from_volume(case): return pixels_of(case.image).index is not None
@@ -238,7 +238,7 @@ def predict_cases(
             some = cases.iloc[i:i+64]
             yield from zip(some.itertuples(), predict_some(model, some, flips))
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #03be600c
+# %% ../nbs/1_segmentation_on_brain.ipynb #k
 def whole_scan(group):
     "The scan that slices were cut from"
     case = next(group.itertuples())
@@ -263,16 +263,16 @@ def save_prediction(classes, case, folder, codes)->Path:
     name = stem_of(path) + (f'-{k}' if k else '') + ('.png' if classes.ndim==2 else '.nii.gz')
     return write_mask(classes, Path(path).with_name(name), codes, case.image)
 
-# %% ../nbs/1_segmentation_on_brain.ipynb #92b7e96a
+# %% ../nbs/1_segmentation_on_brain.ipynb #l
 def score_cases(
     model,              # Learner or `Model`
     cases:pd.DataFrame, # Case table with `image` and `mask`
-    tolerance=None,     # Of the surface Dice, in mm where the spacing is known, else in pixels; None: as `score_mask`
-    save_to=None,       # Folder for the predicted masks (PNG, for volumes NIfTI, with the raw codes), if wanted
-    regions=None,       # Raw codes by name, such as `{'WT': (1,2,4)}`, of what is scored; None: every code for itself
-    per='case',         # 'volume': slices are put together again and scored as the scan they come from
-    quality=False       # Also how far the predictions of image and mirror image agree, which needs no mask
-)->pd.DataFrame: # One row per case: subject, scan, slice, image, mask, metrics, sizes, unit, counts, prediction
+    tolerance=None,     # Of the surface Dice, mm (pixels without spacing); None: as `score_mask`
+    save_to=None,       # Folder for the predicted masks, if wanted
+    regions=None,       # Raw codes by name, such as {'WT': (1,2,4)}; None: every code for itself
+    per='case',         # 'volume': slices are scored as the scan they come from
+    quality=False       # Also how far image and mirror image agree, which needs no mask
+)->pd.DataFrame: # A row per case: what it is, metrics, sizes, unit, counts, prediction
     "Predict and score every case against its mask"
     model,rows = model_of(model), []
     codes,n = model.codes, len(model.codes)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Settings', 'parse_settings']
 
-# %% ../nbs/library/10_settings.ipynb #c002x
+# %% ../nbs/library/10_settings.ipynb #a
 import argparse
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -14,7 +14,7 @@ from fastcore.docments import docments
 
 from .core import DataError, digest, need
 
-# %% ../nbs/library/10_settings.ipynb #c005x
+# %% ../nbs/library/10_settings.ipynb #b
 RECIPES = dict(
     light=dict(rgb=False, loss='dice_ce', bs=2, lr=5e-3, wd=1e-2, # wd: weight decay
         views=1700, min_epochs=5, # epochs: so many that `views` images are seen
@@ -26,7 +26,7 @@ CHOICES = dict(recipe=tuple(RECIPES), mode=('slice','patch','volume'),
     schedule=('one-cycle','cosine'),
     sampling=('uniform','foreground','label'), pick=('last','best'))
 
-# %% ../nbs/library/10_settings.ipynb #c007x
+# %% ../nbs/library/10_settings.ipynb #c
 @dataclass(frozen=True)
 class Settings:
     "All that decides a training beside its data"
@@ -63,7 +63,7 @@ class Settings:
         if self.dims==2 or not self.resnet:
             check_size(self.arch, self.shape or 128, self.dims, self.depth, self.width)
 
-# %% ../nbs/library/10_settings.ipynb #c009x
+# %% ../nbs/library/10_settings.ipynb #d
 @patch(as_prop=True)
 def dims(self:Settings): return 2 if self.mode=='slice' else 3
 @patch(as_prop=True)
@@ -76,7 +76,6 @@ def shape(self:Settings):
 
 @patch(as_prop=True)
 def how(self:Settings):
-    "The recipe's values for this network"
     return RECIPES[self.recipe] | (BY_NAME if not self.resnet else {})
 
 @patch
@@ -92,7 +91,7 @@ def filled(self:Settings, n):
 @patch
 def key(self:Settings, *more): return digest(asdict(self), *more)
 
-# %% ../nbs/library/10_settings.ipynb #c014x
+# %% ../nbs/library/10_settings.ipynb #e
 def read_value(name, text):
     "The value of a field that a text such as '256' or '64,64,64' stands for"
     kind = {f.name: f.type for f in fields(Settings)}[name]
@@ -110,10 +109,9 @@ def read_value(name, text):
 BOOLS = dict(true=True, yes=True, false=False, no=False) | {'1': True, '0': False}
 
 def value_text(v):
-    "A value as `read_value` reads it"
     return ','.join(map(str, v)) if isinstance(v, tuple) else 'none' if v=='' else str(v)
 
-# %% ../nbs/library/10_settings.ipynb #c014x1s
+# %% ../nbs/library/10_settings.ipynb #f
 def parse_settings(
     text,     # Such as 'arch=unet depth=4', 'mode=patch patch=64,64,64'
     base=None # `Settings` for all that the text does not say; None: the usual ones
@@ -131,7 +129,7 @@ def __str__(self:Settings):
     given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name)!=f.default}
     return ' '.join(f'{k}={value_text(v)}' for k,v in given.items())
 
-# %% ../nbs/library/10_settings.ipynb #c017x
+# %% ../nbs/library/10_settings.ipynb #g
 def add_flags(parser):
     "A flag for each field of `Settings`"
     helps = docments(Settings)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_slices']
 
-# %% ../nbs/library/18_slices.ipynb #98db2f6d
+# %% ../nbs/library/18_slices.ipynb #a
 import re
 from pathlib import Path
 import nibabel as nib, numpy as np, pandas as pd
@@ -14,7 +14,7 @@ from .core import (
     DataError, few, in_threads, known, need, plural, say, times, write_csv, write_json, written_folder)
 from .images import is_volume, load_volume, stem_of, to_bytes
 
-# %% ../nbs/library/18_slices.ipynb #64651800
+# %% ../nbs/library/18_slices.ipynb #b
 ventricles = {4: 'Left-Lateral-Ventricle', 5: 'Left-Inf-Lat-Vent', 14: '3rd-Ventricle',
     15: '4th-Ventricle', 43: 'Right-Lateral-Ventricle', 44: 'Right-Inf-Lat-Vent'}
 choroid_plexus = {31: 'Left-choroid-plexus', 63: 'Right-choroid-plexus'}
@@ -27,7 +27,7 @@ def volume_named(folder, name):
     ps = (d/f'{name}{e}' for d in (folder/'mri', folder) for e in ENDS)
     return next((p for p in ps if p.is_file()), None)
 
-# %% ../nbs/library/18_slices.ipynb #91375e16
+# %% ../nbs/library/18_slices.ipynb #c
 def scan_of(name, subject=None)->tuple:
     "Subject and scan from the name of a folder; without a rule: ADNI, BIDS, `.long.`, else the whole name"
     def clean(s): return re.sub(r'[^\w.+]+', '_', s).strip('_.')
@@ -39,7 +39,7 @@ def scan_of(name, subject=None)->tuple:
     rest = clean((scan if base else name).replace(person, '', 1))
     return clean(person),rest or 'T1'
 
-# %% ../nbs/library/18_slices.ipynb #11e702ed
+# %% ../nbs/library/18_slices.ipynb #d
 def places(root, folders, names):
     "Folder, prefix of the files' names, and name of each scan"
     for d in sorted(root.glob(folders)):
@@ -56,7 +56,7 @@ def incomplete(folder, prefix, names):
     if brain and f'{prefix}brainmask' in lost: return known('slices.brain', brain)
     if lost: return known('slices.lost', folder, lost=' and no '.join(lost), names=few(names), ends=few(ENDS))
 
-# %% ../nbs/library/18_slices.ipynb #b2a04596
+# %% ../nbs/library/18_slices.ipynb #e
 def check_subject_rule(subject):
     "Refuse what is no regular expression with one group"
     try: n = re.compile(subject or '()').groups
@@ -64,7 +64,6 @@ def check_subject_rule(subject):
     need(n==1, 'slices.rule', 'subject', subject=subject, n=f'{n} groups' if isinstance(n, int) else n)
 
 def find_scans(subjects_dir, folders='*', subject=None, names=NAMES)->list:
-    "All scans below a folder, whether complete or not"
     root,res = Path(subjects_dir),{}
     check_subject_rule(subject)
     need(root.is_dir(), 'slices.no_folder', root)
@@ -79,7 +78,7 @@ def find_scans(subjects_dir, folders='*', subject=None, names=NAMES)->list:
     for f in found: need(not any(o.startswith(f'{f}.long.') for o in found), 'slices.long', root, folder=f)
     return list(res.values())
 
-# %% ../nbs/library/18_slices.ipynb #ab7ae1b6
+# %% ../nbs/library/18_slices.ipynb #f
 def load_scan(scan, labels)->dict:
     "The three volumes of a scan on one grid"
     if scan['error']: raise scan['error']
@@ -97,11 +96,10 @@ def load_scan(scan, labels)->dict:
     need(mask.any(), 'slices.no_label', scan['mask'], labels=few(labels, 99))
     return dict(orig=to_bytes(t1), brain=brain, mask=mask, mm=nib.affines.voxel_sizes(a.affine).round(5))
 
-# %% ../nbs/library/18_slices.ipynb #7dbcb324
+# %% ../nbs/library/18_slices.ipynb #g
 heights = dict(largest=None, height=63., fraction=.585)
 
 def say_rule(rule, height, n, gap):
-    "The rule in words"
     which = say(f'slices.by_{rule}', height=height)
     return f'the axial slice {which}' if n==1 else f'{n} axial slices {gap:g} mm apart, around the one {which}'
 
@@ -115,9 +113,8 @@ def choose_slices(brain, mask, mm, rule='largest', height=None, n=1, gap=5.)->tu
     step = max(1, int(gap/mm[2]+.5))
     return int(np.floor(mid+.5))+step*(np.arange(n)-(n-1)//2),top
 
-# %% ../nbs/library/18_slices.ipynb #25f353db
+# %% ../nbs/library/18_slices.ipynb #h
 def slice_scan(scan, out, labels, **rule)->list:
-    "Write the slices of one scan"
     v = load_scan(scan, labels)
     mm,nz = v['mm'],v['orig'].shape[2]
     need(abs(mm[0]/mm[1]-1)<.01, 'slices.pixels', scan['orig'], x=mm[0], y=mm[1])
@@ -137,7 +134,7 @@ def slice_scan(scan, out, labels, **rule)->list:
             brain_mm2=brain.sum()*mm2, folder=scan['folder']))
     return rows
 
-# %% ../nbs/library/18_slices.ipynb #c2c964fb
+# %% ../nbs/library/18_slices.ipynb #i
 def checked_rule(rule, height, n, gap):
     "Refuse what is no rule; the rule with its height"
     def check(ok, found, expected): need(ok, 'slices.option', 'slices', found=found, expected=expected)
@@ -168,9 +165,8 @@ def describe(scans, done):
     return dict(scans=[*map(one, good)], left_out=[
         dict(folder=o['folder'], why=str(o['rows'])) for o in each if o not in good])
 
-# %% ../nbs/library/18_slices.ipynb #ba7d3ced
+# %% ../nbs/library/18_slices.ipynb #j
 def write_slices(scans, out, labels, rule, skip=False, workers=None, progress=False):
-    "Pictures and tables of all scans; the table"
     for k in KINDS: (out/k).mkdir()
     def one(scan):
         try: return slice_scan(scan, out, labels, **rule)
@@ -184,15 +180,15 @@ def write_slices(scans, out, labels, rule, skip=False, workers=None, progress=Fa
         labels=labels, orientation=say('slices.orientation'), scaling=say('slices.scaling'), **describe(scans, done)))
     return t
 
-# %% ../nbs/library/18_slices.ipynb #098a3ff6
+# %% ../nbs/library/18_slices.ipynb #k
 def make_slices(
-    subjects_dir,   # FreeSurfer's SUBJECTS_DIR, or a folder with such volumes in NIfTI format
+    subjects_dir,   # FreeSurfer's SUBJECTS_DIR, or such volumes in NIfTI format
     out,            # New or empty folder for orig, brain, mask, cohort.json and slices.csv
     rule='largest', # Which slice: 'largest', 'height' or 'fraction'
-    height=None,    # mm below the top of the brain ('height'), or fraction of its extent
+    height=None,    # mm below the top of the brain, or fraction of its extent
     n=1,            # Slices per scan
     gap=5.,         # mm between them
-    choroid=False,  # Does the choroid plexus, which lies in the ventricles, belong to them?
+    choroid=False,  # Does the choroid plexus belong to the ventricles?
     labels=None,    # Of another structure; None: the ventricles
     subject=None,   # As in `scan_of`
     folders='*',    # Which of the folders, as in `ls`

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['assert_apart', 'read_split', 'with_split', 'split_table', 'same_split', 'image_split']
 
-# %% ../nbs/library/19_splits.ipynb #a5cef88b
+# %% ../nbs/library/19_splits.ipynb #a
 from itertools import combinations
 
 import numpy as np, pandas as pd
@@ -13,11 +13,11 @@ import numpy as np, pandas as pd
 from .cases import case_name
 from .core import DataError, few, known, need
 
-# %% ../nbs/library/19_splits.ipynb #21ae6b6b
+# %% ../nbs/library/19_splits.ipynb #b
 def closest_subset(counts:dict, target:float)->set:
     "The subjects, taken from the front of `counts`, whose images add up as closely to `target` as any choice can"
     names,ns = list(counts), list(counts.values())
-    first = np.full(sum(ns)+1, len(ns)) # for each sum the first subject with which it can be reached
+    first = np.full(sum(ns)+1, len(ns)) # for each sum the first subject that reaches it
     first[0],best,most = -1, 1+int(np.abs(np.arange(1, len(first))-target).argmin()), 0
     for i,n in enumerate(ns):
         if first[best] < len(ns): break # no choice comes closer
@@ -39,7 +39,7 @@ def closest_but(counts, target, k)->set:
     return min((closest_subset(o, target) for o in rest),
         key=lambda p: abs(sum(counts[s] for s in p)-target))
 
-# %% ../nbs/library/19_splits.ipynb #70fd84a7
+# %% ../nbs/library/19_splits.ipynb #c
 def assert_apart(split):
     "Assert that no subject of a split table (or of one fold of it) is on two sides"
     by = ['fold','subject'] if 'fold' in split else 'subject'
@@ -58,7 +58,7 @@ def read_split(split)->pd.DataFrame:
     except AssertionError as e: raise known('splits.two_sides', name=name, e=e) from e
     return split if 'fold' in split else split.assign(fold=0)
 
-# %% ../nbs/library/19_splits.ipynb #70fd841s
+# %% ../nbs/library/19_splits.ipynb #d
 def with_split(
     cases:pd.DataFrame, # Case table
     split:pd.DataFrame, # Split table
@@ -85,7 +85,7 @@ def same_split(cases:pd.DataFrame, split:pd.DataFrame)->pd.DataFrame:
     folds = [dict(g[['subject','split']].itertuples(index=False)) for _,g in split.groupby('fold')]
     return split_table(cases, folds)
 
-# %% ../nbs/library/19_splits.ipynb #c012x
+# %% ../nbs/library/19_splits.ipynb #e
 def fill_folds(counts:dict, groups:dict, folds:int, order, home=None)->dict:
     "Folds with as many images, and as many of each group, as whole subjects allow"
     home,load = dict(home or {}), {}
@@ -107,7 +107,7 @@ def by_group(assign, subjects, groups)->dict:
     except DataError: return assign(subjects)
     return {s: p for part in parts for s,p in part.items()}
 
-# %% ../nbs/library/19_splits.ipynb #c015x
+# %% ../nbs/library/19_splits.ipynb #f
 def old_fold(old, f, folds):
     "What an earlier split says of one fold"
     if old is None: return None
@@ -116,7 +116,6 @@ def old_fold(old, f, folds):
     return old[old['fold']==f]
 
 def tested_folds(subjects, folds, seed, old, groups):
-    "The fold in which each subject is tested"
     counts = subjects.value_counts().sort_index().to_dict()
     need(len(counts)>=max(3, folds), 'splits.too_few', n=len(counts), folds=folds, least=max(3, folds))
     home = {} if old is None else dict(old.loc[old['split']=='test', ['subject','fold']].itertuples(index=False))
@@ -124,19 +123,19 @@ def tested_folds(subjects, folds, seed, old, groups):
     new = np.random.default_rng(seed).permutation([s for s in counts if s not in home])
     return fill_folds(counts, groups, folds, sorted(new, key=lambda s: -counts[s]), home) # the largest first
 
-# %% ../nbs/library/19_splits.ipynb #a6fa156a
+# %% ../nbs/library/19_splits.ipynb #g
 def image_split(
     cases:pd.DataFrame, # Case table
     split:pd.DataFrame, # Split by subject
     seed=42
-)->tuple: # Two case tables with `split`: by image, and by subject, tested on the same images
+)->tuple: # Two case tables, split by image and by subject, tested on the same images
     "A wrong split by image and a right one by subject, with the same test images and as many training images"
     right = with_split(cases, split).assign(rank=np.random.default_rng(seed).permutation(len(cases)))
     test = right[right['split']=='test'].sort_values('rank')
     half = test.groupby('subject').cumcount() % 2==0 # is tested on, the other half leaks into training
     leaked,tested = test[~half], test[half]
     train = right[right['split']=='train'].sort_values('rank')
-    kept = train.iloc[len(leaked):]                  # make room, so that both train on the same number of images
+    kept = train.iloc[len(leaked):]                  # both train on the same number of images
     valid = right[right['split']=='valid']
     wrong = pd.concat([kept, leaked.assign(split='train'), valid, tested])
     return wrong.drop(columns='rank'), pd.concat([train, valid, tested]).drop(columns='rank')

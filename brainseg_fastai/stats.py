@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Comparison', 'compare_scores']
 
-# %% ../nbs/library/09_statistics.ipynb #77ce30d6
+# %% ../nbs/library/09_statistics.ipynb #a
 from dataclasses import asdict, dataclass
 import numpy as np, pandas as pd
 from scipy.stats import wilcoxon
@@ -13,7 +13,7 @@ from .core import few, need, num, plain, plural, say
 from .intervals import bootstrap_t, simulate_coverage, subjects_needed
 from .scores import METRICS, pooled_dice
 
-# %% ../nbs/library/09_statistics.ipynb #65cf706f
+# %% ../nbs/library/09_statistics.ipynb #b
 KEYS = ['subject','scan','slice','fold','repeat'] # what tells cases apart
 
 def keyed(scores, metric='dice')->pd.DataFrame:
@@ -27,7 +27,7 @@ def keyed(scores, metric='dice')->pd.DataFrame:
         if k not in d: d[k] = 0
     return d.assign(repeat=d.groupby('fold').seed.rank(method='dense').astype(int)-1)
 
-# %% ../nbs/library/09_statistics.ipynb #97adddf5
+# %% ../nbs/library/09_statistics.ipynb #c
 def paired_differences(a, b, metric='dice')->pd.DataFrame:
     "Scores of the same case under two inputs, side by side"
     a,b = keyed(a, metric),keyed(b, metric)
@@ -45,7 +45,7 @@ def subject_means(diff)->pd.Series:
     "Mean difference of each subject over images and repeats, the unit of all that follows"
     return diff.groupby('subject')['diff'].mean()
 
-# %% ../nbs/library/09_statistics.ipynb #43475c82
+# %% ../nbs/library/09_statistics.ipynb #d
 def verdict(
     ci95,   # 95 % interval of the mean difference first − second
     ci90,   # 90 % interval
@@ -59,7 +59,7 @@ def verdict(
     if ci95[1]<0 and max(signs)<0: return f'{names[1]} better',inside(ci95)
     return ('equivalent' if inside(ci90) else 'inconclusive'),False
 
-# %% ../nbs/library/09_statistics.ipynb #3f749005
+# %% ../nbs/library/09_statistics.ipynb #e
 def what_would_help(c)->str:
     "Why the data of an inconclusive comparison cannot tell, and how many subjects could"
     n,signs = c.subjects_needed,{np.sign(o['difference']) for o in c.by_training}
@@ -81,7 +81,7 @@ def verdict_sentence(c)->str:
         small=say('stats.small', margin=c.margin)*c.by_less_than_margin,
         help=what_would_help(c) if kind=='inconclusive' else '')
 
-# %% ../nbs/library/09_statistics.ipynb #5254fb27
+# %% ../nbs/library/09_statistics.ipynb #f
 FAILED = .2   # a Dice below it is a complete failure
 MAX_SKEW = 2. # the interval is tested up to this skewness of subject means
 
@@ -108,7 +108,7 @@ def failure_warning(diff)->str|None:
     share = simulate_coverage(draw, n, (1,1), n_boot=999, within=0)['coverage']
     return say('stats.failures', failed=fail.sum(), all=len(d), why=why, n=n, share=share, only=' only'*(share<.94))
 
-# %% ../nbs/library/09_statistics.ipynb #8a6907d6
+# %% ../nbs/library/09_statistics.ipynb #g
 SHOWN_AS = {'orig': 'full skull'} # what a variant is called in words
 
 def found_nothing(scores)->list:
@@ -122,7 +122,7 @@ def found_nothing(scores)->list:
         res.append(say('stats.nothing', who=who, n=len(g)))
     return res
 
-# %% ../nbs/library/09_statistics.ipynb #db8dd9b9
+# %% ../nbs/library/09_statistics.ipynb #h
 def same_input_control(scores)->dict|None:
     "Second minus first training of the same input, for the first variant that has both"
     if not {'variant','seed'} <= set(scores): return None
@@ -134,7 +134,7 @@ def same_input_control(scores)->dict|None:
         seeds = [[first.seed[first.fold==f].iloc[0],o] for f,o in second.groupby('fold').seed.first().items()]
         return plain(dict(variant=variant, seeds=seeds, n_subjects=len(x), difference=x.mean(), ci95=[low,high], p_value=p))
 
-# %% ../nbs/library/09_statistics.ipynb #9f97c7a4
+# %% ../nbs/library/09_statistics.ipynb #i
 @dataclass(frozen=True)
 class Comparison:
     "Result of `compare_scores`; differences are first − second"
@@ -167,7 +167,7 @@ class Comparison:
     def to_dict(self): return plain(dict(sentence=self.sentence, **asdict(self)))
     def __str__(self): return '\n'.join([self.sentence, *self.warnings])
 
-# %% ../nbs/library/09_statistics.ipynb #7bd122cc
+# %% ../nbs/library/09_statistics.ipynb #j
 def paired_means(scores, diff)->dict:
     "Mean over subjects of every metric, and `pooled_dice`, of the paired cases alone"
     s = keyed(scores).merge(diff[[k for k in KEYS if k in diff]])
@@ -187,7 +187,7 @@ def cautions(tables, diff)->list:
     res += dict.fromkeys(o for t in tables for o in found_nothing(t))
     return res+[o for o in [failure_warning(diff)] if o]
 
-# %% ../nbs/library/09_statistics.ipynb #3b685bb5
+# %% ../nbs/library/09_statistics.ipynb #k
 def compare_scores(
     a,                # Score table of the first input: its test rows
     b,                # Of the second, same test cases
@@ -217,7 +217,7 @@ def compare_scores(
         repeats=diff.repeat.nunique(), by_training=each, control=same_input_control(control),
         simulated=simulated, warnings=cautions((a,b,control), diff))
 
-# %% ../nbs/library/09_statistics.ipynb #639ed8d9
+# %% ../nbs/library/09_statistics.ipynb #l
 WORTHWHILE = .005 # a gain in validation Dice worth training longer for
 
 def late_gain(y):
@@ -227,10 +227,10 @@ def late_gain(y):
     noise = np.std(np.diff(y[-2*k:]))/np.sqrt(2) # from epoch to epoch, whatever the trend
     return y[-k:].mean()-y[-2*k:-k].mean(),noise*np.sqrt(2/k)
 
-# %% ../nbs/library/09_statistics.ipynb #dc429ec8
+# %% ../nbs/library/09_statistics.ipynb #m
 def training_longer(
     curves       # Curve table: variant, fold, seed, epoch, valid_dice
-)->pd.DataFrame: # Per variant: answer, gain, error, best_epoch, epochs, trainings, sentence
+)->pd.DataFrame: # Per variant: answer, gain, error, best_epoch, epochs, sentence
     "Would training longer help, judged by the validation curves?"
     res = {}
     for variant,s in curves.groupby('variant', sort=False):

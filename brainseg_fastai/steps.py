@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_steps']
 
-# %% ../nbs/library/11_preprocessing.ipynb #c002x
+# %% ../nbs/library/11_preprocessing.ipynb #a
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
@@ -16,7 +16,7 @@ from scipy import ndimage as ndi
 from .core import few, known, need, need_package, plain
 from .images import read_image
 
-# %% ../nbs/library/11_preprocessing.ipynb #c008x
+# %% ../nbs/library/11_preprocessing.ipynb #b
 INPLANE = np.zeros((3,3,3), bool) # neighbours within an axial slice
 INPLANE[1,:,1] = INPLANE[:,1,1] = True
 
@@ -30,7 +30,7 @@ def brain_mask(a)->np.ndarray:
     head = a > skimage('filters').threshold_otsu(a.ravel())
     return ndi.binary_fill_holes(head, INPLANE if a.ndim==3 else None) & (a>0)
 
-# %% ../nbs/library/11_preprocessing.ipynb #c011x
+# %% ../nbs/library/11_preprocessing.ipynb #c
 class Step:
     "What all steps share; a subclass gives `curve`, or `apply` where a pixel's place matters"
     name:ClassVar[str] = ''
@@ -61,7 +61,7 @@ class Step:
 
 def has_contrast(v): return v.size and v.max()>v.min()
 
-# %% ../nbs/library/11_preprocessing.ipynb #c013x
+# %% ../nbs/library/11_preprocessing.ipynb #d
 def planes(a, channels):
     "Channels of an image one by one as float32, after a look at whether it is one"
     a = np.asarray(a)
@@ -80,7 +80,7 @@ def through(steps, x, c):
         elif s.scaled and v.size and not brain.all(): x = np.where(brain, 0, -s.limit).astype(np.float32)
     return x,brain
 
-# %% ../nbs/library/11_preprocessing.ipynb #c015x
+# %% ../nbs/library/11_preprocessing.ipynb #e
 @dataclass(unsafe_hash=True, repr=False)
 class Steps:
     "Preprocessing steps in a row: float32 of the same shape out, 0 to 255 unless `scaled`"
@@ -110,7 +110,7 @@ class Steps:
         xs = [through(self.steps, x, c)[0] for c,x in enumerate(xs)]
         return np.stack(xs, axis=-1) if channels else xs[0]
 
-# %% ../nbs/library/11_preprocessing.ipynb #c017x
+# %% ../nbs/library/11_preprocessing.ipynb #f
 @dataclass(frozen=True)
 class Clip(Step):
     "Grey levels below the `lo` and above the `hi` percentile of the brain become those percentiles"
@@ -127,7 +127,7 @@ class Equalise(Step):
 
     def curve(self, v, c=0): return 255*skimage('exposure').equalize_hist(v)
 
-# %% ../nbs/library/11_preprocessing.ipynb #c019x
+# %% ../nbs/library/11_preprocessing.ipynb #g
 @dataclass(frozen=True)
 class Clahe(Step):
     "Contrast-limited adaptive histogram equalisation, in neighbourhoods of an eighth of the image"
@@ -159,7 +159,7 @@ class N4(Step):
         b = sitk.GetArrayFromImage(f.GetLogBiasFieldAsImage(image))
         return (x*np.exp(b[bright].mean()-b)).clip(0, 255)
 
-# %% ../nbs/library/11_preprocessing.ipynb #c023x
+# %% ../nbs/library/11_preprocessing.ipynb #h
 @dataclass(frozen=True)
 class ZScore(Step):
     "Mean 0 and standard deviation 1 in the brain, clipped to ±`limit`; a background of exact zeros becomes -`limit`"
@@ -172,7 +172,7 @@ class ZScore(Step):
         if not x[~brain].any(): res[~brain] = -self.limit
         return res.astype(np.float32)
 
-# %% ../nbs/library/11_preprocessing.ipynb #c026x
+# %% ../nbs/library/11_preprocessing.ipynb #i
 @dataclass(frozen=True)
 class Match(Step):
     "Histogram matching to the mean histogram of the training scans"
@@ -200,16 +200,15 @@ class Nyul(Step):
     def curve(self, v, c=0):
         x,i = np.unique(self.look(v), return_index=True)
         y = np.array(self.landmarks[c])[i]
-        if len(x)<2: return v # nearly all of the brain is of one grey level: no scale to be moved
+        if len(x)<2: return v # nearly all of one grey level: no scale to be moved
         slope = (y[-1]-y[-2])/(x[-1]-x[-2])
         above = y[-1]+slope*(v-x[-1])
         return np.where(v>x[-1], above, np.interp(v, [0,*x], [0,*y])).astype(np.float32)
 
-# %% ../nbs/library/11_preprocessing.ipynb #c028x
+# %% ../nbs/library/11_preprocessing.ipynb #j
 STEPS = {o.name: o for o in (Clip, ZScore, Equalise, Clahe, Match, Nyul, N4)}
 
 def parse_step(text):
-    "One step from text such as `clahe:clip_limit=0.02`"
     name,*opts = (o.strip() for o in text.split(':'))
     need(name in STEPS, 'steps.name', 'steps', name=name, steps=', '.join(STEPS))
     cls,kw = STEPS[name], {}
@@ -220,16 +219,16 @@ def parse_step(text):
         except ValueError: raise known('steps.number', f'step {name}', k=k, v=v) from None
     return cls(**kw)
 
-# %% ../nbs/library/11_preprocessing.ipynb #c029x
+# %% ../nbs/library/11_preprocessing.ipynb #k
 def make_steps(
-    spec=None # Names such as 'n4,nyul,zscore', a list of names and step objects, or None for no step
+    spec=None # Names such as 'n4,nyul,zscore', or a list of names and step objects
 )->Steps:     # `fit` it before use if it has a step that is fitted
     "A preprocessing pipeline from its specification"
     if isinstance(spec, Steps): return Steps(spec.steps)
     parts = spec.split(',') if isinstance(spec, str) else [spec] if isinstance(spec, Step) else spec or []
     return Steps(o if isinstance(o, Step) else parse_step(str(o)) for o in parts if str(o).strip())
 
-# %% ../nbs/library/11_preprocessing.ipynb #c031x
+# %% ../nbs/library/11_preprocessing.ipynb #l
 def training_images(cases, most):
     "Images of at most `most` training rows, evenly spread over the table"
     need('image' in cases, 'steps.no_image', 'cases', columns=few(cases))
@@ -242,7 +241,7 @@ def has_channels(a)->bool:
     "Whether the last axis is one of channels: always with four axes, with three if it is at most 8 long"
     return a.ndim==4 or a.ndim==3 and a.shape[-1]<=8
 
-# %% ../nbs/library/11_preprocessing.ipynb #c033x
+# %% ../nbs/library/11_preprocessing.ipynb #m
 def look_all(step, before, images, channels):
     "Per channel, what `step` sees of each image that has contrast"
     seen = None
@@ -258,7 +257,7 @@ def look_all(step, before, images, channels):
 
 @patch
 def fit(self:Steps,
-    cases:pd.DataFrame, # Training rows, or rows with a column `split`, of which only 'train' is used
+    cases:pd.DataFrame, # Training rows, or rows with a column `split`
     channels=None,      # Is the last axis one of channels? None: as `has_channels` says
     most=500            # Images to read at most
 )->Steps: # Itself
@@ -274,7 +273,7 @@ def fit(self:Steps,
     self.steps = tuple(done)
     return self
 
-# %% ../nbs/library/11_preprocessing.ipynb #c036x
+# %% ../nbs/library/11_preprocessing.ipynb #n
 @patch
 def state(self:Steps)->dict:
     "Everything needed to do the same to new images"

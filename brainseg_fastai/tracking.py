@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log_run']
 
-# %% ../nbs/library/24_tracking.ipynb #8bf960c2
+# %% ../nbs/library/24_tracking.ipynb #a
 import html, io, json, logging, os, re, time
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np, pandas as pd
 from .core import known, missing, need, need_package, read_json, say
 from .scores import METRICS, summarise_scores
 
-# %% ../nbs/library/24_tracking.ipynb #bd8bc1e3
+# %% ../nbs/library/24_tracking.ipynb #b
 def local_store(folder)->str:
     "URI of an SQLite store in a folder, MLflow's default kind"
     path = (Path(folder).resolve()/'mlflow.db').as_posix()
@@ -28,7 +28,7 @@ def tracking_uri(out, uri=None)->str:
     need('@' not in urlsplit(str(uri)).netloc, 'tracking.password', hide_secrets(uri))
     return str(uri)
 
-# %% ../nbs/library/24_tracking.ipynb #804dd1f8
+# %% ../nbs/library/24_tracking.ipynb #c
 SECRET = re.compile('TOKEN|PASSW|SECRET|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY|MLFLOW_TRACKING_USERNAME', re.I)
 
 def hide_secrets(text)->str:
@@ -43,7 +43,7 @@ def hide_secrets(text)->str:
     for v in sorted(values, key=len, reverse=True): text = text.replace(v, '***')
     return re.sub(r'(?<=://)[^/\s@"\'<>]+@', '***@', text)
 
-# %% ../nbs/library/24_tracking.ipynb #db556716
+# %% ../nbs/library/24_tracking.ipynb #d
 def check_track(track, out='.', uri=None, timeout=5)->bool:
     "Refuse what could not be logged later; to be called before the training"
     if not track: return False
@@ -54,11 +54,11 @@ def check_track(track, out='.', uri=None, timeout=5)->bool:
     from urllib.error import HTTPError
     from urllib.request import urlopen
     try: urlopen(re.sub('(?<=://)[^/]*@', '', uri), timeout=timeout).close()
-    except HTTPError: pass # it answers; whether it lets us in is seen when a run is logged
+    except HTTPError: pass # it answers; whether it lets us in is seen later
     except (OSError, ValueError) as e: raise known('tracking.silent', hide_secrets(uri), e=hide_secrets(e)) from None
     return True
 
-# %% ../nbs/library/24_tracking.ipynb #5fcc386a
+# %% ../nbs/library/24_tracking.ipynb #e
 def flat(d, sep)->dict:
     "Values of nested dicts by path, in letters that MLflow takes"
     row, = pd.json_normalize(d, sep=sep).to_dict('records')
@@ -79,7 +79,7 @@ def flat_numbers(results)->dict:
     def number(v): return isinstance(v, (int,float)) and not isinstance(v, bool) and not missing(v)
     return {k: float(v) for k,v in res.items() if number(v)}
 
-# %% ../nbs/library/24_tracking.ipynb #82cecac0
+# %% ../nbs/library/24_tracking.ipynb #f
 def split_params(split)->dict:
     "Number of subjects in each part of each fold of a split table"
     n = split.assign(fold=split.get('fold', 0)).groupby(['fold','split'])['subject'].nunique()
@@ -104,7 +104,7 @@ def curve_points(curves, end)->list:
         res += [(k, float(v), int(1000*t[i]), int(r['epoch'])) for k,v in points.items() if not missing(v)]
     return res
 
-# %% ../nbs/library/24_tracking.ipynb #d63aa4b6
+# %% ../nbs/library/24_tracking.ipynb #g
 @contextmanager
 def quiet():
     "MLflow tells how it makes its tables, and prints its address with the password that is in it"
@@ -132,7 +132,7 @@ def log_files(client, run_id, out):
         if clean==text: client.log_artifact(run_id, str(p), None if p in files else name.parent.as_posix())
         else: client.log_text(run_id, clean, name.as_posix())
 
-# %% ../nbs/library/24_tracking.ipynb #d63aa41s
+# %% ../nbs/library/24_tracking.ipynb #h
 def log_folder(client, run_id, out, settings):
     "Everything of a result folder into an open run"
     from mlflow.entities import Metric, Param, RunTag
@@ -153,7 +153,7 @@ def log_folder(client, run_id, out, settings):
     for i in range(0, len(ms), 1000): client.log_batch(run_id, metrics=ms[i:i+1000])
     log_files(client, run_id, out)
 
-# %% ../nbs/library/24_tracking.ipynb #cea09c04
+# %% ../nbs/library/24_tracking.ipynb #i
 def log_run(
     track,          # 'mlflow', or nothing: then nothing is done
     out,            # Folder of a finished run
@@ -175,7 +175,7 @@ def log_run(
             log_folder(client, run_id, out, settings)
             client.set_terminated(run_id)
     except Exception as e:
-        with quiet(), suppress(Exception): # where the server is gone, the first error is the one to tell
+        with quiet(), suppress(Exception): # the first error is the one to tell
             if run_id: client.set_terminated(run_id, status='FAILED')
         why = (hide_secrets(e).strip() or type(e).__name__).splitlines()[0][:300].rstrip('.')
         raise known('tracking.failed', uri=shown, why=why, out=out, name=out.name) from None # it may show the password

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Bend', 'augment_tfms', 'fit_cosine', 'fit_recipe']
 
-# %% ../nbs/library/13_training.ipynb #c003x
+# %% ../nbs/library/13_training.ipynb #a
 import math, platform, sys, time, warnings
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +22,7 @@ from .core import stamp, written
 from .images import pixels_of, read_image, read_mask
 from .networks import channels_last, fast_bf16, plain_batch, save_weights
 
-# %% ../nbs/library/13_training.ipynb #b9af7b68
+# %% ../nbs/library/13_training.ipynb #b
 class TensorScan(TensorImageBW):
     "Image tensor (C,H,W) with any number of channels; one of them is shown"
     @classmethod
@@ -47,11 +47,10 @@ class ReadImage:
         return np.concatenate([a]*3) if self.rgb and len(a)==1 else a
 
 class ReadMask:
-    "Classes of a case's mask"
     def __init__(self, codes): self.codes = tuple(codes)
     def __call__(self, case): return read_mask(case['mask'], self.codes)
 
-# %% ../nbs/library/13_training.ipynb #b9af7b1s
+# %% ../nbs/library/13_training.ipynb #c
 class InMemory:
     "Keep what `read` gives for a case's `column`, while there is room for `mb`; other cases are read again each time"
     def __init__(self, read, column, mb=1024): self.read,self.column,self.room,self.kept = read,column,mb*2**20,{}
@@ -64,7 +63,7 @@ class InMemory:
         if a.nbytes<=self.room: self.kept[key],self.room = a, self.room-a.nbytes
         return a
 
-# %% ../nbs/library/13_training.ipynb #b7bc3e8c
+# %% ../nbs/library/13_training.ipynb #d
 class SquarePad(DisplayedTransform):
     "Pad to a centred square, then scale it to `size` pixels"
     order = 1
@@ -87,7 +86,7 @@ class SquarePad(DisplayedTransform):
         square = Image.fromarray(np.pad(a, ((top,bottom), (left,right))))
         return PILMask.create(np.array(square.resize((self.size,)*2, Image.NEAREST)))
 
-# %% ../nbs/library/13_training.ipynb #b7bc3e1s
+# %% ../nbs/library/13_training.ipynb #e
 class ImageZScore(DisplayedTransform):
     "Bring every image of a batch to mean 0 and standard deviation 1"
     order = 99
@@ -110,7 +109,7 @@ def normaliser(rgb=False, steps=None):
     limit = score_limit(steps)
     return Normalize.from_stats(*imagenet_stats) if rgb else ScoreRange(limit) if limit else ImageZScore()
 
-# %% ../nbs/library/13_training.ipynb #c014x
+# %% ../nbs/library/13_training.ipynb #f
 class Bend:
     "Smooth random shifts for `AffineCoordTfm`: standard deviation `size` at 5 × 5 points; an image spans 2"
     def __init__(self, size=.1, p=.75): self.size,self.p = size,p
@@ -128,29 +127,29 @@ def augment_tfms(max_rotate=8., min_zoom=.9, max_lighting=.15, max_warp=0., bend
     return aug_transforms(max_rotate=max_rotate, min_zoom=min_zoom, max_lighting=max_lighting,
         max_warp=max_warp, xtra_tfms=more, **kwargs)
 
-# %% ../nbs/library/13_training.ipynb #c018x
-FEW_IMAGES = 16 # training images; below, heads are bent, scaled and lit more than they are likely to differ
+# %% ../nbs/library/13_training.ipynb #g
+FEW_IMAGES = 16 # training images; below, heads are bent, scaled and lit more
 STRONGER = dict(max_rotate=15., min_zoom=.8, max_zoom=1.25, max_lighting=.3, bend=.1)
 
 def augmentation(recipe, n_train):
     "Arguments of `augment_tfms` for `n_train` training images"
     return STRONGER if recipe=='light' and n_train<FEW_IMAGES else {}
 
-# %% ../nbs/library/13_training.ipynb #7cbb7d38
+# %% ../nbs/library/13_training.ipynb #h
 def dice_per_image(pred, targ):
     "Foreground Dice of each image, then the mean; an image where truth and prediction are both empty counts 1"
     p,t = (o.as_subclass(torch.Tensor).flatten(1)>0 for o in (pred.argmax(1), targ))
     both,total = (p&t).sum(1), p.sum(1)+t.sum(1)
     return torch.where(total==0, 1., 2*both/total.clamp(min=1)).mean()
 
-# %% ../nbs/library/13_training.ipynb #f3f4927c
+# %% ../nbs/library/13_training.ipynb #i
 adamw = partial(OptimWrapper, opt=partial(torch.optim.AdamW, betas=(.9,.99), eps=1e-5, fused=True)) # all weights in one go
 
 class FastBatches(Callback):
     "Plain channels-last batches; in the first part of training a random window, the same for all of a batch"
     order = 11
     def __init__(self,
-        window=1., # Share of an image's side that a window has, rounded up to a multiple of 32 pixels
+        window=1., # Share of an image's side, rounded up to a multiple of 32 pixels
         until=.5   # Share of training after which images are whole
     ): self.window,self.until = window,until
 
@@ -169,7 +168,7 @@ class FastBatches(Callback):
             x,y = x[at], [o[at] for o in y]
         self.learn.xb,self.learn.yb = (plain_batch(x),), tuple(y)
 
-# %% ../nbs/library/13_training.ipynb #fbe53979
+# %% ../nbs/library/13_training.ipynb #j
 def plain_state(o):
     "Nested dicts, lists and tuples with tensors and Python's own numbers"
     def one(x):
@@ -183,7 +182,7 @@ class Checkpoint(Callback):
     def __init__(self,
         path=None, # File; None: nothing is saved
         every=30,  # Seconds
-        best=None  # File for the weights of the epoch with the highest validation Dice
+        best=None  # File for the weights with the highest validation Dice
     ):
         self.path,self.every,self.best = path and Path(path), every, best and Path(best)
         self.saved,self.phase,self.curve,self.state = 0,0,[],None
@@ -195,7 +194,7 @@ class Checkpoint(Callback):
         except Exception as e:
             warnings.warn(f'{self.path}: a damaged checkpoint ({type(e).__name__}); this training starts anew.')
 
-# %% ../nbs/library/13_training.ipynb #c026x
+# %% ../nbs/library/13_training.ipynb #k
 @patch(as_prop=True)
 def start_epoch(self:Checkpoint): return 0 if self.state is None else self.state['epoch']+1
 
@@ -231,7 +230,7 @@ def save(self:Checkpoint):
 @patch
 def after_fit(self:Checkpoint): self.state = None
 
-# %% ../nbs/library/13_training.ipynb #ef67c0bc
+# %% ../nbs/library/13_training.ipynb #l
 def fit_cosine(learn, n, lr, cbs, start_epoch):
     "Anneal from the start. fastai's `fit_flat_cos` would forget `start_epoch`"
     if learn.opt is None: learn.create_opt()
@@ -260,7 +259,7 @@ def fit_recipe(
         if s.schedule=='cosine': fit_cosine(learn, n, lr, **kw)
         else: learn.fit_one_cycle(n, lr, **s.how['cycle'], **kw)
 
-# %% ../nbs/library/13_training.ipynb #87fe4297
+# %% ../nbs/library/13_training.ipynb #m
 def processor():
     info = Path('/proc/cpuinfo')
     lines = info.read_text(encoding='utf-8').splitlines() if info.exists() else []

@@ -6,14 +6,14 @@
 __all__ = ['agreement', 'place', 'scan_features', 'own_rate', 'fit_reference', 'flag', 'find_flags', 'calibrate',
            'predicted_dice', 'n_flags', 'review_list']
 
-# %% ../nbs/library/16_trust.ipynb #c002x
+# %% ../nbs/library/16_trust.ipynb #a
 import hashlib, math, tomllib
 from itertools import count
 import numpy as np, pandas as pd
 from scipy import ndimage as ndi
 from .core import asset, few, missing, need, num, say
 
-# %% ../nbs/library/16_trust.ipynb #b6e2db40
+# %% ../nbs/library/16_trust.ipynb #b
 def agreement(
     pred,     # Classes of a prediction, of any shape
     other,    # Those of another, such as of the mirrored image
@@ -28,7 +28,7 @@ def agreement(
     n = one+two
     return float(np.mean(2*both[n>0]/n[n>0])) if n.any() else 1.
 
-# %% ../nbs/library/16_trust.ipynb #a47e6ea7
+# %% ../nbs/library/16_trust.ipynb #c
 def channels(image, dims=None)->list:
     "The channels of an image, thinned out where it is large; `dims` of its axes are no channels"
     a = np.asarray(image)
@@ -47,7 +47,7 @@ def grey_levels(a):
     if hi<=lo: lo,hi = a.min(),a.max()
     return np.clip((a-lo)/(hi-lo), 0, 1) if hi>lo else np.zeros_like(a)
 
-# %% ../nbs/library/16_trust.ipynb #ab291395
+# %% ../nbs/library/16_trust.ipynb #d
 def content_of(g):
     "What is seen: bright pixels, specks left out, gaps closed, holes filled"
     bright,far = ndi.binary_opening(g>.1),ndi.distance_transform_edt
@@ -56,7 +56,7 @@ def content_of(g):
     closed = far(far(~np.pad(bright, r+2))<=r)>r
     return ndi.binary_fill_holes(closed)[(slice(r+2,-r-2),)*g.ndim]
 
-# %% ../nbs/library/16_trust.ipynb #7a778c3c
+# %% ../nbs/library/16_trust.ipynb #e
 def rim_of(g, content, shells=12, width=.03)->float:
     "Largest fall of the median grey level from shell to shell inwards; the width is relative to the radius"
     n = content.sum()
@@ -77,7 +77,7 @@ def likeness(g, content)->float:
         if len(v)>1: res.append(np.corrcoef(x, y)[0,1] if enough else 1.)
     return float(np.mean(res or [1.]))
 
-# %% ../nbs/library/16_trust.ipynb #d3b875cf
+# %% ../nbs/library/16_trust.ipynb #f
 def place(g, content)->dict:
     "Share of the (squared) picture, share of the edge that is bright, and is the background bright?"
     frame = np.ones(g.shape, bool)
@@ -104,9 +104,9 @@ def scan_features(image, spacing=None, dims=None)->dict:
     return res | dict(spacing_mm=float(mm.prod()**(1/g.ndim)), field_mm=float((full*mm).max()),
         content_mm=float((box*mm).max()))
 
-# %% ../nbs/library/16_trust.ipynb #40672344
+# %% ../nbs/library/16_trust.ipynb #g
 LEAST = dict(dict.fromkeys(('share','dark','middle','bright','rim','alike'), .1), empty=.5, edge=.05, inverted=.15)
-LEAST_MM = .2          # smallest margin of numbers in mm, as a share of the median; of others, `LEAST`
+LEAST_MM = .2          # the same of numbers in mm, as a share of the median
 MARGINS = (2, 3, 5, 8) # multiples of the MAD
 MAX_OWN_RATE = .05     # share of training images that may be flagged
 
@@ -118,7 +118,7 @@ def limits(t, margin):
     m = np.maximum(least, margin*1.4826*mad)
     return pd.DataFrame(dict(low=low, high=high, median=med, mad=mad, least=low-m, most=high+m))
 
-# %% ../nbs/library/16_trust.ipynb #4067231s
+# %% ../nbs/library/16_trust.ipynb #h
 def own_rate(t, groups, margin):
     "Share of a subject's images that a reference made from all others flags, mean over subjects"
     def flagged(own, lim): return ((own<lim.least)|(own>lim.most)).any(axis=1).mean()
@@ -137,11 +137,11 @@ def fit_reference(features, subjects=None)->dict:
         if rate<=MAX_OWN_RATE: break
     return dict(margin=margin, own_rate=rate, n_images=len(t), n_subjects=n, features=limits(t, margin).T.to_dict())
 
-# %% ../nbs/library/16_trust.ipynb #c026x
+# %% ../nbs/library/16_trust.ipynb #i
 TEXTS = tomllib.loads(asset('trust.toml'))
 SKULL = .3 # rim above which there seems to be a skull
 
-# %% ../nbs/library/16_trust.ipynb #c029x
+# %% ../nbs/library/16_trust.ipynb #j
 def flag(name, v, lim):
     "A sentence for a number outside of its `limits`, or None"
     base,_,rest = name.partition('_')
@@ -167,8 +167,8 @@ def find_flags(features, reference)->list:
     found.sort(key=lambda o: list(TEXTS['words']).index(o[0]))
     return [text for b,text in found if b not in explained]
 
-# %% ../nbs/library/16_trust.ipynb #1cf9b361
-LEVELS = (.9, .8) # of the interval; the second where there are too few subjects for the first
+# %% ../nbs/library/16_trust.ipynb #k
+LEVELS = (.9, .8) # of the interval; the second with few subjects
 
 def n_line(n): return max(3, n//4) # how many of `n` subjects draw the line
 
@@ -177,7 +177,7 @@ def subjects_for(level)->int:
     errors = math.ceil(level/(1-level)-1e-9) # with fewer the quantile is infinite
     return next(n for n in count() if n-n_line(n)>=errors)
 
-# %% ../nbs/library/16_trust.ipynb #d2518a94
+# %% ../nbs/library/16_trust.ipynb #l
 def checked_scores(scores):
     "Subject, Dice and quality of a score table, in an order of their own"
     ks = ['subject','quality','dice']
@@ -199,7 +199,7 @@ def rising_line(q, d, w):
 
 def on_line(c, q): return np.clip(c['slope']*q+c['height'], 0, 1)
 
-# %% ../nbs/library/16_trust.ipynb #c9fc67a9
+# %% ../nbs/library/16_trust.ipynb #m
 def calibrate(
     scores,         # subject, dice, quality: one row per image, from OUT-OF-FOLD predictions
     level=LEVELS[0] # Wanted probability; a lower one of `LEVELS` if subjects are too few
@@ -232,7 +232,7 @@ def predicted_dice(calibration, quality)->dict:
     return dict(dice=d, low=low, high=high, level=c['level'], calibrated=True,
         text=say('trust.expected', d=d, level=100*c['level'], low=low, high=high))
 
-# %% ../nbs/library/16_trust.ipynb #ed9c8af0
+# %% ../nbs/library/16_trust.ipynb #n
 def n_flags(v):
     "How many flags a cell of a table stands for: a list, a text (one per line), a number or nothing"
     if isinstance(v, str): return sum(bool(o.strip()) for o in v.splitlines())
@@ -240,7 +240,7 @@ def n_flags(v):
     return 0 if missing(v) else int(v)
 
 def review_list(
-    table        # name, quality, flags and, if predicted, (predicted_)dice and (predicted_)low
+    table        # name, quality, flags, (predicted_)dice, (predicted_)low
 )->pd.DataFrame: # The same rows, worst first, each scan once
     "Scans in the order in which a person should look at them"
     need({'name','quality'} <= set(table), 'trust.table', 'The table', columns=few(table) or 'no columns')

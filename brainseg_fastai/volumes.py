@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAMPLERS', 'torchio', 'to_subject', 'patch_sampler']
 
-# %% ../nbs/library/14_volumes.ipynb #c004x
+# %% ../nbs/library/14_volumes.ipynb #a
 import random
 from collections import OrderedDict
 
@@ -20,7 +20,7 @@ from .images import Pixels, image_size, read_image, read_mask
 
 def torchio(): return need_package('torchio', 'volumes')
 
-# %% ../nbs/library/14_volumes.ipynb #c011x
+# %% ../nbs/library/14_volumes.ipynb #b
 def zscore_volume(x:torch.Tensor)->torch.Tensor:
     "Each channel with mean 0 and standard deviation 1 over its voxels that are not 0"
     def one(c):
@@ -31,13 +31,12 @@ def zscore_volume(x:torch.Tensor)->torch.Tensor:
     return torch.stack([one(c) for c in x.float()])
 
 def network_volume(a, steps=None)->torch.Tensor:
-    "What a network sees of a volume"
     several = a.ndim==4
     if steps is not None: a = steps(a, channels=several)
     x = torch.from_numpy(np.array(np.moveaxis(a, -1, 0) if several else a[None]))
     return x if steps is not None and steps.scaled else zscore_volume(x)
 
-# %% ../nbs/library/14_volumes.ipynb #c013x
+# %% ../nbs/library/14_volumes.ipynb #c
 def to_subject(case, codes, steps=None):
     "A case as a TorchIO subject in canonical orientation"
     tio = torchio()
@@ -51,7 +50,7 @@ def to_subject(case, codes, steps=None):
     return tio.Subject(image=tio.ScalarImage(tensor=x-floor, affine=affine),
         mask=tio.LabelMap(tensor=torch.from_numpy(y)[None], affine=affine), floor=floor)
 
-# %% ../nbs/library/14_volumes.ipynb #c016x
+# %% ../nbs/library/14_volumes.ipynb #d
 SAMPLERS = ('uniform','foreground','label')
 
 def patch_sampler(s, patch, how):
@@ -62,7 +61,7 @@ def patch_sampler(s, patch, how):
     share = dict.fromkeys(n, 1) if how=='label' else {c: 2*k/inside if c else 1 for c,k in n.items()}
     return torchio().LabelSampler(patch, 'mask', share)
 
-# %% ../nbs/library/14_volumes.ipynb #c023x
+# %% ../nbs/library/14_volumes.ipynb #e
 KINDS = dict(flip=.5, affine=.7, elastic=.2, bias=.5) # Augmentations and their probabilities
 
 def augment_subject(s, seed=0, kinds=KINDS):
@@ -80,7 +79,7 @@ def augment_subject(s, seed=0, kinds=KINDS):
         torch.default_generator.manual_seed(seed)
         return tfm(s)
 
-# %% ../nbs/library/14_volumes.ipynb #c027x
+# %% ../nbs/library/14_volumes.ipynb #f
 def epoch_order(counts, keep=1, rng=None)->list:
     "What an epoch draws; each volume has a new seed in every shuffled epoch"
     seeds = [rng.randrange(2**31) if rng else 0 for _ in counts]
@@ -90,7 +89,7 @@ def epoch_order(counts, keep=1, rng=None)->list:
     parts = [sum(tokens[i:i+keep], []) for i in range(0, len(tokens), keep)]
     return [o for p in parts for o in rng.sample(p, len(p))]
 
-# %% ../nbs/library/14_volumes.ipynb #c029x
+# %% ../nbs/library/14_volumes.ipynb #g
 def middle(shape, inner):
     "Where a box of size `inner` lies in the middle of a larger one, as slices"
     return tuple(slice((n-i)//2, (n-i)//2+i) for n,i in zip(shape, inner))
@@ -114,7 +113,7 @@ class VolumeItems:
     def __len__(self): return sum(self.counts)
     def order(self, rng=None): return epoch_order(self.counts, self.keep, rng)
 
-# %% ../nbs/library/14_volumes.ipynb #c031x
+# %% ../nbs/library/14_volumes.ipynb #h
 @patch
 def cut(self:VolumeItems, v, seed):
     "The items of volume `v`, with margins"
@@ -144,7 +143,7 @@ def __getitem__(self:VolumeItems, token)->tuple: # Image (C,X,Y,Z) float32, clas
     x = s.image.data[inner]+s['floor']
     return x.float(), s.mask.data[0][inner].long().contiguous()
 
-# %% ../nbs/library/14_volumes.ipynb #c033x
+# %% ../nbs/library/14_volumes.ipynb #i
 def widened(t, shape, value=0):
     "(X,Y,Z) or (C,X,Y,Z) in the middle of a box of `shape`; the rest is `value`, a number or (C,1,1,1)"
     res = torch.as_tensor(value, dtype=t.dtype).expand(*t.shape[:-3], *shape).clone()
@@ -174,7 +173,7 @@ def volume_dls(cases, codes, patch=(64,64,64), sampler='uniform', samples_per_vo
     train.rng = random.Random(seed)
     return DataLoaders(train, valid, device=device or default_device())
 
-# %% ../nbs/library/14_volumes.ipynb #c038x
+# %% ../nbs/library/14_volumes.ipynb #j
 def slices_to_volume(preds, cases)->np.ndarray:
     "The volume that slices of one scan were cut from; slices that are not in the table are background"
     images = list(cases['image'])

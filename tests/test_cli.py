@@ -58,6 +58,9 @@ def test_layouts_have_names_on_the_command_line_alone():
     assert find_layout('adni').name=='adni'
     with pytest.raises(DataError, match='one of adni, figshare'): find_layout('bids')
 
+def test_redirected_output_has_no_bars(report):
+    assert 'Training 1 of' in report[1] and not {'\r','█'} & set(report[1]) and 'train_loss' not in report[1]
+
 def test_compare_leaves_everything(report, data):
     out,said = report
     names = {o.name for o in out.iterdir()}
@@ -199,9 +202,21 @@ def test_train_asks_for_the_kind(tmp_path, capsys):
     assert main(['train', str(make_folder(tmp_path/'d', 3, 1)), '--out', str(tmp_path/'o')])==2
     assert '--inputs is missing' in (said := capsys.readouterr().err) and 'brain, orig' in said and not (tmp_path/'o').exists()
 
-def test_missing_folder(tmp_path, capsys):
-    assert main(['compare', str(tmp_path/'nowhere'), '--out', str(tmp_path/'o')])==2
-    assert 'nowhere' in capsys.readouterr().err and not (tmp_path/'o').exists()
+def test_missing_folder(tmp_path, capsys, data):
+    gone,out = str(tmp_path/'nowhere'), ['--out', str(tmp_path/'o')]
+    for args in (['compare', gone, *out], ['plan', gone], ['compare', str(data), *out, '--external', gone]):
+        assert main(args)==2
+        line, = capsys.readouterr().err.strip().splitlines()
+        assert 'nowhere' in line and 'Correct the path' in line and not (tmp_path/'o').exists()
+
+def test_pictures_have_no_patches(data, tmp_path, capsys):
+    assert main(['train', str(data), '--inputs', 'brain', '--mode', 'patch', '--out', str(tmp_path/'o')])==2
+    line, = capsys.readouterr().err.strip().splitlines()
+    assert '--mode patch' in line and 'adni' in line and not (tmp_path/'o').exists()
+
+def test_too_many_folds(data, tmp_path, capsys):
+    assert main(['compare', str(data), '--folds', '99', '--out', str(tmp_path/'o')])==2
+    assert 'Take fewer folds' in capsys.readouterr().err and not (tmp_path/'o').exists()
 
 @pytest.mark.parametrize('name', ['adni_like','oasis_slices'])
 def test_the_development_data_pass(name, capsys): assert main(['check', str(dataset(name))])==0

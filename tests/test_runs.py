@@ -356,7 +356,8 @@ def test_tampered_files_are_refused(bundle, tmp_path):
     b = shutil.rmtree(b) or copy(bundle, tmp_path)
     c = json.loads((b/'config.json').read_text()); c['labels'][0]['name'] = 'tumour'; (b/'config.json').write_text(json.dumps(c))
     refused(b, 'another config than was written')
-    (b/'config.json').write_text('{'); refused(b, 'broken JSON')
+    (b/'config.json').write_text('{'); refused(b, 'broken JSON', 'Copy the bundle again')
+    (b/'config.json').write_text('{}'); refused(b, 'format None', 'Copy the bundle again')
     (b/'config.json').unlink(); refused(b, 'no config.json')
     refused(tmp_path/'nowhere', 'no config.json')
 
