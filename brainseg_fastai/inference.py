@@ -21,7 +21,7 @@ from .steps import Steps
 from .training import ReadImage, SquarePad, TensorScan, normaliser
 from .volumes import middle, network_volume, widened
 
-# %% ../nbs/library/15_inference.ipynb #e83193e4
+# %% ../nbs/library/15_inference.ipynb #c005x
 @dataclass(frozen=True)
 class Frame:
     "How the pixels of a case become what a network sees, in training and ever after"
@@ -31,7 +31,7 @@ class Frame:
     steps:Steps=None    # Fitted preprocessing
     mode:str='slice'    # What the network sees at once: 'slice', 'patch' or 'volume'
     patch:tuple=None    # Voxels of a patch
-    spacing:tuple=None  # mm of the training images along their axes (median); None: not known
+    spacing:tuple=None  # mm of the training images along their axes (median)
     field:int=None      # Side of the square that a training slice fills, own pixels (median)
 
     def ratio(self, spacing, n):
@@ -39,37 +39,32 @@ class Frame:
         known = spacing is not None and self.spacing is not None and np.isfinite(spacing).all()
         return np.broadcast_to(spacing, n)/np.broadcast_to(self.spacing, n) if known else np.ones(n)
 
-def training_spacing(cases)->tuple:
-    dims = [3 if o in ('','-') and not np.isscalar(mm) else 2 for o,mm in zip(cases['slice'], cases['spacing'])]
-    mm = [np.broadcast_to(np.asarray(o, float), n) for o,n in zip(cases['spacing'], dims)]
-    mm = np.array([o for o in mm if np.isfinite(o).all()])
-    return tuple(np.median(mm, axis=0).round(4).tolist()) if len(mm) else None
+def training_spacing(cases):
+    some = [*zip(cases['slice'], cases['spacing'])]
+    dims = [3 if o in ('','-') and not np.isscalar(mm) else 2 for o,mm in some]
+    mm = [np.broadcast_to(np.asarray(o, float), n) for (_,o),n in zip(some, dims)]
+    mm = [o for o in mm if np.isfinite(o).all()]
+    return tuple(np.median(mm, axis=0).round(4).tolist()) if mm else None
 
-def training_field(cases)->int:
-    "The side of the square that a training slice fills (median)"
+def training_field(cases):
     sizes = [image_size(o) for o in cases['image']]
     return int(np.median([max(o) for o in sizes])) if len(sizes[0])==2 else None
 
-# %% ../nbs/library/15_inference.ipynb #f10114be
+# %% ../nbs/library/15_inference.ipynb #c007x
 class Model:
     "A network and what one must know to use it"
     def __init__(self,
         net,        # From (N,C,*size) to class scores (N,K,*size)
-        frame:Frame,
+        frame,      # `Frame`
         config=None # What is known of it: the config of its bundle
-    ): self.net,self.frame,self.config = net,frame,config
+    ): self.net,self.frame,self.config,self.codes = net,frame,config,frame.codes
 
     @property
-    def codes(self): return self.frame.codes
-    @property
-    def device(self): return next((p.device for p in self.net.parameters()), torch.device('cpu'))
+    def device(self):
+        return next((p.device for p in self.net.parameters()), torch.device('cpu'))
+    def scores(self, x): return self.net(plain_batch(x.to(self.device))).float()
 
-    def scores(self, x):
-        "Class scores of a batch, float32"
-        return self.net(plain_batch(x.to(self.device))).float()
-
-def model_of(learn)->Model:
-    "The `Model` of a learner"
+def model_of(learn):
     return learn if isinstance(learn, Model) else Model(learn.model, learn.frame)
 
 class Masks(NamedTuple):
@@ -82,13 +77,12 @@ class Masks(NamedTuple):
         "The `Masks` of each picture of a stack"
         return [Masks(*(o if o is None else o[i] for o in self)) for i in range(len(self.mask))]
 
-# %% ../nbs/library/15_inference.ipynb #bd6711ef
-@dataclass(frozen=True)
-class Fit:
+# %% ../nbs/library/15_inference.ipynb #c009x
+class Fit(NamedTuple):
     "How pictures of one size are fitted into the square of a network"
-    own:tuple # Height and width of the pictures
+    own:tuple # Height and width
     at:tuple  # The same at the spacing of the training
-    side:int  # Side of the square that they are padded to, or cut to
+    side:int  # Of the square that they are padded to, or cut to
 
     @property
     def pads(self):
@@ -97,44 +91,51 @@ class Fit:
         left,top = (self.side-w)//2, (self.side-h)//2
         return left, self.side-w-left, top, self.side-h-top
 
-def fit_of(pics, spacing, frame:Frame, volume=False)->Fit:
+def fit_of(pics, spacing, frame, volume=False):
     own,ratio = pics.shape[1:3], frame.ratio(spacing, 2)
     other = (abs(ratio-1) > (.05 if volume else .1)).any()
     at = tuple(max(1, round(o*r)) for o,r in zip(own, ratio)) if other else own
     if not volume and not other: return Fit(own, own, max(own))
-    return Fit(own, at, max(frame.field, needed_side(pics, at)) if frame.field else max(*at, frame.size))
+    if not frame.field: return Fit(own, at, max(*at, frame.size))
+    return Fit(own, at, max(frame.field, needed_side(pics, at)))
 
-def needed_side(pics, at)->int:
+def needed_side(pics, at):
     "Side of a centred square that cuts off nothing but background"
     a = pics.max((0, *range(3, pics.ndim)))
     m,side = a>otsu(a)/2, 1
-    for axis in (0,1):
-        on,middle = np.flatnonzero(m.any(1-axis)), (m.shape[axis]-1)/2
+    for axis,n in enumerate(a.shape):
+        on,middle = np.flatnonzero(m.any(1-axis)), (n-1)/2
         if not len(on): continue
         far = 2*max(middle-on[0], on[-1]-middle)+1
-        side = max(side, math.ceil(far*at[axis]/m.shape[axis]))
+        side = max(side, math.ceil(far*at[axis]/n))
     return min(side, max(at))
 
-# %% ../nbs/library/15_inference.ipynb #e6a61667
-def resized(x, hw, antialias=False):
-    if tuple(x.shape[-2:])==tuple(hw): return x
-    return F.interpolate(x.float(), size=tuple(hw), mode='bilinear', antialias=antialias, align_corners=False)
+# %% ../nbs/library/15_inference.ipynb #c011x
+def resized(x, size, antialias=False):
+    "A batch (N,C,H,W) or (N,C,X,Y,Z) at another size"
+    if x.shape[2:]==tuple(size): return x
+    mode = 'bilinear' if x.ndim==4 else 'trilinear'
+    return F.interpolate(x.float(), size=tuple(size), mode=mode, antialias=antialias, align_corners=False)
 
-def network_input(frame:Frame, pics, fit:Fit)->torch.Tensor:
+def resampled(a, size):
+    "Pictures (N,H,W[,C]) or volumes (N,X,Y,Z[,C]) at another size, uint8"
+    n = 1+len(size)
+    x = torch.from_numpy(a.reshape(*a.shape[:n], -1)).movedim(-1, 1)
+    x = resized(x, size, antialias=n==3).round().clamp(0, 255).byte().movedim(1, -1)
+    return x.numpy().reshape(len(a), *size, *a.shape[n:])
+
+def network_input(frame, pics, fit):
     "What a network sees of pictures, as in training"
-    if fit.at!=fit.own:
-        x = torch.from_numpy(pics.reshape(*pics.shape[:3], -1)).movedim(-1, 1)
-        x = resized(x, fit.at, antialias=True).round().clamp(0, 255).byte().movedim(1, -1)
-        pics = x.numpy().reshape(len(x), *fit.at, *pics.shape[3:])
+    if fit.at!=fit.own: pics = resampled(pics, fit.at)
     read = ReadImage(frame.rgb, frame.steps)
     x = torch.from_numpy(np.stack([read.channels(a) for a in pics]))
     n,c = x.shape[:2]
-    x = SquarePad(frame.size)(TensorScan(F.pad(x, fit.pads).reshape(n*c, fit.side, fit.side)))
-    x = IntToFloatTensor()(TensorScan(x.reshape(n, c, frame.size, frame.size)))
-    return normaliser(frame.rgb, frame.steps)(x)
+    x = TensorScan(F.pad(x, fit.pads).reshape(n*c, fit.side, fit.side))
+    x = SquarePad(frame.size)(x).reshape(n, c, frame.size, frame.size)
+    return normaliser(frame.rgb, frame.steps)(IntToFloatTensor()(TensorScan(x)))
 
-def own_pixels(scores, fit:Fit)->torch.Tensor:
-    "Class scores back in the pictures' own pixels; what the square cut off is background"
+def own_pixels(scores, fit):
+    "Class scores in the pictures' own pixels; what the square cut off is background"
     pads = [-o for o in fit.pads]
     scores = resized(scores, (fit.side,)*2)
     res = F.pad(scores, pads)
@@ -144,50 +145,46 @@ def own_pixels(scores, fit:Fit)->torch.Tensor:
         res[:,:1] += 1e3*(1-seen)
     return resized(res, fit.own)
 
-# %% ../nbs/library/15_inference.ipynb #e774c4b9
-def both_ways(scores, mirrored=None)->tuple:
-    "What an image and its mirror image are predicted to be, together and alone"
+# %% ../nbs/library/15_inference.ipynb #c013x
+def both_ways(scores, mirrored=None):
+    "Classes by an image and its mirror image together, and by each"
     def classes(o): return o.argmax(0).to(torch.uint8).cpu().numpy()
     plain = classes(scores)
     if mirrored is None: return plain, plain, None
     return classes(scores+mirrored), plain, classes(mirrored)
 
-def predict_slices(model:Model, pics, fit:Fit, flips=True, bs=8)->Masks:
+def predict_slices(model, pics, fit, flips):
     res = []
-    for i in range(0, len(pics), bs):
-        x = network_input(model.frame, pics[i:i+bs], fit)
+    for i in range(0, len(pics), 8):
+        x = network_input(model.frame, pics[i:i+8], fit)
         scores = [own_pixels(model.scores(x), fit)]
         if flips: scores.append(own_pixels(model.scores(x.flip(-1)).flip(-1), fit))
         res += map(both_ways, *scores)
     return Masks(*(None if o[0] is None else np.stack(o) for o in zip(*res)))
 
-# %% ../nbs/library/15_inference.ipynb #59b1bde7
-def scaled(x, shape):
-    if tuple(x.shape[1:])==tuple(shape): return x
-    return F.interpolate(x[None].float(), size=tuple(shape), mode='trilinear', align_corners=False)[0]
-
-def volume_input(frame:Frame, a, spacing)->torch.Tensor:
+# %% ../nbs/library/15_inference.ipynb #c015x
+def volume_input(frame, a, spacing):
     ratio = frame.ratio(spacing, 3)
     if (abs(ratio-1)>.05).any():
-        x = torch.from_numpy(a.reshape(*a.shape[:3], -1)).movedim(-1, 0)
-        x = scaled(x, [max(1, round(o*r)) for o,r in zip(a.shape, ratio)]).round().clamp(0, 255)
-        a = x.movedim(0, -1).numpy() if a.ndim==4 else x[0].numpy()
+        size = [max(1, round(o*r)) for o,r in zip(a.shape, ratio)]
+        a = resampled(a[None], size)[0].astype(np.float32)
     return network_volume(a, frame.steps)
 
-def window_scores(model:Model, x, overlap=.5, multiple=16)->torch.Tensor:
+def window_scores(model, x, overlap=.5):
     inner,patch = x.shape[1:], model.frame.patch
-    shape = [max(o) for o in zip(inner, patch)] if patch else [-(-n//multiple)*multiple for n in inner]
-    x = widened(x, shape, x.amin((1,2,3), keepdim=True))[None]
-    if patch: res = sliding_window_inference(x, patch, 2, model.scores, overlap, 'gaussian', device='cpu')
-    else: res = model.scores(x).cpu()
-    return res[0][(..., *middle(shape, inner))]
+    size = [max(o) for o in zip(inner, patch)] if patch else [-(-n//16)*16 for n in inner]
+    x = widened(x, size, x.amin((1,2,3), keepdim=True))[None]
+    if not patch: res = model.scores(x).cpu()
+    else: res = sliding_window_inference(x, patch, 2, model.scores, overlap, 'gaussian', device='cpu')
+    return res[0, :, *middle(size, inner)]
 
-def predict_volume(model, a, spacing=None, flips=True)->Masks: # (X,Y,Z) each
-    x,own = volume_input(model.frame, a, spacing), a.shape[:3]
+def predict_volume(model, a, spacing, flips):
+    x = volume_input(model.frame, a, spacing)
     scores = [window_scores(model, x)]
     if flips: scores.append(window_scores(model, x.flip(1)).flip(1))
-    need(len(scores[0])==len(model.codes), 'inference.classes', n=len(scores[0]), want=len(model.codes))
-    return Masks(*both_ways(*(scaled(o, own) for o in scores)))
+    n,want = len(scores[0]), len(model.codes)
+    need(n==want, 'inference.classes', n=n, want=want)
+    return Masks(*both_ways(*(resized(o[None], a.shape[:3])[0] for o in scores)))
 
 # %% ../nbs/library/15_inference.ipynb #a4cbf294
 @torch.inference_mode()

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['network_channels', 'load_bundle', 'key_of', 'train_run', 'train_folds']
 
-# %% ../nbs/library/20_runs.ipynb #c002x
+# %% ../nbs/library/20_runs.ipynb #c003x
 import hashlib, itertools, os, re, shutil, tempfile, warnings
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 
+import jinja2
 from fastai.vision.all import *
 from safetensors import SafetensorError
 
 from .adni import ADNI
 from .checks import mask_codes
 from .core import (
-    DataError, asset, digest, few, known, need, need_package, num, plain, read_json, say, times,
+    DataError, asset, digest, few, known, need, need_package, num, plain, read_json, say,
     write_csv, write_json, write_text, written, written_folder)
 from .drawing import PALETTE
 from .images import data_fingerprint, read_image, read_mask
@@ -34,12 +34,12 @@ from .training import Checkpoint, augmentation, environment, fit_recipe
 from .trust import calibrate, fit_reference, scan_features
 from .volumes import volume_dls
 
-# %% ../nbs/library/20_runs.ipynb #c005x
+# %% ../nbs/library/20_runs.ipynb #c006x
 def foreground_weights(cases, codes):
-    "Weights so that half of what is drawn shows something to find"
+    "Half of what is drawn shows something to find"
     some = np.array([read_mask(o, codes).any() for o in cases['mask']])
     share = some[cases['split']=='train'].mean()
-    return np.ones(len(some)) if share in (0, 1) else np.where(some, .5/share, .5/(1-share))
+    return np.where(some, .5/share, .5/(1-share)) if 0<share<1 else np.ones(len(some))
 
 def frame_of(s, codes, steps, spacing, field=None):
     patch = s.patch if s.mode=='patch' else None
@@ -47,7 +47,8 @@ def frame_of(s, codes, steps, spacing, field=None):
 
 def slice_dls(cases, s, codes, steps):
     more = augmentation(s.recipe, sum(cases['split']=='train'))
-    block = brainseg_block(cases['inputs'].iloc[0], codes, s.size, rgb=s.how['rgb'], steps=steps, **more)
+    inputs,rgb = cases['inputs'].iloc[0], s.how['rgb']
+    block = brainseg_block(inputs, codes, s.size, rgb=rgb, steps=steps, **more)
     pin = default_device().type=='cuda' # copies to a GPU need not wait then
     how = dict(bs=s.bs, val_bs=8, num_workers=0, pin_memory=pin)
     if s.sampling=='uniform': return block.dataloaders(cases, **how)
@@ -56,18 +57,18 @@ def slice_dls(cases, s, codes, steps):
 def framed_volume_dls(cases, s, codes, steps):
     mm = training_spacing(cases[cases['split']=='train'])
     frame = frame_of(s, codes, steps, mm)
-    dls = volume_dls(cases, codes, frame.patch, sampler=s.sampling, bs=s.bs, steps=steps, seed=s.seed)
+    dls = volume_dls(cases, codes, frame.patch, s.sampling, bs=s.bs, steps=steps, seed=s.seed)
     dls.frame = frame
     return dls
 
-def prepare_learner(cases, s, codes)->Learner:
+def prepare_learner(cases, s, codes):
     "Learner from a case table with `split`, and filled settings"
     steps = make_steps(s.steps).fit(cases) if s.steps else None
     weights = class_weights(cases, codes) if 'weighted' in (s.loss or '') else None
-    make_dls = slice_dls if s.mode=='slice' else framed_volume_dls
-    return brainseg_learner(make_dls(cases, s, codes, steps), s, weights)
+    make = slice_dls if s.mode=='slice' else framed_volume_dls
+    return brainseg_learner(make(cases, s, codes, steps), s, weights)
 
-# %% ../nbs/library/20_runs.ipynb #c008x
+# %% ../nbs/library/20_runs.ipynb #c009x
 def label_table(codes, layout=ADNI):
     "Code, name and colour of each foreground label"
     names = layout.labels or {}
@@ -76,7 +77,6 @@ def label_table(codes, layout=ADNI):
         for c,o in zip(codes[1:], cycle(PALETTE))]
 
 def training_slab(cases):
-    "How far below the top of the brain slices lie, or None"
     mm = cases.get('below_top', pd.Series()).dropna().astype(float)
     return dict(below_top_mm=[mm.min(), mm.max()]) if len(mm) else None
 
@@ -91,17 +91,17 @@ def image_reference(train):
 def scored(scores):
     "Means and 95 % intervals, and what a quality says of the Dice"
     t = summarise_scores(scores)[['mean','low','high']].astype(float).round(4).dropna()
-    metrics = {k: dict(mean=m, ci95=ci) for k,m,*ci in t.itertuples() if k in ('dice','hd95','nsd')}
-    said = dict(n_subjects=scores['subject'].nunique(), n_cases=len(scores), metrics=metrics,
+    t = t.loc[[k for k in t.index if k in ('dice','hd95','nsd')]]
+    said = dict(n_subjects=scores['subject'].nunique(), n_cases=len(scores),
+        metrics={k: dict(mean=m, ci95=ci) for k,m,*ci in t.itertuples()},
         case='image' if scores['slice'].any() else 'volume', unit=scores['unit'].iloc[0])
     none = dict(calibrated=False, why='the scores have no quality')
     return dict(scores=said, calibration='quality' in scores and calibrate(scores) or none)
 
-# %% ../nbs/library/20_runs.ipynb #c010x
+# %% ../nbs/library/20_runs.ipynb #c011x
 FORMAT = dict(format='brainseg-bundle', version=2)
 
 def bundle_config(learn, cases, scores, layout, about):
-    "All that has to be known to use a trained network"
     train,f,s = cases[cases['split']=='train'], learn.frame, learn.settings
     sides = sorted({*zip(cases['subject'], cases['split'])})
     count = cases.groupby('split')['subject'].agg(['size','nunique'])
@@ -117,50 +117,36 @@ def bundle_config(learn, cases, scores, layout, about):
         reference=image_reference(train), steps_state=f.steps and f.steps.state(),
         versions=environment(learn.dls.device))
 
-# %% ../nbs/library/20_runs.ipynb #c012x
+# %% ../nbs/library/20_runs.ipynb #c014x
 def model_card(c):
     "The card of a network in Markdown, from its config"
-    s,d,t,card = c['settings'], c['data'], c['scores'], asset('card.md')
-    if not d.get('simulated'): card = re.sub(r'> \*\*Simulated.*\n\n', '', card)
-    what = say(f"runs.sees_{s['mode']}", size=s['size'], patch=times(s['patch']))
-    mm = times(f'{o:g} mm' for o in c['spacing'] or ())
-    seen = f"{', '.join(c['channels'])}: {what}; pixels of {mm or 'unknown size'}"
-    if c['slab']: seen += '; {:.0f} to {:.0f} mm below the top of the brain'.format(*c['slab']['below_top_mm'])
-    names = dict(dice='Dice, per '+t['case'], hd95='HD95, '+t['unit'], nsd='Surface Dice (NSD)')
-    row = '| {} | {} (95 % interval {} to {}) |'.format
-    rows = [row(names[k], *map(num, (m['mean'], *m['ci95']))) for k,m in t['metrics'].items()]
-    def count(k): return ', '.join(f'{o} {n}' for o,n in d[k].items())
-    return card.format(
-        **c, input=seen, rows='\n'.join(rows), name=d.get('name', 'not named'),
-        subjects=count('subjects'), images=count('images'),
-        named=', '.join(f"{o['name']} ({o['code']})" for o in c['labels']),
-        loss=s['loss'] or 'of the recipe', steps=s['steps'] or 'none beyond z-scores')
+    card = jinja2.Template(asset('card.md'), trim_blocks=True, keep_trailing_newline=True)
+    return card.render(c, num=num)
 
-# %% ../nbs/library/20_runs.ipynb #c014x
 def hashes(folder, config):
     weights = (folder/'model.safetensors').read_bytes()
     said = digest({k: v for k,v in config.items() if k!='sha256'}, n=64)
     return {'model.safetensors': hashlib.sha256(weights).hexdigest(), 'config': said}
 
 def write_config(folder, config):
-    "Make a bundle of a folder with weights"
     config = plain(config)
     config['sha256'] = hashes(folder, config)
     write_text(folder/'README.md', model_card(config))
     write_json(folder/'config.json', config)
 
-def read_config(path)->dict:
+def read_config(path):
     "The config of a bundle, checked"
     path = Path(path)
-    for o in 'config.json','model.safetensors': need((path/o).is_file(), 'runs.no_bundle', path, file=o)
+    for o in 'config.json','model.safetensors':
+        need((path/o).is_file(), 'runs.no_bundle', path, file=o)
     c = read_json(path/'config.json', 'the config of a bundle', 'Copy the bundle again.')
     for k,v in FORMAT.items(): need(c.get(k)==v, 'runs.format', path, k=k, v=c.get(k), want=v)
+    told = c.get('sha256')
     for k,v in hashes(path, c).items():
-        told = c.get('sha256')
         need(isinstance(told, dict) and told.get(k)==v, 'runs.changed', path, k=k)
     return c
 
-def pool_bundle(run, path, scores, **more)->Path:
+def pool_bundle(run, path, scores, **more):
     "Bundle of one run with the scores of all, and `more` of its config set anew"
     path = Path(path)
     ours = (path/'config.json').exists()
@@ -172,7 +158,6 @@ def pool_bundle(run, path, scores, **more)->Path:
 
 # %% ../nbs/library/20_runs.ipynb #c016x
 def network_channels(c):
-    "One for each input, or the three of a picture"
     n = len(c['channels'])
     return 3 if n==1 and RECIPES[c['settings']['recipe']]['rgb'] else n
 
@@ -182,8 +167,9 @@ def load_bundle(
 )->Model:
     "The network of a bundle, ready to predict; nothing is unpickled"
     path,c = Path(path), read_config(path)
+    told = c['settings']
     try:
-        s = Settings(**c['settings'])
+        s = Settings(**told)
         steps = c['steps_state'] and Steps.from_state(c['steps_state'])
         mm = c['spacing'] and tuple(c['spacing'])
         frame = frame_of(s, c['codes'], steps, mm, c['field'])
@@ -191,7 +177,8 @@ def load_bundle(
         net = build_model(blank, network_channels(c), len(frame.codes), c['input_shape'])
         load_weights(net, path/'model.safetensors')
     except (DataError, KeyError, TypeError, SafetensorError, RuntimeError) as e:
-        raise known('runs.weights', path, e=str(e).split('\n')[0], arch=c['settings'].get('arch')) from e
+        why = str(e).split('\n')[0]
+        raise known('runs.weights', path, e=why, arch=told.get('arch')) from e
     if s.recipe=='light': # the order of weights decides about last bits
         net.to(memory_format=channels_last(s.dims+2))
     return Model(net.to(device or default_device()).eval(), frame, c)
@@ -208,13 +195,13 @@ def portable(scores):
     return scores.assign(**{k: scores[k].map(name) for k in cols})
 
 def below(scores, folder):
-    "Scores whose predictions are named from `folder` on"
-    return scores.assign(prediction=[Path(o).relative_to(folder).as_posix() for o in scores['prediction']])
+    names = [Path(o).relative_to(folder).as_posix() for o in scores['prediction']]
+    return scores.assign(prediction=names)
 
 class Run:
     "A complete training in a folder, which is a bundle as well"
     def __init__(self,
-        folder,    # Of the run
+        folder,
         cases=None # Case table with `tested_on`: images and masks for the scores
     ):
         self.folder,self.config = Path(folder), read_config(folder)
@@ -241,14 +228,15 @@ def claimed(folder, key):
     if not same: write_json(mine, dict(key=key))
     return (folder/'config.json').exists()
 
-def train(cases, s, codes, folder, progress=True):
+def train(cases, s, codes, folder, progress):
     set_seed(s.seed, reproducible=True)
     learn = prepare_learner(cases, s, codes)
     best = folder/'best.safetensors' if s.pick=='best' else None
     ck = Checkpoint(folder/'checkpoint.pt', best=best)
-    try:
-        with nullcontext() if progress else learn.no_bar(), nullcontext() if progress else learn.no_logging():
-            fit_recipe(learn, s, ck)
+    if not progress:
+        learn.remove_cb(ProgressCallback)
+        learn.logger = noop
+    try: fit_recipe(learn, s, ck)
     except KeyboardInterrupt:
         print(say('runs.interrupted', start=ck.path if ck.path.exists() else 'the beginning'))
         raise
@@ -355,7 +343,7 @@ def onnx_session(file):
     options.intra_op_num_threads = torch.get_num_threads()
     return ort.InferenceSession(str(file), options, providers=['CPUExecutionProvider'])
 
-def export_onnx(model, path)->float:
+def export_onnx(model, path):
     "Write a network as ONNX; the largest difference of scores from PyTorch's"
     need_package('onnx', 'onnx')
     path,c,names = Path(path), model.config, ['image','scores']

@@ -357,7 +357,7 @@ def test_tampered_files_are_refused(bundle, tmp_path):
     c = json.loads((b/'config.json').read_text()); c['labels'][0]['name'] = 'tumour'; (b/'config.json').write_text(json.dumps(c))
     refused(b, 'another config than was written')
     (b/'config.json').write_text('{'); refused(b, 'broken JSON', 'Copy the bundle again')
-    (b/'config.json').write_text('{}'); refused(b, 'format None', 'Copy the bundle again')
+    (b/'config.json').write_text('{}'); refused(b, 'no bundle that this release can read (format None)', 'Copy the bundle again')
     (b/'config.json').unlink(); refused(b, 'no config.json')
     refused(tmp_path/'nowhere', 'no config.json')
 
@@ -415,7 +415,7 @@ def test_export(bundle, tmp_path, capsys, monkeypatch):
     got = ort.InferenceSession(str(out)).run(None, {'image': x})[0]
     with torch.inference_mode(): want = R.InFloat32(load_bundle(bundle[0], 'cpu').net)(torch.from_numpy(x)).numpy()
     assert got.shape==(3,2,64,64) and np.abs(got-want).max()<1e-3
-    assert main(['export', str(bundle[0]), '--onnx', str(tmp_path/'m.txt')])==2 and '.onnx' in capsys.readouterr().err
+    assert main(['export', str(bundle[0]), '--onnx', str(tmp_path/'m.txt')])==2 and 'Name a file that ends in .onnx.' in capsys.readouterr().err
     real = ort.InferenceSession.run
     monkeypatch.setattr(ort.InferenceSession, 'run', lambda *a: [real(*a)[0]+.01])
     assert main(['export', str(bundle[0]), '--onnx', str(tmp_path/'n.onnx')])==2 and 'differ' in capsys.readouterr().err
