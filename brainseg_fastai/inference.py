@@ -25,30 +25,30 @@ from .volumes import middle, network_volume, widened
 @dataclass(frozen=True)
 class Frame:
     "How the pixels of a case become what a network sees, in training and ever after"
-    codes:tuple=(0,255) # Raw mask codes, background first; their positions are the classes
+    codes:tuple=(0,255) # Raw mask codes by class, background first
     size:int=256        # Side of the square that slices are brought to, pixels
     rgb:bool=False      # Grey levels three times over, with ImageNet statistics
     steps:Steps=None    # Fitted preprocessing
     mode:str='slice'    # What the network sees at once: 'slice', 'patch' or 'volume'
     patch:tuple=None    # Voxels of a patch
-    spacing:tuple=None  # mm of the training images along their axes (median)
-    field:int=None      # Side of the square that a training slice fills, own pixels (median)
+    spacing:tuple=None  # mm along the axes of training images (median)
+    field:int=None      # Side of the square that a training slice fills (median)
 
     def ratio(self, spacing, n):
-        "Size of a pixel along `n` axes, as a multiple of that in training; 1 where one is not known"
-        known = spacing is not None and self.spacing is not None and np.isfinite(spacing).all()
-        return np.broadcast_to(spacing, n)/np.broadcast_to(self.spacing, n) if known else np.ones(n)
+        "Size of a pixel along `n` axes over that in training; 1 if unknown"
+        both = [o for o in (spacing, self.spacing) if o is not None and np.isfinite(o).all()]
+        return np.divide(*(np.broadcast_to(o, n) for o in both)) if both[1:] else np.ones(n)
 
 def training_spacing(cases):
-    some = [*zip(cases['slice'], cases['spacing'])]
-    dims = [3 if o in ('','-') and not np.isscalar(mm) else 2 for o,mm in some]
-    mm = [np.broadcast_to(np.asarray(o, float), n) for (_,o),n in zip(some, dims)]
+    def axes(k, mm): return 3 if k in ('','-') and not np.isscalar(mm) else 2
+    mm = [np.broadcast_to(np.asarray(o, float), axes(k, o))
+        for k,o in zip(cases['slice'], cases['spacing'])]
     mm = [o for o in mm if np.isfinite(o).all()]
     return tuple(np.median(mm, axis=0).round(4).tolist()) if mm else None
 
 def training_field(cases):
-    sizes = [image_size(o) for o in cases['image']]
-    return int(np.median([max(o) for o in sizes])) if len(sizes[0])==2 else None
+    sizes = [*map(image_size, cases['image'])]
+    return int(np.median([*map(max, sizes)])) if len(sizes[0])==2 else None
 
 # %% ../nbs/library/15_inference.ipynb #c007x
 class Model:
@@ -74,8 +74,9 @@ class Masks(NamedTuple):
     mirrored:np.ndarray # By the mirror image alone, mirrored back
 
     def each(self):
-        "The `Masks` of each picture of a stack"
-        return [Masks(*(o if o is None else o[i] for o in self)) for i in range(len(self.mask))]
+        "Those of each picture of a stack"
+        return [Masks(*(o if o is None else o[i] for o in self))
+            for i in range(len(self.mask))]
 
 # %% ../nbs/library/15_inference.ipynb #c009x
 class Fit(NamedTuple):
@@ -87,9 +88,9 @@ class Fit(NamedTuple):
     @property
     def pads(self):
         "On the left, right, top and bottom; below 0 where something is cut off"
-        h,w = self.at
-        left,top = (self.side-w)//2, (self.side-h)//2
-        return left, self.side-w-left, top, self.side-h-top
+        (h,w),side = self.at, self.side
+        left,top = (side-w)//2, (side-h)//2
+        return left, side-w-left, top, side-h-top
 
 def fit_of(pics, spacing, frame, volume=False):
     own,ratio = pics.shape[1:3], frame.ratio(spacing, 2)
@@ -186,10 +187,10 @@ def predict_volume(model, a, spacing, flips):
     need(n==want, 'inference.classes', n=n, want=want)
     return Masks(*both_ways(*(resized(o[None], a.shape[:3])[0] for o in scores)))
 
-# %% ../nbs/library/15_inference.ipynb #a4cbf294
+# %% ../nbs/library/15_inference.ipynb #c017x
 @torch.inference_mode()
 def predict(
-    model:Model,
+    model,        # `Model`
     image,        # Pictures (N,H,W[,C]), or a volume (X,Y,Z[,C]); uint8
     spacing=None, # mm along the axes of a picture or volume; None: not known
     flips=True,   # Predict the mirror image as well? Twice the time
@@ -197,9 +198,10 @@ def predict(
     fit=None      # `Fit` of the pictures, if it is known already
 )->Masks:
     "What a network takes each pixel for"
-    was = model.net.training
+    was,frame = model.net.training, model.frame
     model.net.eval()
     try:
-        if model.frame.mode!='slice': return predict_volume(model, image, spacing, flips)
-        return predict_slices(model, image, fit or fit_of(image, spacing, model.frame, volume), flips)
+        if frame.mode!='slice': return predict_volume(model, image, spacing, flips)
+        fit = fit or fit_of(image, spacing, frame, volume)
+        return predict_slices(model, image, fit, flips)
     finally: model.net.train(was)

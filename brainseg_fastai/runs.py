@@ -6,8 +6,7 @@
 __all__ = ['network_channels', 'load_bundle', 'key_of', 'train_run', 'train_folds']
 
 # %% ../nbs/library/20_runs.ipynb #c003x
-import hashlib, itertools, os, re, shutil, tempfile, warnings
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import jinja2
 from fastai.vision.all import *
@@ -71,8 +70,8 @@ def prepare_learner(cases, s, codes):
 # %% ../nbs/library/20_runs.ipynb #c009x
 def label_table(codes, layout=ADNI):
     "Code, name and colour of each foreground label"
-    names = layout.labels or {}
-    if not names and len(codes)==2: names = {codes[1]: layout.structure}
+    one = {codes[1]: layout.structure} if len(codes)==2 else {}
+    names = layout.labels or one
     return [dict(code=int(c), name=names.get(c, f'label {c}'), colour=o)
         for c,o in zip(codes[1:], cycle(PALETTE))]
 
@@ -91,33 +90,16 @@ def image_reference(train):
 def scored(scores):
     "Means and 95 % intervals, and what a quality says of the Dice"
     t = summarise_scores(scores)[['mean','low','high']].astype(float).round(4).dropna()
-    t = t.loc[[k for k in t.index if k in ('dice','hd95','nsd')]]
+    t = t[t.index.isin(['dice','hd95','nsd'])]
     said = dict(n_subjects=scores['subject'].nunique(), n_cases=len(scores),
         metrics={k: dict(mean=m, ci95=ci) for k,m,*ci in t.itertuples()},
         case='image' if scores['slice'].any() else 'volume', unit=scores['unit'].iloc[0])
     none = dict(calibrated=False, why='the scores have no quality')
     return dict(scores=said, calibration='quality' in scores and calibrate(scores) or none)
 
-# %% ../nbs/library/20_runs.ipynb #c011x
+# %% ../nbs/library/20_runs.ipynb #c013x
 FORMAT = dict(format='brainseg-bundle', version=2)
 
-def bundle_config(learn, cases, scores, layout, about):
-    train,f,s = cases[cases['split']=='train'], learn.frame, learn.settings
-    sides = sorted({*zip(cases['subject'], cases['split'])})
-    count = cases.groupby('split')['subject'].agg(['size','nunique'])
-    data = dict(fingerprint=data_fingerprint(cases), split=digest(sides),
-        images={**count['size']}, subjects={**count['nunique']}, **(about or {}))
-    shape = None if s.dims==2 else learn.dls.one_batch()[0].shape[2:]
-    return dict(
-        **FORMAT, **scored(scores), settings=asdict(s), data=data, input_shape=shape,
-        channels=cases['inputs'].iloc[0].split('+'), codes=f.codes,
-        labels=label_table(f.codes, layout), layout=layout.name, whole=layout.whole,
-        inputs_all=layout.inputs, packed=layout.packed, spacing=f.spacing,
-        field=f.field, slab=training_slab(train), imagenet=learn.pretrained,
-        reference=image_reference(train), steps_state=f.steps and f.steps.state(),
-        versions=environment(learn.dls.device))
-
-# %% ../nbs/library/20_runs.ipynb #c014x
 def model_card(c):
     "The card of a network in Markdown, from its config"
     card = jinja2.Template(asset('card.md'), trim_blocks=True, keep_trailing_newline=True)
@@ -183,20 +165,18 @@ def load_bundle(
         net.to(memory_format=channels_last(s.dims+2))
     return Model(net.to(device or default_device()).eval(), frame, c)
 
-# %% ../nbs/library/20_runs.ipynb #c018x
+# %% ../nbs/library/20_runs.ipynb #c017x
 CASE = ['subject','scan','slice']
 
 def portable(scores):
     "Scores with images and masks named from their common folder on"
-    cols = ['image','mask']
-    places = [os.path.abspath(o) for k in cols for o in scores[k]]
-    root = os.path.commonpath([os.path.dirname(o) for o in places])
-    def name(o): return Path(os.path.relpath(str(o), root)).as_posix()
-    return scores.assign(**{k: scores[k].map(name) for k in cols})
+    t = scores[['image','mask']].map(lambda o: os.path.abspath(str(o)))
+    root = os.path.commonpath([*map(os.path.dirname, t.to_numpy().ravel())])
+    return scores.assign(**t.map(lambda o: Path(o).relative_to(root).as_posix()))
 
 def below(scores, folder):
-    names = [Path(o).relative_to(folder).as_posix() for o in scores['prediction']]
-    return scores.assign(prediction=names)
+    def name(o): return Path(o).relative_to(folder).as_posix()
+    return scores.assign(prediction=scores['prediction'].map(name))
 
 class Run:
     "A complete training in a folder, which is a bundle as well"
@@ -217,7 +197,7 @@ class Run:
     def model(self, device=None): return load_bundle(self.folder, device)
     __repr__ = basic_repr('folder,settings')
 
-# %% ../nbs/library/20_runs.ipynb #c020x
+# %% ../nbs/library/20_runs.ipynb #c019x
 def claimed(folder, key):
     "Is this run complete? Else its folder is made ready"
     mine = folder/'key.json'
@@ -238,23 +218,40 @@ def train(cases, s, codes, folder, progress):
         learn.logger = noop
     try: fit_recipe(learn, s, ck)
     except KeyboardInterrupt:
-        print(say('runs.interrupted', start=ck.path if ck.path.exists() else 'the beginning'))
+        start = ck.path if ck.path.exists() else 'the beginning'
+        print(say('runs.interrupted', start=start))
         raise
     if best: load_weights(learn.model, best)
     return learn, pd.DataFrame(ck.curve)
 
+# %% ../nbs/library/20_runs.ipynb #c021x
+def bundle_config(learn, cases, scores, layout, about):
+    train,f,s = cases[cases['split']=='train'], learn.frame, learn.settings
+    sides = sorted({*zip(cases['subject'], cases['split'])})
+    n = cases.groupby('split')['subject'].agg(images='size', subjects='nunique')
+    data = dict(fingerprint=data_fingerprint(cases), split=digest(sides), **n.to_dict())
+    return dict(
+        **FORMAT, **scored(scores), settings=asdict(s), data=data | (about or {}),
+        input_shape=None if s.dims==2 else learn.dls.one_batch()[0].shape[2:],
+        channels=cases['inputs'].iloc[0].split('+'), codes=f.codes,
+        labels=label_table(f.codes, layout), layout=layout.name, whole=layout.whole,
+        inputs_all=layout.inputs, packed=layout.packed, spacing=f.spacing,
+        field=f.field, slab=training_slab(train), imagenet=learn.pretrained,
+        reference=image_reference(train), steps_state=f.steps and f.steps.state(),
+        versions=environment(learn.dls.device))
+
 def finish(folder, learn, cases, curve, scores, layout, about):
-    "Write a run; its config, which says that it is complete, comes last"
     inputs,seed = cases['inputs'].iloc[0], learn.settings.seed
     own = scores[scores['tested_on']==inputs]
     for o in found_nothing(own.assign(variant=inputs, seed=seed)): warnings.warn(o)
     save_weights(learn.model, folder/'model.safetensors')
     write_csv(folder/'curve.csv', curve)
     write_csv(folder/'scores.csv', portable(below(scores, folder)))
-    write_config(folder, bundle_config(learn, cases, own if len(own) else scores, layout, about))
+    own = own if len(own) else scores
+    write_config(folder, bundle_config(learn, cases, own, layout, about))
     for o in 'checkpoint.pt','best.safetensors': (folder/o).unlink(missing_ok=True)
 
-# %% ../nbs/library/20_runs.ipynb #c022x
+# %% ../nbs/library/20_runs.ipynb #c023x
 def key_of(cases, s, codes, how, tests):
     "The name of a run: all that decides its result"
     seen = [(k, data_fingerprint(t), [*map(str, t['spacing'])]) for k,t in tests.items()]
@@ -262,14 +259,14 @@ def key_of(cases, s, codes, how, tests):
         [*zip(cases['subject'], cases['split'])], seen)
 
 def train_run(
-    cases,         # Case table of one kind of input, with the column `split`
-    folder,        # Folder of this run
-    settings=None, # `Settings`; None: the usual ones
-    layout=ADNI,   # How the data set is labelled and scored
-    codes=None,    # Raw mask values; None: the layout's, or the masks'
-    about=None,    # What the model card shall say of the data, such as its `name`
+    cases,          # Case table of one kind of input, with `split`
+    folder,
+    settings=None,  # `Settings`; None: the usual ones
+    layout=ADNI,    # How the data set is labelled and scored
+    codes=None,     # Raw mask values; None: the layout's, or the masks'
+    about=None,     # For the model card, such as the `name` of the data
     test_sets=None, # Case tables to score by name; None: the test rows of `cases`
-    progress=True  # Show fastai's progress bar?
+    progress=True   # Show fastai's progress bar?
 )->Run:
     "Train and score; an interrupted run goes on, a complete one is only read"
     inputs,folder = cases['inputs'].iloc[0], Path(folder)
@@ -285,7 +282,8 @@ def train_run(
         learn,curve = train(cases, s, codes, folder, progress)
         scores = [score_cases(learn, t, save_to=folder/'predictions'/k,
             quality=k==inputs, **how).assign(tested_on=k) for k,t in tests.items()]
-        finish(folder, learn, cases, curve, pd.concat(scores, ignore_index=True), layout, about)
+        scores = pd.concat(scores, ignore_index=True)
+        finish(folder, learn, cases, curve, scores, layout, about)
     used = [scored_cases(t, layout.per).assign(tested_on=k) for k,t in tests.items()]
     return Run(folder, pd.concat(used))
 
@@ -300,13 +298,13 @@ def pooled(runs, inputs, out):
     curves = pd.concat([o.curve for o in runs], ignore_index=True)
     return dict(scores=own.reset_index(drop=True), all_scores=every, curves=curves, runs=runs)
 
-# %% ../nbs/library/20_runs.ipynb #c027x
+# %% ../nbs/library/20_runs.ipynb #c028x
 def train_folds(
     cases,         # Case table of one kind of input
-    split,         # Split table, from `split_cases`
+    split,         # From `split_cases`
     out,           # Folder for the runs
     settings=None, # `Settings`, with the seed of the first training
-    layout=ADNI,   # How the data set is labelled and scored
+    layout=ADNI,
     repeats=1,     # Trainings per fold, each with its own seed
     others=None,   # More case tables by name; test subjects are scored
     external=None, # Case table of other subjects, all of which are scored
@@ -316,21 +314,22 @@ def train_folds(
 )->dict: # scores (own test rows), all_scores (with `tested_on`), curves, runs
     "Train and score one variant over all folds and repeats"
     inputs,s,runs = cases['inputs'].iloc[0], settings or Settings(), []
-    for fold,i in itertools.product(sorted(split['fold'].unique()), range(repeats)):
-        at = dict(variant=name or inputs, fold=int(fold), seed=s.seed+1000*i+int(fold))
+    for fold,i in itertools.product(map(int, sorted(split['fold'].unique())), range(repeats)):
+        at = dict(variant=name or inputs, fold=fold, seed=s.seed+1000*i+fold)
         if announce: announce(*at.values())
         table = with_split(cases, split, fold)
         people = table.loc[table['split']=='test', 'subject']
-        tests = {inputs: table, **(others or {})}
+        tests = {inputs: table} | (others or {})
         tests = {k: t[t['subject'].isin(people)] for k,t in tests.items()}
         if external is not None: tests['external'] = external
         folder = Path(out)/'runs'/file_name('{variant}-fold{fold}-seed{seed}'.format(**at))
-        run = train_run(table, folder, replace(s, seed=at['seed']), layout, test_sets=tests, **kwargs)
+        own = replace(s, seed=at['seed'])
+        run = train_run(table, folder, own, layout, test_sets=tests, **kwargs)
         run.scores,run.curve = run.scores.assign(**at), run.curve.assign(**at)
         runs.append(run)
     return pooled(runs, inputs, out)
 
-# %% ../nbs/library/20_runs.ipynb #c029x
+# %% ../nbs/library/20_runs.ipynb #c030x
 class InFloat32(Module):
     def __init__(self, net): self.net = net
     def forward(self, x):
@@ -346,33 +345,34 @@ def onnx_session(file):
 def export_onnx(model, path):
     "Write a network as ONNX; the largest difference of scores from PyTorch's"
     need_package('onnx', 'onnx')
-    path,c,names = Path(path), model.config, ['image','scores']
+    path,c = Path(path), model.config
     need(path.suffix=='.onnx', 'runs.onnx_name', path, ending=path.suffix or '(none)')
     size = c['input_shape'] or [c['settings']['size']]*2
     x = torch.randn(2, network_channels(c), *size, generator=torch.Generator().manual_seed(0))
     net = InFloat32(model.net.cpu()).eval().to(memory_format=torch.contiguous_format)
     with written(path) as tmp, torch.inference_mode():
         torch.onnx.export(net, (x,), str(tmp), dynamo=False, opset_version=17,
-            input_names=names[:1], output_names=names[1:],
-            dynamic_axes={o: {0: 'n'} for o in names})
+            input_names=['image'], output_names=['scores'],
+            dynamic_axes=dict.fromkeys(('image','scores'), {0: 'n'}))
         got, = onnx_session(tmp).run(None, {'image': x.numpy()})
         diff = float(np.abs(got-net(x).float().numpy()).max())
         need(diff<=1e-3, 'runs.onnx_differs', path=path, diff=diff)
     return diff
 
-# %% ../nbs/library/20_runs.ipynb #c031x
+# %% ../nbs/library/20_runs.ipynb #c032x
 class OnnxNet(Module):
     "ONNX Runtime for images of a network's own size, PyTorch for others"
     def __init__(self, model):
         with tempfile.TemporaryDirectory() as d:
-            export_onnx(model, Path(d)/'net.onnx')
-            self.session = onnx_session(Path(d)/'net.onnx')
+            file = Path(d)/'net.onnx'
+            export_onnx(model, file)
+            self.session = onnx_session(file)
         self.net,self.shape = model.net, self.session.get_inputs()[0].shape[1:]
     def forward(self, x):
         if list(x.shape[1:])!=self.shape: return self.net(x)
-        image = np.ascontiguousarray(x.float().cpu().numpy())
-        return torch.from_numpy(self.session.run(None, {'image': image})[0])
+        x = np.ascontiguousarray(x.float().cpu().numpy())
+        return torch.from_numpy(self.session.run(None, dict(image=x))[0])
 
-def with_onnx(model)->Model:
+def with_onnx(model):
     "The same network by ONNX Runtime, on the processor"
     return Model(OnnxNet(model), model.frame, model.config)
