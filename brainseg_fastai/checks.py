@@ -51,9 +51,9 @@ def as_problem(check):
 def refuse_errors(problems):
     "Raise a `DataError` if there is an error in the table of a check"
     es = problems[problems.level=='error']
-    first = ''.join(say('checks.line', o=o) for o in es.head(3).itertuples())
-    if len(es)>3: first += f'  … and {len(es)-3} more\n'
-    need(es.empty, 'checks.refused', n=plural(len(es), 'error'), first=first)
+    lines = [say('checks.line', o=o) for o in es.head(3).itertuples()]
+    if len(es)>1: lines = [plural(len(es), 'error'), *lines, *[f'… and {len(es)-3} more']*(len(es)>3)]
+    need(es.empty, 'checks.refused', lines='\n  '.join(lines))
 
 def format_problems(problems, n=5)->str:
     "The table of a check as text: alike problems together, with their first `n` files"

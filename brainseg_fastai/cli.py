@@ -72,8 +72,8 @@ def results(a)->dict: # Arguments of `compare_variants`
 def asked(a)->dict: # `Settings` by name
     "The two variants that the flags of a command stand for"
     from brainseg_fastai.comparison import named_variants
-    texts = (o and ' '.join(o) for o in (a.a, a.b))
-    return named_variants(a.data, a.layout, *texts, from_flags(a))
+    base,texts = from_flags(a), (o and ' '.join(o) for o in (a.a, a.b))
+    return named_variants(a.data, a.layout, *texts, base)
 
 def finish(r, *lines):
     tables = ', '.join(sorted(o.name for o in r.out.glob('*.[cj]s*')))
@@ -94,7 +94,8 @@ def compare(a):
     from brainseg_fastai.demo import demo_cohort
     a.data = a.data or demo_cohort(progress=watched())
     how = dict(training(a), **results(a), margin=a.margin, control=a.control)
-    r = compare_variants(a.data, a.out, asked(a), **how)
+    variants = asked(a)
+    r = compare_variants(a.data, a.out, variants, **how)
     finish(r, *[say('cli.simulated')]*r.about['simulated'], r.comparison)
 
 def demo(a):

@@ -207,7 +207,7 @@ def test_missing_folder(tmp_path, capsys, data):
     for args in (['compare', gone, *out], ['plan', gone], ['compare', str(data), *out, '--external', gone]):
         assert main(args)==2
         line, = capsys.readouterr().err.strip().splitlines()
-        assert 'nowhere' in line and 'Correct the path' in line and not (tmp_path/'o').exists()
+        assert 'nowhere' in line and 'Give the path' in line and not (tmp_path/'o').exists()
 
 def test_pictures_have_no_patches(data, tmp_path, capsys):
     assert main(['train', str(data), '--inputs', 'brain', '--mode', 'patch', '--out', str(tmp_path/'o')])==2

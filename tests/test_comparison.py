@@ -188,7 +188,7 @@ def test_volumes_where_both_variants_work_with_them(tmp_path):
 
 def test_more_than_two_variants_are_trained_but_not_compared(root, tmp_path):
     v = {k: Settings(loss=k) for k in ('ce','dice','focal')}
-    with pytest.raises(DataError, match='3 variants'): compare_variants(root, tmp_path/'r', v)
+    with pytest.raises(DataError, match='too many variants'): compare_variants(root, tmp_path/'r', v)
     assert not (tmp_path/'r').exists() and len(prepare(root, v, progress=False).tables)==3
 
 # --- the commands on every layout ---

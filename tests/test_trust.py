@@ -211,7 +211,7 @@ def test_no_number_without_quality():
     assert T.predicted_dice(None, .9)['dice'] is None
 
 @pytest.mark.parametrize('spoil,say', [
-    (lambda t: t.drop(columns='quality'), 'no column quality'), (lambda t: t.assign(dice=1.99), 'dice=1.99'),
+    (lambda t: t.drop(columns='quality'), 'no column quality'), (lambda t: t.assign(dice=1.99), "'dice': 1.99"),
     (lambda t: t.assign(quality=np.nan), 'numbers from 0 to 1')])
 def test_bad_scores(spoil, say):
     with pytest.raises(DataError, match=say): T.calibrate(spoil(invented(9)))
