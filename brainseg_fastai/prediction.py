@@ -58,7 +58,7 @@ def evans_index(a, mask, mm, ks):
 class Part(NamedTuple):
     "What of a scan is predicted"
     slices:tuple=(0,) # Axial, from below
-    whole:bool=False  # Is all of the slab that the model knows among them?
+    whole:bool=False  # Is all of the model's slab among them?
     skull:bool=False  # Is it in view?
     notes:tuple=()
 
@@ -99,7 +99,7 @@ def measure(scan, m, label, part, whole):
     if 'ventric' not in label['name'].lower(): return res
     if not part.skull:
         n = int(ndi.binary_fill_holes(grey[:,:,k]>0).sum())
-        if n: res |= dict(brain_mm2=n*mm2, ventricle_brain_ratio=px/n)
+        if n: res.update(brain_mm2=n*mm2, ventricle_brain_ratio=px/n)
     elif volume and scan.oriented:
         res['evans_index'] = evans_index(grey, m, mm, part.slices)
     return res
@@ -143,24 +143,25 @@ def read_for(model, path, spacing=None, name=None):
 
 # %% ../nbs/library/23_prediction.ipynb #c017x
 def assess(model, scan, masks, part):
-    c,notes,quality = model.config, [*scan.notes, *part.notes], np.nan
+    c,notes,ks = model.config, [*scan.notes, *part.notes], part.slices
     sliced,volume = model.frame.mode=='slice', scan.is_volume
-    mask,plain,mirrored = masks
+    (mask,plain,mirrored),quality = masks, np.nan
     if mirrored is not None: quality = agreement(plain, mirrored, len(model.codes))
     dice = predicted_dice(c['calibration'], quality)
-    k = part.slices[len(part.slices)//2]
     seen = scan.image, scan.spacing, 3
-    if sliced: seen = scan.pictures([k])[0], scan.pixel, 2
+    if sliced: seen = scan.pictures([ks[len(ks)//2]])[0], scan.pixel, 2
     flags = find_flags(scan_features(*seen), c['reference'])
     if not plain.any(): flags.append(say('prediction.nothing'))
-    if volume and sliced: mask = scan.volume(mask, part.slices)
+    if volume and sliced: mask = scan.volume(mask, ks)
     if not scan.spacing: notes.append(say('prediction.pixels'))
     if volume and not c['whole']: notes.append(say('prediction.no_ml'))
     whole = volume and part.whole and c['whole']
-    more = dict(quality=quality, predicted_dice=dice['dice'], dice_low=dice['low'],
-        dice_high=dice['high'], dice_text=dice['text'], flags='; '.join(flags))
-    rows = [measure(scan, mask==i, o, part, whole) | more for i,o in enumerate(c['labels'], 1)]
-    return Prediction(scan, mask, model.codes, rows, quality, dice, flags, notes, part.slices)
+    more = dict(quality=quality, predicted_dice=dice['dice'])
+    more |= {f'dice_{k}': dice[k] for k in ('low','high','text')}
+    more['flags'] = '; '.join(flags)
+    rows = [measure(scan, mask==i, o, part, whole) | more
+        for i,o in enumerate(c['labels'], 1)]
+    return Prediction(scan, mask, model.codes, rows, quality, dice, flags, notes, ks)
 
 def predict_pictures(model, scans, flips=True):
     "`Prediction`s of slices, those of one size and spacing at once"
@@ -194,13 +195,13 @@ def predict_scan(
         masks = predict(model, scan.image, scan.spacing, flips)
     return assess(model, scan, masks, part)
 
-# %% ../nbs/library/23_prediction.ipynb #c023x
+# %% ../nbs/library/23_prediction.ipynb #c025x
 def write_labels(labels, out):
     "Their names and colours for BIDS, ITK-SNAP and 3D Slicer"
     for file,(text,line) in tomllib.loads(asset('labels.toml')).items():
         for o in labels:
-            r,g,b = bytes.fromhex(o['colour'][1:])
-            text += line.format(**o, r=r, g=g, b=b, word=re.sub(r'\W+', '_', o['name']))
+            word,rgb = re.sub(r'\W+', '_', o['name']), bytes.fromhex(o['colour'][1:])
+            text += line.format(**o, rgb=rgb, word=word)
         write_text(Path(out)/file, text)
 
 def mask_path(name, volume, out):
@@ -209,9 +210,9 @@ def mask_path(name, volume, out):
     bids = volume and name.startswith('sub-') and all('-' in o for o in parts)
     if not bids: return Path(out, name+('_dseg.nii.gz' if volume else '_dseg.png'))
     who = [o for o in parts if o.startswith(('sub-','ses-'))]
-    rest = [o for o in parts if not o.startswith('desc-')]
-    desc = ''.join(o for o in parts if o not in rest) or 'desc-'
-    return Path(out, *who, 'anat', '_'.join([*rest, desc+suffix, 'dseg.nii.gz']))
+    desc = [o for o in parts if o.startswith('desc-')] or ['desc-']
+    rest = [o for o in parts if o not in desc]
+    return Path(out, *who, 'anat', '_'.join([*rest, *desc])+f'{suffix}_dseg.nii.gz')
 
 # %% ../nbs/library/23_prediction.ipynb #c028x
 PROGRAM = dict(Name='brainseg_fastai', Version=__version__)
@@ -221,7 +222,7 @@ def input_stamps(path):
     return [[f.name, *stamp(f)[1:]] for f in files]
 
 def write_prediction(p:Prediction, out, **made)->Path:
-    "Write mask, sidecar (with `made`: `bundle` and `options`) and a picture for the quality page"
+    "Write mask, sidecar (with `made`) and a picture for the quality page"
     scan,ks = p.scan, p.slices
     path = mask_path(scan.name, scan.is_volume, out)
     side = path.with_name(f'{stem_of(path)}.json')
@@ -252,10 +253,11 @@ def rows_before(jobs, out, made):
     now = {n: made | dict(stamps=input_stamps(p)) for p,n in jobs if n in done}
     return {n: done[n]['rows'] for n,o in now.items() if o.items() <= done[n].items()}
 
-# %% ../nbs/library/23_prediction.ipynb #c028x
+# %% ../nbs/library/23_prediction.ipynb #c030x
 def qc_row(d, labels, out):
     with Image.open(out/'qc'/f"{d['name']}.png") as im: image,mask = map(np.array, im.split())
-    shown = {f"{r['label']}: "*(len(labels)>1)+k: v for r in d['rows'] for k,v in measures(r).items()}
+    shown = {f"{r['label']}: "*(len(labels)>1)+k: v
+        for r in d['rows'] for k,v in measures(r).items()}
     colours,names = ({i: o[k] for i,o in enumerate(labels, 1)} for k in ('colour','name'))
     return d | dict(image=image, mask=mask, measures=shown, colours=colours, names=names)
 
@@ -303,11 +305,11 @@ def checked_options(c, paths, spacing, slab, flips):
 def predict_scans(
     bundle,         # Folder of a model, or what `load_bundle` gives
     scans,          # Files and folders: pictures, NIfTI, MGH, DICOM series
-    out=None,       # Folder for masks and tables, if they are wanted
+    out=None,       # Folder for masks and tables
     spacing=None,   # mm per pixel of pictures: one number, or row and column
     slab=None,      # mm below the top of the brain; None: as the bundle says
     flips=True,     # Predict mirror images as well? Without, there is no quality
-    progress=True,  # Show a progress bar?
+    progress=True,
     overwrite=False # Predict again what is in `out` already?
 )->pd.DataFrame:    # A row per scan and label; `attrs['failed']`: paths and reasons
     "Predict scans, and write masks, sidecars, volumes.csv and qc.html"
