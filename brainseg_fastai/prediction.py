@@ -126,7 +126,8 @@ class Prediction:
         "The slice with most to see, else the middle one, and its classes"
         k,volume = self.slices[len(self.slices)//2], self.scan.is_volume
         if volume and self.mask.any(): k = int((self.mask>0).sum((0,1)).argmax())
-        a,m = (o.pictures([k])[0] for o in (self.scan, replace(self.scan, image=self.mask)))
+        a,m = (o.pictures([k])[0]
+            for o in (self.scan, replace(self.scan, image=self.mask)))
         return (a[...,a.shape[-1]//2] if a.ndim==3 else a), m
 
 def read_for(model, path, spacing=None, name=None):
@@ -137,8 +138,10 @@ def read_for(model, path, spacing=None, name=None):
         packed = c['inputs_all'] if c['packed'] else ()
         scan = read_scan(path, spacing, c['channels'], packed, name)
     n,want = scan.channels.shape[-1], len(c['channels'])
-    need(n==want, 'prediction.channels', scan.path, n=plural(n, 'channel'), want=want)
-    need(scan.is_volume or model.frame.mode=='slice', 'prediction.no_volume', scan.path)
+    need(n==want, 'prediction.channels', scan.path, n=plural(n, 'channel'),
+        want=want)
+    need(scan.is_volume or model.frame.mode=='slice', 'prediction.no_volume',
+        scan.path)
     return scan
 
 # %% ../nbs/library/23_prediction.ipynb #c017x
@@ -159,8 +162,10 @@ def assess(model, scan, masks, part):
     whole = volume and part.whole and c['whole']
     more = dict(quality=quality, predicted_dice=dice['dice'], dice_low=dice['low'],
         dice_high=dice['high'], dice_text=dice['text'], flags='; '.join(flags))
-    rows = [measure(scan, mask==i, o, part, whole) | more for i,o in enumerate(c['labels'], 1)]
-    return Prediction(scan, mask, model.codes, rows, quality, dice, flags, notes, part.slices)
+    rows = [measure(scan, mask==i, o, part, whole) | more
+        for i,o in enumerate(c['labels'], 1)]
+    return Prediction(scan, mask, model.codes, rows, quality, dice, flags, notes,
+        part.slices)
 
 def predict_pictures(model, scans, flips=True):
     "`Prediction`s of slices, those of one size and spacing at once"
@@ -200,7 +205,8 @@ def write_labels(labels, out):
     for file,(text,line) in tomllib.loads(asset('labels.toml')).items():
         for o in labels:
             r,g,b = bytes.fromhex(o['colour'][1:])
-            text += line.format(**o, r=r, g=g, b=b, word=re.sub(r'\W+', '_', o['name']))
+            text += line.format(**o, r=r, g=g, b=b,
+                word=re.sub(r'\W+', '_', o['name']))
         write_text(Path(out)/file, text)
 
 def mask_path(name, volume, out):
@@ -250,14 +256,18 @@ def rows_before(jobs, out, made):
     "Rows by name of what was predicted before with these options"
     done = {d['name']: d for d in sidecars(out, made['bundle']).values()}
     now = {n: made | dict(stamps=input_stamps(p)) for p,n in jobs if n in done}
-    return {n: done[n]['rows'] for n,o in now.items() if o.items() <= done[n].items()}
+    return {n: done[n]['rows'] for n,o in now.items()
+        if o.items() <= done[n].items()}
 
 # %% ../nbs/library/23_prediction.ipynb #c028x
 def qc_row(d, labels, out):
     with Image.open(out/'qc'/f"{d['name']}.png") as im: image,mask = map(np.array, im.split())
-    shown = {f"{r['label']}: "*(len(labels)>1)+k: v for r in d['rows'] for k,v in measures(r).items()}
-    colours,names = ({i: o[k] for i,o in enumerate(labels, 1)} for k in ('colour','name'))
-    return d | dict(image=image, mask=mask, measures=shown, colours=colours, names=names)
+    shown = {f"{r['label']}: "*(len(labels)>1)+k: v for r in d['rows']
+        for k,v in measures(r).items()}
+    colours,names = ({i: o[k] for i,o in enumerate(labels, 1)}
+        for k in ('colour','name'))
+    return d | dict(image=image, mask=mask, measures=shown, colours=colours,
+        names=names)
 
 def write_tables(out, labels, bundle):
     "volumes.csv, qc.html and label names, of all that a bundle predicted"
@@ -270,7 +280,8 @@ def write_tables(out, labels, bundle):
     qc_page([qc_row(d, labels, out) for d in done.values()]).save(out/'qc.html')
     if all(f.parent==out for f in done): return # none is named as in BIDS
     by = PROGRAM | dict(Description=f'bundle {bundle}')
-    write_json(out/'dataset_description.json', dict(Name='Segmentations by brainseg_fastai',
+    write_json(out/'dataset_description.json',
+        dict(Name='Segmentations by brainseg_fastai',
         BIDSVersion='1.9.0', DatasetType='derivative', GeneratedBy=[by]))
 
 # %% ../nbs/library/23_prediction.ipynb #c032x
@@ -290,13 +301,15 @@ def predict_each(model, jobs, spacing=None, slab=None, flips=True):
         done = repeat(done) if isinstance(done, str) else iter(done)
         for job,s in zip(part, scans): yield job, s if isinstance(s, str) else next(done)
     for path,name in rest:
-        yield (path, name), attempt(predict_scan, model, path, spacing, slab, flips, name)
+        yield (path, name), attempt(predict_scan, model, path, spacing, slab, flips,
+            name)
 
 def checked_options(c, paths, spacing, slab, flips):
     mm = None if spacing is None else np.ravel(spacing).tolist()
     ok = mm is None or len(mm)<3 and 0<min(mm) and max(mm)<100
     need(ok, 'prediction.spacing', mm=mm)
-    need(slab is None or not all(map(is_picture, paths)), 'prediction.slab_of_picture', paths[0])
+    need(slab is None or not all(map(is_picture, paths)),
+        'prediction.slab_of_picture', paths[0])
     return dict(spacing=mm, slab=slab_of(c, slab), flips=flips)
 
 # %% ../nbs/library/23_prediction.ipynb #c034x
