@@ -54,13 +54,15 @@ def scan_and_slice(stem, kind, subject):
 # %% ../nbs/library/06_adni.ipynb #c
 def csv_rule(file, kinds):
     "Subjects from a CSV file with the columns `image` and `subject`, whatever kind a row names"
-    try: t = pd.read_csv(file, dtype=str, encoding='utf-8-sig', keep_default_na=False)
+    try: t = pd.read_csv(file, dtype=str, encoding='utf-8-sig',
+        keep_default_na=False)
     except (OSError, ValueError) as e: raise known('adni.csv', file, e=e) from e
     columns = ', '.join(t.columns)
     need({'image','subject'}<={*t}, 'adni.columns', file, columns=columns)
     def key(image, kinds): # its name without the kind
         stem = stem_in(image)
-        return next((o for k in kinds if (o := swap_kind(stem, k))!=stem.strip('-_/ ')), stem)
+        return next((o for k in kinds
+                if (o := swap_kind(stem, k))!=stem.strip('-_/ ')), stem)
     subjects = {}
     for image,s in zip(t['image'], t['subject'].str.strip()):
         path = image.replace('\\', '/').removeprefix('./')
@@ -72,7 +74,8 @@ def csv_rule(file, kinds):
 
 def regex_rule(pattern):
     try: r = re.compile(pattern)
-    except re.error as e: raise known('adni.regex', '--subject', pattern=pattern, e=e) from e
+    except re.error as e: raise known('adni.regex', '--subject', pattern=pattern,
+        e=e) from e
     need(r.groups==1, 'adni.groups', '--subject', pattern=pattern, n=r.groups)
     return lambda rel,kind: (r.findall(rel) or [None])[0] or None
 
@@ -92,7 +95,8 @@ def subfolders(root):
 
 def list_kinds(root)->dict:
     "Images by kind, `brain` and `orig` first"
-    images = {d.name: list_files(d, IMAGE_SUFFIXES) for d in subfolders(root) if d.name!='mask'}
+    images = {d.name: list_files(d, IMAGE_SUFFIXES) for d in subfolders(root)
+        if d.name!='mask'}
     order = sorted(images, key=lambda k: (k!='brain', k!='orig', k))
     return {k: images[k] for k in order if images[k]}
 
@@ -107,9 +111,11 @@ def list_slices(root, kinds=())->dict:
     need(any(root.iterdir()), 'adni.empty', root)
     subs = subfolders(root)
     if root/'mask' not in subs:
-        near = [d for d in [root.parent, *subs] if (d/'mask').is_dir() and kinds_in(d)]
+        near = [d for d in [root.parent, *subs] if (d/'mask').is_dir()
+            and kinds_in(d)]
         names = few([d.name for d in subs], 8) or 'none'
-        raise known('adni.near' if near else 'adni.no_mask', root, names=names, near=near)
+        raise known('adni.near' if near else 'adni.no_mask', root, names=names,
+            near=near)
     need(list_files(root/'mask', IMAGE_SUFFIXES), 'adni.no_masks', root)
     images = list_kinds(root)
     need(images, 'adni.no_images', root)
@@ -183,16 +189,19 @@ def odd_rows(rows, root, kinds, expected):
         if name: yield known_problem(name, f, lost=lost)
 
 def few_subjects(rows, kinds):
-    subjects = [{o['subject'] for o in rows if o['inputs']==k and o['mask']}-{None} for k in kinds]
+    subjects = [{o['subject'] for o in rows if o['inputs']==k and o['mask']}-{None}
+        for k in kinds]
     alone = [p for k,s in zip(kinds, subjects) for p in too_few_subjects(k, s)]
     both = set.intersection(*subjects)
-    return alone or too_few_subjects(', '.join(kinds), both, 'with images in every kind')
+    return alone or too_few_subjects(', '.join(kinds), both,
+        'with images in every kind')
 
 def other_files(root, kinds):
     for d in [*kinds, 'mask']:
         names = [p.name for p in list_files(root/d) if not is_picture(p)]
         files = plural(len(names), 'file')
-        if names: yield known_problem('other_files', d, files=files, names=few(names, 3))
+        if names: yield known_problem('other_files', d, files=files,
+            names=few(names, 3))
 
 # %% ../nbs/library/06_adni.ipynb #h
 def check_cases(

@@ -28,13 +28,15 @@ def measures_html(rows, colours):
     "Table of areas or volumes, with the colour of each structure"
     each = [measures(o) for o in rows]
     cols = [*dict.fromkeys(k for o in each for k in o)]
-    return table_html([(piece('spot', colour, r['label']), *(measure_text(o.get(k)) for k in cols))
+    return table_html([(piece('spot', colour, r['label']),
+                *(measure_text(o.get(k)) for k in cols))
         for r,o,colour in zip(rows, each, colours.values())], ['Structure', *cols])
 
 def trust_html(quality, predicted, flags, notes):
     "How far to trust a mask"
     agreement = '' if missing(quality) else num(quality, 2)
-    return piece('trust', flags, predicted.get('text'), agreement, notes, WORDS['unknown'])
+    return piece('trust', flags, predicted.get('text'), agreement, notes,
+        WORDS['unknown'])
 
 # %% ../nbs/library/25_app.ipynb #c
 @lru_cache(maxsize=None)
@@ -79,7 +81,8 @@ def look_at(model, path, spacing=None)->dict:
     for name,a in dict(image=images, mask=masks).items(): np.save(folder/f'{name}.npy', a)
     seen,(h,w) = (masks!=0).sum((1,2)), p.scan.pixel or (1,1)
     colours = {i: o['colour'] for i,o in enumerate(model.config['labels'], 1)}
-    notes = [o.replace('give --spacing (mm per pixel)', 'give the pixel spacing') for o in p.notes]
+    notes = [o.replace('give --spacing (mm per pixel)', 'give the pixel spacing')
+        for o in p.notes]
     text = measures_html(p.rows, colours) + trust_html(p.quality, p.predicted, p.flags, notes)
     return dict(
         folder=str(folder), name=Path(path).name, mask=str(write_prediction(p, folder/'mask')),
@@ -90,13 +93,16 @@ def look_at(model, path, spacing=None)->dict:
 def draw(view, k, opacity=.4)->str:
     "Slice `k` (from 1) of what `look_at` gave, with its mask"
     i = min(max(int(k), 1), view['n'])-1
-    try: image,mask = (np.load(Path(view['folder'])/f'{o}.npy', mmap_mode='r')[i] for o in ('image','mask'))
+    try: image,mask = (np.load(Path(view['folder'])/f'{o}.npy', mmap_mode='r')[i]
+        for o in ('image','mask'))
     except FileNotFoundError: return problem_html(WORDS['gone'])
-    im = draw_case(image, [(mask, view['colours'], False)] if opacity else [], fill=opacity)
+    im = draw_case(image, [(mask, view['colours'], False)] if opacity else [],
+        fill=opacity)
     ratio = im.width/(im.height*view['aspect'])
     style = f'aspect-ratio:{ratio:.6g}; width:min(100%, {640*ratio:.0f}px)'
     text = f'{view["name"]}, slice {i+1} of {view["n"]}'
-    return str(piece('slice', text, style, data_uri(im, 'PNG'), WORDS['side'] if view['volume'] else ''))
+    return str(piece('slice', text, style, data_uri(im, 'PNG'),
+            WORDS['side'] if view['volume'] else ''))
 
 # %% ../nbs/library/25_app.ipynb #g
 def problem_html(text): return str(piece('problem', text))
@@ -116,7 +122,8 @@ def try_look(model, path, spacing=None):
 # %% ../nbs/library/25_app.ipynb #h
 def private_gradio():
     "Gradio with its statistics off and its files in our folder"
-    os.environ.update(GRADIO_ANALYTICS_ENABLED='False', HF_HUB_DISABLE_TELEMETRY='1',
+    os.environ.update(GRADIO_ANALYTICS_ENABLED='False',
+        HF_HUB_DISABLE_TELEMETRY='1',
         GRADIO_SERVER_NAME='127.0.0.1', GRADIO_TEMP_DIR=str(gradio_folder()))
     for k in ('NO_PROXY','no_proxy'):
         hosts = filter(None, os.environ.get(k, '').split(','))
@@ -127,37 +134,45 @@ def about(config, max_mb=MAX_MB)->str:
     "What a model is for, Markdown"
     skull = SHOWN.get(config['settings']['inputs'], '').lower()
     names = ', '.join(o['name'] for o in config['labels'])
-    return WORDS['about'].format(names=names, skull=skull and f'{skull} ', max_mb=max_mb)
+    return WORDS['about'].format(names=names, skull=skull and f'{skull} ',
+        max_mb=max_mb)
 
 # %% ../nbs/library/25_app.ipynb #i
 def parts_of_page(gr, text):
     "The parts of the page by name, which is also that of their element"
     c = SimpleNamespace(view=gr.State(), path=gr.State())
-    def part(kind, name, *args, **kw): setattr(c, name, kind(*args, elem_id=name, **kw))
+    def part(kind, name, *args, **kw): setattr(c, name,
+        kind(*args, elem_id=name, **kw))
     gr.Markdown(text)
     part(gr.File, 'scan', label='Scan', height=120)
     part(gr.HTML, 'message')
     with gr.Row(visible=False) as c.ask:
-        part(gr.Number, 'spacing', label='Pixel spacing in mm', info=WORDS['spacing'])
+        part(gr.Number, 'spacing', label='Pixel spacing in mm',
+            info=WORDS['spacing'])
         part(gr.Button, 'again', 'Measure again')
     with gr.Row(visible=False) as c.results:
         with gr.Column(scale=3):
             part(gr.HTML, 'picture')
             part(gr.Slider, 'slice', 1, 2, 1, step=1, label='Slice', buttons=[])
-            part(gr.Slider, 'opacity', 0, 1, .4, step=.05, label='Opacity of the mask', buttons=[])
+            part(gr.Slider, 'opacity', 0, 1, .4, step=.05,
+                label='Opacity of the mask', buttons=[])
         with gr.Column(scale=2):
             part(gr.HTML, 'text')
-            part(gr.DownloadButton, 'download', 'Download the mask', variant='primary')
+            part(gr.DownloadButton, 'download', 'Download the mask',
+                variant='primary')
     return c
 
 # %% ../nbs/library/25_app.ipynb #j
 def page_of(gr, c, v=None, message='', ask=False, opacity=0):
     "The page with the results `v` of `look_at`, or with none"
-    res = {c.view: v, c.message: message, c.results: gr.Row(visible=bool(v)), c.ask: gr.Row(visible=ask)}
-    if not v: return res | {c.picture: '', c.text: '', c.download: gr.DownloadButton(value=None)}
+    res = {c.view: v, c.message: message, c.results: gr.Row(visible=bool(v)),
+        c.ask: gr.Row(visible=ask)}
+    if not v: return res | {c.picture: '', c.text: '',
+        c.download: gr.DownloadButton(value=None)}
     first = v['start']+1
     slider = gr.Slider(maximum=max(v['n'], 2), value=first, visible=v['n']>1)
-    return res | {c.picture: draw(v, first, opacity), c.slice: slider, c.text: v['text'],
+    return res | {c.picture: draw(v, first, opacity), c.slice: slider,
+        c.text: v['text'],
         c.download: gr.DownloadButton(value=v['mask'])}
 
 # %% ../nbs/library/25_app.ipynb #k
@@ -178,13 +193,15 @@ def connect(gr, c, model):
     def leave(request: gr.Request): forget(request.session_hash)
     own = dict(api_visibility='private')
     quick = dict(show_progress='hidden', **own)
-    outputs = [c.path, c.view, c.message, c.results, c.ask, c.picture, c.slice, c.text, c.download]
+    outputs = [c.path, c.view, c.message, c.results, c.ask, c.picture, c.slice,
+        c.text, c.download]
     one = dict(inputs=[c.path, c.spacing, c.opacity], outputs=outputs,
         concurrency_limit=1, concurrency_id='network', **own)
     c.scan.upload(take, c.scan, [c.scan, c.spacing, *outputs], queue=False, **quick).then(show, **one)
     c.again.click(show, **one)
     for o in (c.slice, c.opacity):
-        o.input(move, [c.view, c.slice, c.opacity], c.picture, trigger_mode='always_last',
+        o.input(move, [c.view, c.slice, c.opacity], c.picture,
+            trigger_mode='always_last',
             concurrency_limit=4, **quick)
     return leave
 
@@ -192,14 +209,16 @@ def connect(gr, c, model):
 def need_one_file(path, config):
     "Refuse a model that one file is not enough for"
     names = config['channels']
-    need(len(names)<2 or config['packed'], 'app.one_file', path, names=', '.join(names))
+    need(len(names)<2 or config['packed'], 'app.one_file', path,
+        names=', '.join(names))
 
 def make_app(bundle_path, max_mb=MAX_MB):
     "The page for a model"
     gr,model = private_gradio(), load_bundle(bundle_path)
     need_one_file(bundle_path, model.config)
     with gr.Blocks(title='brainseg', analytics_enabled=False, delete_cache=(60,600)) as app:
-        app.unload(connect(gr, parts_of_page(gr, about(model.config, max_mb)), model))
+        app.unload(connect(gr, parts_of_page(gr, about(model.config, max_mb)),
+                model))
     return app.queue(max_size=32, api_open=False)
 
 # %% ../nbs/library/25_app.ipynb #m
@@ -213,9 +232,11 @@ def launch_app(
     "Serve the page for a model on this machine until Ctrl+C"
     app,gr = make_app(bundle_path, max_mb), private_gradio()
     def font(*names): return [gr.themes.Font(o) for o in names] # a plain text would be looked for as a file
-    theme = gr.themes.Default(font=font('system-ui','sans-serif'), font_mono=font('ui-monospace','monospace'))
+    theme = gr.themes.Default(font=font('system-ui','sans-serif'),
+        font_mono=font('ui-monospace','monospace'))
     off = 'share','run_history','show_error','enable_monitoring','mcp_server','ssr_mode','pwa'
-    app.launch(server_name='127.0.0.1', server_port=port, inline=inline, inbrowser=open_browser and not inline,
+    app.launch(server_name='127.0.0.1', server_port=port, inline=inline,
+        inbrowser=open_browser and not inline,
         quiet=True, prevent_thread_lock=True, max_file_size=f'{max_mb}mb', theme=theme,
         css=asset('app.css'), footer_links=[], height=1000, **dict.fromkeys(off, False))
     if inline: return app

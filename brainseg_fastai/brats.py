@@ -23,7 +23,8 @@ def draw_patient(rng, shape=(48,48,32)):
     centre,r = rng.uniform(-.3, .3, 3), rng.uniform(.28, .4)
     brain,tumour = ellipsoid(shape, (0,0,0), (.8,.9,.85))<1, ellipsoid(shape, centre, (r,r,r))
     part = np.select([tumour<.2, tumour<.45, tumour<1], [1, 3, 2])*brain
-    images = {k: (np.take(v, part)+rng.normal(0, 25, shape)).clip(1)*brain for k,v in LOOKS.items()}
+    images = {k: (np.take(v, part)+rng.normal(0, 25, shape)).clip(1)*brain
+        for k,v in LOOKS.items()}
     return np.take([*LABELS], part).astype(np.uint8), images
 
 def brats_standin(folder, n, rng):
@@ -35,7 +36,8 @@ def brats_standin(folder, n, rng):
         name = f'BraTS20_{part}_{s%n+1:03d}'
         stem = folder/f'MICCAI_BraTS2020_{part}Data'/name/name
         seg,images = draw_patient(rng)
-        for k,a in images.items(): write_nifti(a.astype(np.int16), affine, f'{stem}_{k}.nii.gz')
+        for k,a in images.items(): write_nifti(a.astype(np.int16), affine,
+            f'{stem}_{k}.nii.gz')
         if s<n: write_nifti(seg, affine, f'{stem}_seg.nii.gz')
 
 # %% ../nbs/4_brats_regions.ipynb #c
@@ -48,7 +50,8 @@ def find_patients(root):
             subject,_,what = stem.rpartition('_')
             if subject and what.lower() in (*SEQUENCES,'seg'):
                 found.setdefault((subject,folder), dict(seg=odd))[what.lower()] = path
-    return [Patient(*who, mask=files.pop('seg'), images=files) for who,files in sorted(found.items())]
+    return [Patient(*who, mask=files.pop('seg'), images=files)
+        for who,files in sorted(found.items())]
 
 LAYOUT = volume_layout('brats', find_patients,
     'folders such as BraTS20_Training_001 with BraTS20_Training_001_flair.nii.gz and so on',

@@ -115,14 +115,17 @@ def choose_inputs(inputs, choices)->tuple:
     if inputs is None: return tuple(choices)
     names = tuple(re.split('[+,]', inputs) if isinstance(inputs, str) else inputs)
     ok = names and len(set(names) & set(choices))==len(names)
-    need(ok, 'cases.inputs', 'inputs', names=few(names) or 'none', choices=', '.join(choices))
+    need(ok, 'cases.inputs', 'inputs', names=few(names) or 'none',
+        choices=', '.join(choices))
     return names
 
 def one_unit(unit, choices=('slice','volume')):
-    need(unit in choices, 'cases.unit', 'unit', unit=unit, choices=' or '.join(map(repr, choices)))
+    need(unit in choices, 'cases.unit', 'unit', unit=unit,
+        choices=' or '.join(map(repr, choices)))
 
 def ellipsoid(shape, centre, radii):
-    axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing='ij', sparse=True)
+    axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing='ij',
+        sparse=True)
     return sum(((x-c)/r)**2 for x,c,r in zip(axes, centre, radii))
 
 def write_nifti(a, affine, path):

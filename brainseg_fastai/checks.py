@@ -22,7 +22,8 @@ from .images import facts_of
 LEVELS = 'error','warning','note'
 
 def problem(level, file, found, expected, remedy)->dict:
-    return dict(level=level, file=str(file), found=found, expected=expected, remedy=remedy)
+    return dict(level=level, file=str(file), found=found, expected=expected,
+        remedy=remedy)
 
 def known_problem(name, file, /, **words)->dict:
     "One of the `checks` in `messages.toml`"
@@ -35,7 +36,9 @@ def failure(e, level='error', **more)->dict:
     return problem(level, **e.parts | more)
 
 def problem_table(rows)->pd.DataFrame:
-    df = pd.DataFrame(list(rows), columns='level file found expected remedy'.split(), dtype=object)
+    df = pd.DataFrame(list(rows),
+        columns='level file found expected remedy'.split(),
+        dtype=object)
     def rank(s): return s.map(LEVELS.index)
     return df.sort_values('level', key=rank, kind='stable', ignore_index=True)
 
@@ -52,7 +55,8 @@ def refuse_errors(problems):
     "Raise a `DataError` if there is an error in the table of a check"
     es = problems[problems.level=='error']
     lines = [say('checks.line', o=o) for o in es.head(3).itertuples()]
-    if len(es)>1: lines = [plural(len(es), 'error'), *lines, *[f'… and {len(es)-3} more']*(len(es)>3)]
+    if len(es)>1: lines = [plural(len(es), 'error'), *lines,
+        *[f'… and {len(es)-3} more']*(len(es)>3)]
     need(es.empty, 'checks.refused', lines='\n  '.join(lines))
 
 def format_problems(problems, n=5)->str:
@@ -74,7 +78,8 @@ FILE_COLUMNS = ('file path is_mask used subject scan slice inputs mask '
 def file_table(rows, root, masks=(), progress=False)->pd.DataFrame:
     "What is known of every file"
     if isinstance(rows, pd.DataFrame): rows = rows.to_dict('records')
-    facts = facts_of([o['image'] for o in rows], [*(o['mask'] for o in rows), *masks], progress)
+    facts = facts_of([o['image'] for o in rows],
+        [*(o['mask'] for o in rows), *masks], progress)
     cases = {}
     for o in rows:
         used = not missing(o['mask'])
@@ -83,7 +88,8 @@ def file_table(rows, root, masks=(), progress=False)->pd.DataFrame:
         if used: cases.setdefault((os.fspath(o['mask']), True), o)
     def row(path, is_mask):
         d = dict(used=False) | cases.get((path, is_mask), {}) | facts[path, is_mask]
-        return d | dict(file=Path(path).relative_to(root).as_posix(), path=path, is_mask=is_mask)
+        return d | dict(file=Path(path).relative_to(root).as_posix(), path=path,
+            is_mask=is_mask)
     return pd.DataFrame([row(*o) for o in facts], columns=FILE_COLUMNS)
 
 # %% ../nbs/library/04_checks.ipynb #e
@@ -112,7 +118,8 @@ def duplicates(t):
 
 def too_few_subjects(where, subjects, what='with image and mask'):
     n = len(set(subjects))
-    if n<3: yield known_problem('few_subjects', where, n=plural(n, 'subject'), what=what)
+    if n<3: yield known_problem('few_subjects', where, n=plural(n, 'subject'),
+        what=what)
 
 # %% ../nbs/library/04_checks.ipynb #f
 def odd_codes(t):
@@ -139,7 +146,8 @@ def mixed_codes(t, background):
     if max(map(len, fore))>1: return
     usual = Counter(c for o in fore for c in o).most_common(1)[0][0]
     for file,o in zip(t.file, fore):
-        if o and o!={usual}: yield known_problem('mixed_codes', file, code=few(o), usual=usual)
+        if o and o!={usual}: yield known_problem('mixed_codes', file, code=few(o),
+            usual=usual)
 
 # %% ../nbs/library/04_checks.ipynb #g
 def mask_codes(
@@ -166,7 +174,8 @@ def unknown_labels(t, labels):
     names = ', '.join(f'{c} ({name})' for c,name in labels.items())
     for o in t[t.is_mask & t.error.isna()].itertuples():
         odd = sorted(set(o.codes)-set(labels))
-        words = dict(labels='labels' if len(odd)>1 else 'label', odd=few(odd), known=names)
+        words = dict(labels='labels' if len(odd)>1 else 'label', odd=few(odd),
+            known=names)
         if odd: yield known_problem('unknown_labels', o.file, **words)
 
 # %% ../nbs/library/04_checks.ipynb #h
@@ -207,14 +216,16 @@ def patient_problems(patients, names, choices, root):
             yield known_problem('lost_channel', where, file=file, **words)
         if not p.mask: yield no_mask(where, p.folder/p.subject, root)
         one = first.setdefault(p.subject, where)
-        if one!=where: yield known_problem('second_folder', where, subject=p.subject, one=one)
+        if one!=where: yield known_problem('second_folder', where,
+            subject=p.subject, one=one)
 
 @as_problem
 def check_volumes(root, inputs=None, progress=False, *, find, choices, what, labels)->pd.DataFrame:
     root,names = data_root(root, what), choose_inputs(inputs, choices)
     patients = find(root)
     if not patients: return nothing_here(root, what)
-    rows = [dict(subject=p.subject, scan='-', slice='', inputs=k, image=f, mask=p.mask)
+    rows = [dict(subject=p.subject, scan='-', slice='', inputs=k, image=f,
+            mask=p.mask)
         for p in patients for k,f in p.images.items()]
     t = file_table(rows, root, [p.mask for p in patients], progress)
     return problem_table([
@@ -225,5 +236,6 @@ def check_volumes(root, inputs=None, progress=False, *, find, choices, what, lab
 def volume_layout(name, find, what, standin, labels, inputs, **kwargs)->Layout:
     "Of volumes: `find` gives the `Patient`s of a folder, `what` says what it holds; the rest as in `Layout`"
     how = dict(find=find, choices=inputs, what=what)
-    return Layout(name, partial(volume_cases, **how), partial(check_volumes, **how, labels=labels),
+    return Layout(name, partial(volume_cases, **how),
+        partial(check_volumes, **how, labels=labels),
         standin, labels, inputs=inputs, per='volume', whole=True, **kwargs)

@@ -15,7 +15,8 @@ from .core import DataError, asset, few, need, plural, say
 from .settings import add_flags, from_flags
 
 # %% ../nbs/library/26_commands.ipynb #b
-LAYOUTS = dict(adni='ADNI', figshare='LAYOUT', brats='LAYOUT', ibsr='LAYOUT', lgg='LAYOUT')
+LAYOUTS = dict(adni='ADNI', figshare='LAYOUT', brats='LAYOUT', ibsr='LAYOUT',
+    lgg='LAYOUT')
 
 def find_layout(name:str):
     "The layout of this name, from the module of this name"
@@ -39,7 +40,8 @@ TYPES = dict(path=Path, float=float,
     count=reader(int, lambda n: n>0, 'a whole number from 1 up'),
     above=reader(float, lambda x: 0<x<1e6, 'a number above 0'),
     port=reader(int, lambda n: 0<n<2**16, 'a port from 1 to 65535'),
-    mm=reader(numbers, lambda o: len(o)<3 and 0<min(o) and max(o)<1000, say('cli.mm')),
+    mm=reader(numbers, lambda o: len(o)<3 and 0<min(o) and max(o)<1000,
+        say('cli.mm')),
     slab=reader(numbers, lambda o: len(o)==2 and 0<=o[0]<=o[1]<1000, say('cli.slab')))
 
 COMMANDS = tomllib.loads(asset('commands.toml').replace('LAYOUTS', few(LAYOUTS)))
@@ -63,10 +65,12 @@ def training(a)->dict: # Arguments of `compare_variants` and `plan_variants`
     if a.threads:
         import torch
         torch.set_num_threads(a.threads)
-    return dict(layout=a.layout, folds=a.folds, repeats=a.repeats, previous=a.split, progress=watched(), **options(a))
+    return dict(layout=a.layout, folds=a.folds, repeats=a.repeats, previous=a.split,
+        progress=watched(), **options(a))
 
 def results(a)->dict: # Arguments of `compare_variants`
-    return dict(external=a.external, resume=a.resume, overwrite=a.overwrite, track=a.track,
+    return dict(external=a.external, resume=a.resume, overwrite=a.overwrite,
+        track=a.track,
         command=shlex.join(['brainseg', *a.argv]))
 
 def asked(a)->dict: # `Settings` by name
@@ -78,7 +82,8 @@ def asked(a)->dict: # `Settings` by name
 def finish(r, *lines):
     tables = ', '.join(sorted(o.name for o in r.out.glob('*.[cj]s*')))
     bundles = ', '.join(map(str, sorted((r.out/'bundles').iterdir())))
-    print(*lines, say('cli.done', out=r.out, tables=tables, bundles=bundles), sep='\n')
+    print(*lines, say('cli.done', out=r.out, tables=tables, bundles=bundles),
+        sep='\n')
 
 def check(a):
     "Is a folder fit for training? Exit code 1 if not"
@@ -100,7 +105,8 @@ def compare(a):
 
 def demo(a):
     "The whole job on the simulated demo cohort"
-    vars(a).update(data=None, layout=find_layout('adni'), subject=None, a=None, b=None, control=True, margin=.01)
+    vars(a).update(data=None, layout=find_layout('adni'), subject=None, a=None,
+        b=None, control=True, margin=.01)
     return compare(a)
 
 # %% ../nbs/library/26_commands.ipynb #f
@@ -110,10 +116,12 @@ def train(a):
     settings = from_flags(a)
     if a.layout.crossed and not settings.inputs:
         from brainseg_fastai.adni import kinds_in
-        need(False, 'cli.inputs', data=a.data, there=', '.join(kinds_in(a.data)) or 'no images')
+        need(False, 'cli.inputs', data=a.data,
+            there=', '.join(kinds_in(a.data)) or 'no images')
     r = train_input(a.data, a.out, settings, **training(a), **results(a))
     m,case = r.summary.loc['dice'], 'volume' if (r.scores['slice']=='').all() else 'image'
-    finish(r, say('cli.trained', case=case, m=m, n=plural(int(m['n']), 'unseen subject')))
+    finish(r, say('cli.trained', case=case, m=m,
+            n=plural(int(m['n']), 'unseen subject')))
 
 def plan(a):
     "How long compare, or train with --inputs, would take here, and how much memory. Nothing is written"
@@ -127,7 +135,8 @@ def plan(a):
 def slices(a):
     "Mid-axial slices from FreeSurfer subject folders or NIfTI triples, in the layout that compare reads"
     from brainseg_fastai.slices import make_slices
-    t = make_slices(a.subjects, a.out, a.rule, a.height, a.n, a.gap, a.choroid, subject=a.subject,
+    t = make_slices(a.subjects, a.out, a.rule, a.height, a.n, a.gap, a.choroid,
+        subject=a.subject,
         names=tuple(a.names), skip=a.skip, progress=watched())
     print(f'{len(t)} slices of {plural(t["subject"].nunique(), "subject")} in {a.out}')
     print(f'Next: brainseg check {a.out}')
@@ -137,12 +146,15 @@ def predict(a):
     from brainseg_fastai.prediction import predict_scans
     from brainseg_fastai.runs import load_bundle, with_onnx
     model = with_onnx(load_bundle(a.bundle, 'cpu')) if a.onnx else a.bundle
-    t = predict_scans(model, a.scans, a.out, a.spacing, a.slab, a.flips, progress=watched(), overwrite=a.overwrite)
+    t = predict_scans(model, a.scans, a.out, a.spacing, a.slab, a.flips,
+        progress=watched(), overwrite=a.overwrite)
     failed,n = t.attrs['failed'], t['name'].nunique() if len(t) else 0
-    if n: print(say('cli.predicted', n=plural(n, 'scan'), out=a.out, page=a.out/'qc.html'))
+    if n: print(say('cli.predicted', n=plural(n, 'scan'), out=a.out,
+            page=a.out/'qc.html'))
     for _,why in failed: print(f'brainseg: {why}', file=sys.stderr)
     names = ', '.join(f for f,_ in failed)
-    if failed: print(f'{len(failed)} of {n+len(failed)} scans failed: {names}', file=sys.stderr)
+    if failed: print(f'{len(failed)} of {n+len(failed)} scans failed: {names}',
+        file=sys.stderr)
     return int(bool(failed))
 
 def app(a):
@@ -160,14 +172,17 @@ def export(a):
 def parser()->argparse.ArgumentParser:
     "The command line of `brainseg`"
     text = COMMANDS['examples'].strip()
-    p = argparse.ArgumentParser(prog='brainseg', description=COMMANDS['description'], epilog=text,
+    p = argparse.ArgumentParser(prog='brainseg',
+        description=COMMANDS['description'], epilog=text,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--version', action='version', version=f'brainseg {__version__}')
     sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for name,groups in COMMANDS['commands'].items():
         run = globals()[name]
-        example = next(o.split('  ')[0] for o in text.split('\n  ') if o.startswith(f'brainseg {name}'))
-        q = sub.add_parser(name, help=run.__doc__, description=f'{run.__doc__}.', epilog=f'example: {example}')
+        example = next(o.split('  ')[0] for o in text.split('\n  ')
+            if o.startswith(f'brainseg {name}'))
+        q = sub.add_parser(name, help=run.__doc__, description=f'{run.__doc__}.',
+            epilog=f'example: {example}')
         q.set_defaults(run=run)
         for g in groups: add_group(q, g)
     return p
@@ -182,7 +197,8 @@ def stopped(a):
     again = [o for o in a.argv if o not in ('--overwrite','--resume')]
     if a.command!='predict': again.append('--resume')
     go_on = f' To go on: brainseg {shlex.join(again)}'
-    print('\nStopped.' + go_on*(a.command not in ('check','app','plan')), file=sys.stderr)
+    print('\nStopped.' + go_on*(a.command not in ('check','app','plan')),
+        file=sys.stderr)
 
 def main(argv=None)->int: # Exit code
     "The command `brainseg`"

@@ -44,11 +44,14 @@ def named_variants(
     settings = [parse_settings(o, base) for o in texts]
     a,b = ({*re.findall(r'(\w+)=', o)} for o in texts)
     need(settings[0]!=settings[1], 'comparison.alike', text=texts[0])
-    for k in a & b: need(getattr(base, k)==getattr(Settings(), k), 'comparison.unused', k=k, both=both)
+    for k in a & b: need(getattr(base, k)==getattr(Settings(), k),
+        'comparison.unused', k=k, both=both)
     lost = {s.inputs for s in settings} - {None, *there}
-    need(not there or not lost, 'comparison.one_kind', root, there=', '.join(there), both=both,
+    need(not there or not lost, 'comparison.one_kind', root, there=', '.join(there),
+        both=both,
         root=root, first=''.join(there[:1]))
-    names = (o.removeprefix('inputs=') if k=={'inputs'} else o or 'as usual' for o,k in zip(texts, (a, b)))
+    names = (o.removeprefix('inputs=') if k=={'inputs'} else o or 'as usual'
+        for o,k in zip(texts, (a, b)))
     return dict(zip(names, settings))
 
 def differs_in(
@@ -69,7 +72,8 @@ def checked_tables(root, variants, layout, progress=False, **options)->tuple:
     used = [*dict.fromkeys(inputs)] if all(inputs) else None
     problems = layout.check(root, used, progress=progress, **options)
     refuse_errors(problems)
-    tables = [layout.cases(root, s.inputs, unit=u, **options) for s,u in zip(variants.values(), units)]
+    tables = [layout.cases(root, s.inputs, unit=u, **options)
+        for s,u in zip(variants.values(), units)]
     if len(tables)==2 and len({*units})==1: tables = pair_cases(*tables)
     return dict(zip(variants, tables)), problems
 
@@ -100,7 +104,8 @@ def prepare(
     "Check a folder, pair the cases of all variants, and split their subjects once"
     tables,problems = checked_tables(root, variants, layout, progress, **options)
     first,seed = next(iter(tables.values())), next(iter(variants.values())).seed
-    one = split_cases(first, folds, seed=seed, previous=previous, stratify=layout.stratify)
+    one = split_cases(first, folds, seed=seed, previous=previous,
+        stratify=layout.stratify)
     split = pd.concat([same_split(t, one) for t in tables.values()])
     r = AttrDict(variants=variants, layout=layout, tables=tables, problems=problems)
     r.split = split.drop_duplicates(ignore_index=True)
@@ -119,11 +124,13 @@ RESULTS = ('settings.json','split.csv','scores.csv','curves.csv','swap.csv','ext
 def check_out(out, again=False):
     "Refuse a folder that cannot take the results; writes nothing"
     out = Path(out)
-    def ok(good, found, remedy=''): need(good, 'comparison.out', out, found=found, remedy=remedy)
+    def ok(good, found, remedy=''): need(good, 'comparison.out', out, found=found,
+        remedy=remedy)
     ok(not out.is_file(), 'a file')
     if not out.exists() or not any(out.iterdir()): return
     ok((out/'settings.json').exists(), 'a folder with other things in it')
-    ok(again, 'an earlier run', ', go on with it (--resume) or replace it (--overwrite)')
+    ok(again, 'an earlier run',
+       ', go on with it (--resume) or replace it (--overwrite)')
 
 # %% ../nbs/2_segmentation_on_full_skull.ipynb #f
 def result_folder(
@@ -139,7 +146,8 @@ def result_folder(
         if (out/o).is_dir(): shutil.rmtree(out/o)
         else: (out/o).unlink(missing_ok=True)
     old = read_json(mine) if mine.exists() else asked
-    changes = [f'{k}: {old.get(k)}, now {v}' for k,v in asked.items() if old.get(k)!=v]
+    changes = [f'{k}: {old.get(k)}, now {v}' for k,v in asked.items()
+        if old.get(k)!=v]
     need(not changes, 'comparison.changed', out, changes=', '.join(changes[:3]))
     write_json(mine, asked)
     return out
@@ -153,8 +161,10 @@ def trainings(
     "What there is to train: every variant in every fold"
     jobs = []
     for k,s in r.variants.items():
-        others = {r.variants[o].inputs: t for o,t in r.tables.items() if r.crossed and o!=k}
-        jobs.append(dict(name=k, cases=r.tables[k], settings=s, split=r.split, repeats=repeats,
+        others = {r.variants[o].inputs: t for o,t in r.tables.items() if r.crossed
+            and o!=k}
+        jobs.append(dict(name=k, cases=r.tables[k], settings=s, split=r.split,
+                repeats=repeats,
             others=others, external=r.external.get(k)))
     if control and repeats==1 and len(jobs)>1:
         s = replace(jobs[0]['settings'], seed=jobs[0]['settings'].seed+500)
@@ -201,7 +211,8 @@ def train_variants(
     r.out = result_folder(out, r.asked, overwrite, resume)
     write_csv(r.out/'split.csv', r.split)
     if r.few: print(FEW)
-    same = dict(out=r.out, layout=r.layout, codes=r.codes, about=r.about, announce=announcer(jobs),
+    same = dict(out=r.out, layout=r.layout, codes=r.codes, about=r.about,
+        announce=announcer(jobs),
         progress=kwargs.get('progress', True))
     return gathered(r, [train_folds(**job, **same) for job in jobs])
 
@@ -210,7 +221,8 @@ def gathered(r, parts)->AttrDict:
     "Tables of all trainings and a bundle per variant, written to the folder of results"
     n = len(r.variants)
     def both(k, parts=parts[:n]): return pd.concat([o[k] for o in parts], ignore_index=True)
-    r.update(scores=both('scores'), all_scores=both('all_scores'), curves=both('curves'))
+    r.update(scores=both('scores'), all_scores=both('all_scores'),
+        curves=both('curves'))
     r.runs = [run for o in parts[:n] for run in o['runs']]
     r.control = both('scores', [parts[0], *parts[n:]]).query('fold==0') if parts[n:] else None
     write_csv(r.out/'curves.csv', r.curves)
@@ -225,7 +237,8 @@ def swap_table(scores:pd.DataFrame)->pd.DataFrame:
     "Mean Dice, with 95 % interval over subjects, by what was trained on and what was tested on"
     def row(g):
         m = summarise_scores(g).loc['dice']
-        return dict(n_subjects=int(m['n']), dice=m['mean'], low=m['low'], high=m['high'])
+        return dict(n_subjects=int(m['n']), dice=m['mean'], low=m['low'],
+            high=m['high'])
     names = ['trained_on','tested_on','n_subjects','dice','low','high']
     return pd.DataFrame([dict(trained_on=k, tested_on=o, **row(g))
         for (k,o),g in scores.groupby(['variant','tested_on'])], columns=names)
@@ -257,10 +270,12 @@ def compare_variants(
     **kwargs
 )->AttrDict: # report, comparison and swap (or summary), and what `train_variants` gives
     "Train both variants, compare them on the same test subjects, and report a verdict"
-    if len(variants)>2: raise DataError(say('comparison.many', names=', '.join(variants)))
+    if len(variants)>2: raise DataError(say('comparison.many',
+            names=', '.join(variants)))
     if track: check_track(track, out)
     began,r = time.time(), train_variants(root, out, variants, **kwargs)
-    facts = shown(r, command=command, wall_time=f'{(time.time()-began)/60:.1f} min (this call)')
+    facts = shown(r, command=command,
+        wall_time=f'{(time.time()-began)/60:.1f} min (this call)')
     if len(variants)==2: judged(r, margin, facts)
     else: summed_up(r, facts)
     r.report.save(r.out/'report.html')
@@ -271,11 +286,13 @@ def compare_variants(
 def judged(r, margin, facts):
     "Compare two variants: adds `comparison`, `swap` and `report`"
     a,b = (r.scores.query('variant==@k') for k in r.variants)
-    c = compare_scores(a, b, margin=margin, names=tuple(r.variants), control=r.control,
+    c = compare_scores(a, b, margin=margin, names=tuple(r.variants),
+        control=r.control,
         simulated=r.about['simulated'], what=r.what)
     r.comparison,k = c, c.control
     if k and c.verdict!='equivalent' and abs(k['difference'])>=abs(c.difference):
-        c.warnings.append(say('comparison.chance', what=r.what, difference=k['difference']))
+        c.warnings.append(say('comparison.chance', what=r.what,
+                difference=k['difference']))
     write_json(r.out/'comparison.json', c.to_dict())
     r.swap = swap_table(r.all_scores.query('tested_on!="external"')) if r.crossed else None
     if r.crossed: write_csv(r.out/'swap.csv', r.swap)
@@ -284,7 +301,8 @@ def judged(r, margin, facts):
 def summed_up(r, facts):
     "Sum up the scores of one variant: adds `summary` and `report`"
     r.summary,simulated = summarise_scores(r.scores), r.about['simulated']
-    write_json(r.out/'summary.json', dict(variant=[*r.variants][0], simulated=simulated,
+    write_json(r.out/'summary.json',
+        dict(variant=[*r.variants][0], simulated=simulated,
         scores=r.summary.to_dict('index')))
     r.report = train_report(simulated=simulated, **facts)
 
@@ -297,10 +315,13 @@ def compare_inputs(
     **kwargs
 )->AttrDict: # comparison, report, and all tables
     "Do you have to strip the skull? `compare_variants` of both inputs"
-    return compare_variants(root, out, named_variants(root, base=settings), **kwargs)
+    return compare_variants(root, out, named_variants(root, base=settings),
+        **kwargs)
 
 @delegates(compare_variants, but='variants,control,margin')
 def train_input(root, out, settings=None, **kwargs)->AttrDict:
     "Train one variant, score it on test subjects, and write a report"
     s = settings or Settings()
-    return compare_variants(root, out, {s.inputs or kwargs.get('layout', ADNI).name: s}, **kwargs)
+    return compare_variants(root, out,
+        {s.inputs or kwargs.get('layout', ADNI).name: s},
+        **kwargs)

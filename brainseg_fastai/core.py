@@ -28,7 +28,8 @@ class DataError(ValueError):
     ):
         "A `DataError` whose four parts can also be read one by one from `.parts`"
         e = cls(f'{file}: found {found}; expected {expected}. {remedy}')
-        e.parts = dict(file=str(file), found=found, expected=expected, remedy=remedy)
+        e.parts = dict(file=str(file), found=found, expected=expected,
+            remedy=remedy)
         return e
 
 # %% ../nbs/library/00_core.ipynb #c
@@ -36,8 +37,9 @@ def asset(name)->str:
     "Text of a file in `brainseg_fastai/assets`"
     return (files('brainseg_fastai')/'assets'/name).read_text(encoding='utf-8')
 
-MESSAGES = {f'{room}.{k}': text for room,texts in tomllib.loads(asset('messages.toml')).items()
-            for k,text in texts.items()}
+MESSAGES = {f'{room}.{k}': text
+    for room,texts in tomllib.loads(asset('messages.toml')).items()
+    for k,text in texts.items()}
 
 def say(name, /, **words)->str:
     "A sentence of `messages.toml`"
@@ -141,7 +143,9 @@ def written_folder(path, replace=False):
 def write_text(path, text):
     with written(path) as tmp: tmp.write_text(text, encoding='utf-8', newline='\n')
 
-def write_json(path, d): write_text(path, json.dumps(plain(d), indent=1, ensure_ascii=False)+'\n')
+def write_json(path, d): write_text(path,
+    json.dumps(plain(d), indent=1,
+        ensure_ascii=False)+'\n')
 
 def write_csv(path, df):
     with written(path) as tmp: df.to_csv(tmp, index=False, lineterminator='\n')
@@ -160,7 +164,8 @@ def cache_dir()->Path:
     if e.get('BRAINSEG_CACHE'): return Path(e['BRAINSEG_CACHE']).expanduser()
     if e.get('XDG_CACHE_HOME'): base = Path(e['XDG_CACHE_HOME'])
     elif sys.platform=='darwin': base = Path.home()/'Library/Caches'
-    elif sys.platform=='win32': base = Path(e.get('LOCALAPPDATA') or Path.home()/'AppData/Local')
+    elif sys.platform=='win32': base = Path(e.get('LOCALAPPDATA')
+        or Path.home()/'AppData/Local')
     else: base = Path.home()/'.cache'
     return base/'brainseg_fastai'
 
@@ -168,7 +173,8 @@ def made_once(path, complete, make)->Path:
     "A folder that is made on first use; another process that makes the same at the same time does no harm"
     path = Path(path).expanduser()
     if complete(path): return path
-    need(not path.exists() or path.is_dir() and not any(path.iterdir()), 'core.not_the_data', path)
+    need(not path.exists() or path.is_dir() and not any(path.iterdir()),
+        'core.not_the_data', path)
     try:
         with written_folder(path) as tmp: make(tmp)
     except OSError:

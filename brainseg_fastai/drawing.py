@@ -68,8 +68,11 @@ def crop_box(mask, margin=.25, least=.4)->tuple:
 def middle_slice(image, *masks, channel=None)->tuple:
     "One channel, and of a volume the axial slice with most to see"
     nd,shapes = masks[0].ndim, [o.shape for o in masks]
-    need({*shapes}=={image.shape[:nd]}, 'drawing.size', image=image.shape, masks=shapes)
-    if image.ndim>nd: image = image[..., image.shape[-1]//2 if channel is None else channel]
+    need({*shapes}=={image.shape[:nd]}, 'drawing.size', image=image.shape,
+        masks=shapes)
+    if image.ndim>nd: image = image[...,
+        image.shape[-1]//2 if channel is None
+        else channel]
     if nd==2: return image, *masks
     seen = sum((o>0).sum((0,1)) for o in masks)
     k = seen.argmax() if seen.any() else len(seen)//2
@@ -77,7 +80,8 @@ def middle_slice(image, *masks, channel=None)->tuple:
 
 def case_tile(image, mask, prediction, px=192)->Image.Image:
     "One case (files or `Pixels`) cut around its structure: truth sky blue, prediction orange"
-    image,truth,pred = middle_slice(read_image(image), raw_mask(mask), raw_mask(prediction))
+    image,truth,pred = middle_slice(read_image(image), raw_mask(mask),
+        raw_mask(prediction))
     layers = [(truth, TRUTH, True), (pred, PRED, False)]
     return draw_case(image, layers, crop_box((truth>0)|(pred>0)), px)
 

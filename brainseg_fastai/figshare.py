@@ -30,7 +30,8 @@ def write_mat(
     border=()  # Outline: x1, y1, x2, y2, … from 1, as MATLAB counts
 ):
     "A struct `cjdata` in a MATLAB v7.3 file: HDF5 behind a header of 512 bytes, arrays column by column"
-    fields = dict(PID=np.array([[ord(c)] for c in pid], np.uint16), label=[[float(label)]],
+    fields = dict(PID=np.array([[ord(c)] for c in pid], np.uint16),
+        label=[[float(label)]],
         image=np.asarray(image, np.int16).T, tumorMask=np.asarray(mask, np.uint8).T,
         tumorBorder=np.asarray(border, float)[None])
     with need_package('h5py', 'mat').File(path, 'w', userblock_size=512) as f:
@@ -48,7 +49,8 @@ def draw_slice(label, rng, size=128):
     (cy,cx),(ry,rx) = PLACES[label]+rng.normal(0, .06, 2), rng.uniform(.12, .24, 2)
     tumour = ellipsoid((size,size), (cy,cx), (ry,rx)) < 1
     head,middle = ellipsoid((size,size), (0,0), (.9,.75)), ellipsoid((size,size), (-.1,0), (.3,.12))
-    image = np.where(head<1, 900 + 600*(head>.85) - 200*middle.clip(0, 1) + 1100*tumour, 40)
+    image = np.where(head<1,
+        900 + 600*(head>.85) - 200*middle.clip(0, 1) + 1100*tumour, 40)
     turn = np.linspace(0, 2*np.pi, 40)
     outline = np.stack([cx+rx*np.cos(turn), cy+ry*np.sin(turn)], 1)
     return (image+rng.normal(0, 60, image.shape)).clip(0), tumour, ((outline+1)*(size-1)/2+1).ravel()
@@ -57,8 +59,10 @@ def figshare_standin(folder, n, rng):
     "Fill a folder with simulated slices, three of each of `n` patients"
     for k in range(3*n):
         image,mask,outline = draw_slice(k//3%3+1, rng)
-        write_mat(folder/f'{k+1}.mat', image, mask, f'10{k//3:04d}', k//3%3+1, outline)
-    with need_package('h5py', 'mat').File(folder/'cvind.mat', 'w', userblock_size=512) as f:
+        write_mat(folder/f'{k+1}.mat', image, mask, f'10{k//3:04d}', k//3%3+1,
+            outline)
+    with need_package('h5py', 'mat').File(folder/'cvind.mat', 'w',
+        userblock_size=512) as f:
         f['cvind'] = [[k//3%5+1. for k in range(3*n)]]
 
 # %% ../nbs/3_figshare_tumours.ipynb #d
@@ -112,13 +116,16 @@ def mat_files(root):
 @lru_cache(maxsize=8192)
 def mat_row(path, size, time): # `stamp` of a file
     "What a slice says without its pixels, as a row of a case table"
-    with open_mat(path) as f: pid,label = (f['cjdata'][k][()] for k in ('PID','label'))
+    with open_mat(path) as f: pid,label = (f['cjdata'][k][()]
+        for k in ('PID','label'))
     label = int(np.ravel(label)[0])
     if np.asarray(pid).dtype.kind in 'iu': pid = ''.join(map(chr, pid.ravel())).strip('\0 ')
-    need(pid and label in TUMOURS, path, f'the patient {pid!r} with the label {label}',
+    need(pid and label in TUMOURS, path,
+        f'the patient {pid!r} with the label {label}',
         'a PID, and label 1, 2 or 3', 'Correct or delete the file.')
     pixels = MatSlice(path)
-    return dict(subject=str(pid), scan='-', slice=Path(path).stem, inputs='t1c', image=pixels,
+    return dict(subject=str(pid), scan='-', slice=Path(path).stem, inputs='t1c',
+        image=pixels,
         mask=pixels, label=TUMOURS[label])
 
 # %% ../nbs/3_figshare_tumours.ipynb #f
@@ -159,22 +166,28 @@ def figshare_folds(
     "The five folds that come with the figshare set; a `DataError` if they tear patients apart"
     root = data_root(root, EXPECTED)
     file = find_cvind(root)
-    need(file, root, 'no cvind.mat', 'the fold of each image in it', 'Copy it from the archive.')
+    need(file, root, 'no cvind.mat', 'the fold of each image in it',
+        'Copy it from the archive.')
     every,k = read_cvind(file), pd.to_numeric(cases['slice'], errors='coerce')
     lost = cases['slice'][~k.between(1, len(every))]+'.mat'
     need(lost.empty, file, f'{len(every)} folds, none for {few(lost, 3)}',
         'a fold for every image, 1.mat being the first', 'Use the cvind.mat and the file names of the archive.')
-    t = pd.DataFrame(dict(image=[case_name(o) for o in cases.itertuples()], subject=cases['subject'].values))
+    t = pd.DataFrame(dict(image=[case_name(o) for o in cases.itertuples()],
+            subject=cases['subject'].values))
     folds = every[k.astype(int)-1]
     n = pd.Series(folds).groupby(t['subject']).nunique()
     torn = n.index[n>1]
-    need(force or torn.empty, file, f'{plural(len(torn), "patient")} in more than one fold: {few(torn)}',
+    need(force or torn.empty, file,
+        f'{plural(len(torn), "patient")} in more than one fold: {few(torn)}',
         'all images of a patient in one fold',
         'Let the project split by subject; force=True uses them all the same; scores will be too good.')
     ks = np.unique(folds)
-    need(len(ks)>2, file, f'only {len(ks)} of the folds for these images', 'at least 3', 'Split without cvind.mat.')
-    parts = [np.select([folds==k, folds==after], ['test','valid'], 'train') for k,after in zip(ks, np.roll(ks, -1))]
-    return pd.concat([t.assign(split=o, fold=i) for i,o in enumerate(parts)], ignore_index=True)
+    need(len(ks)>2, file, f'only {len(ks)} of the folds for these images',
+        'at least 3', 'Split without cvind.mat.')
+    parts = [np.select([folds==k, folds==after], ['test','valid'], 'train')
+        for k,after in zip(ks, np.roll(ks, -1))]
+    return pd.concat([t.assign(split=o, fold=i) for i,o in enumerate(parts)],
+        ignore_index=True)
 
 # %% ../nbs/3_figshare_tumours.ipynb #i
 @as_problem
@@ -192,9 +205,11 @@ def figshare_check(root, inputs=None, progress=False)->pd.DataFrame:
         try: figshare_folds(root, cases)
         except DataError as e: found.append(failure(e, 'warning', file='cvind.mat'))
     t = file_table(cases, root, progress=progress)
-    return problem_table([*found, *damaged(t[~t.is_mask]), *odd_masks(t), *duplicates(t),
+    return problem_table([*found, *damaged(t[~t.is_mask]), *odd_masks(t),
+            *duplicates(t),
         *too_few_subjects('t1c', cases['subject'])])
 
 # %% ../nbs/3_figshare_tumours.ipynb #j
-LAYOUT = Layout('figshare', figshare_cases, figshare_check, figshare_standin, {0:'background', 1:'tumour'},
+LAYOUT = Layout('figshare', figshare_cases, figshare_check, figshare_standin,
+    {0:'background', 1:'tumour'},
     regions={'tumour':(1,)}, stratify='label', inputs=('t1c',), units=('slice',), question=('steps=none','steps=clahe'))

@@ -41,7 +41,8 @@ def find_subjects(root):
     "A `Patient` for each subject"
     res = []
     for folder,files in list_niftis(root).items():
-        names = {m[1] for stem in files if (m := re.match(r'(IBSR_\d+)', stem, re.I))}
+        names = {m[1] for stem in files
+            if (m := re.match(r'(IBSR_\d+)', stem, re.I))}
         for s in sorted(names):
             forms = [(s, f'{s}_seg'), (f'{s}_ana_strip', f'{s}_segTRI_fill_ana')]
             image,mask = max(forms, key=lambda o: len(files.keys() & {*o})) # the first of equals

@@ -177,7 +177,8 @@ def by_stamp(maxsize):
     "Remember what a function found out about files, until they change"
     def deco(f):
         memory = lru_cache(maxsize)(lambda key, *args: f(*args))
-        g = wraps(f)(lambda path, *args: memory(stamp(path), os.fspath(path), *args))
+        g = wraps(f)(lambda path,
+            *args: memory(stamp(path), os.fspath(path), *args))
         g.cache_clear = memory.cache_clear
         return g
     return deco
@@ -244,10 +245,12 @@ class Pixels:
     def __post_init__(self):
         files,c = self.files, self.channels
         if isinstance(files, (str, os.PathLike)): files = [files] # spares the caller a comma
-        vars(self).update(files=tuple(map(os.fspath, files)), channels=c and tuple(c))
+        vars(self).update(files=tuple(map(os.fspath, files)),
+            channels=c and tuple(c))
 
     def __fspath__(self): return self.files[0]
-    def __str__(self): return self.files[0] + ('' if self.index is None else f'#z{self.index:03d}')
+    def __str__(self): return self.files[0] + ('' if self.index is None
+        else f'#z{self.index:03d}')
     def whole(self): return replace(self, index=None)
 
     def values(self, mask=False):
@@ -329,7 +332,8 @@ def write_mask(
     codes,volume,top = np.sort(codes), classes.ndim==3, classes.max()
     ends,types = (('.nii','.nii.gz'), 'Bhi') if volume else (('.png',), 'BH')
     need(has_suffix(path, ends), 'images.ending', path, ends=' or '.join(ends))
-    need(top<len(codes), 'images.class', path, top=top, most=len(codes)-1, codes=few(codes, 20))
+    need(top<len(codes), 'images.class', path, top=top, most=len(codes)-1,
+        codes=few(codes, 20))
     dtype = next((o for o in types if (codes.astype(o)==codes).all()), None)
     need(dtype, 'images.format', path, codes=few(codes))
     a = codes.astype(dtype)[classes]

@@ -36,7 +36,8 @@ class Frame:
 
     def ratio(self, spacing, n):
         "Size of a pixel along `n` axes over that in training; 1 if unknown"
-        both = [o for o in (spacing, self.spacing) if o is not None and np.isfinite(o).all()]
+        both = [o for o in (spacing, self.spacing) if o is not None
+            and np.isfinite(o).all()]
         return np.divide(*(np.broadcast_to(o, n) for o in both)) if both[1:] else np.ones(n)
 
 def training_spacing(cases):
@@ -116,7 +117,8 @@ def resized(x, size, antialias=False):
     "A batch (N,C,H,W) or (N,C,X,Y,Z) at another size"
     if x.shape[2:]==tuple(size): return x
     mode = 'bilinear' if x.ndim==4 else 'trilinear'
-    return F.interpolate(x.float(), size=tuple(size), mode=mode, antialias=antialias, align_corners=False)
+    return F.interpolate(x.float(), size=tuple(size), mode=mode,
+        antialias=antialias, align_corners=False)
 
 def resampled(a, size):
     "Pictures (N,H,W[,C]) or volumes (N,X,Y,Z[,C]) at another size, uint8"
@@ -176,7 +178,8 @@ def window_scores(model, x, overlap=.5):
     size = [max(o) for o in zip(inner, patch)] if patch else [-(-n//16)*16 for n in inner]
     x = widened(x, size, x.amin((1,2,3), keepdim=True))[None]
     if not patch: res = model.scores(x).cpu()
-    else: res = sliding_window_inference(x, patch, 2, model.scores, overlap, 'gaussian', device='cpu')
+    else: res = sliding_window_inference(x, patch, 2, model.scores, overlap,
+        'gaussian', device='cpu')
     return res[0, :, *middle(size, inner)]
 
 def predict_volume(model, a, spacing, flips):

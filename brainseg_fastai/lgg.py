@@ -25,7 +25,8 @@ def draw_slice(centre, k, rng, shape=(64,64)):
     "Slice `k` (from 1) of a simulated head: channels and mask"
     brain,r = ellipsoid(shape, (0,0), (.85,.7))<1, .36-.09*abs(k-3.5)
     tumour = brain & (ellipsoid(shape, centre, (r,r*.9))<1) & (1<k<6)
-    image = [np.where(brain, b+t*tumour+rng.normal(0, 8, shape), 0) for b,t in LOOKS]
+    image = [np.where(brain, b+t*tumour+rng.normal(0, 8, shape), 0)
+        for b,t in LOOKS]
     return np.stack(image, -1).clip(0, 255).astype(np.uint8), tumour.astype(np.uint8)*255
 
 def lgg_standin(folder, n, rng):
@@ -35,7 +36,8 @@ def lgg_standin(folder, n, rng):
         patient,centre = f'TCGA_XX_{s:04d}', rng.uniform(-.3, .3, 2)
         d = folder/'kaggle_3m'/f'{patient}_20000101'
         d.mkdir(parents=True)
-        rows.append(dict(Patient=patient, RNASeqCluster=s%3+1, tumor_location=s%4+1, gender=s%2+1, death01=s%2))
+        rows.append(dict(Patient=patient, RNASeqCluster=s%3+1, tumor_location=s%4+1,
+                gender=s%2+1, death01=s%2))
         for k in range(1, 7):
             for a,end in zip(draw_slice(centre, k, rng), ('','_mask')):
                 Image.fromarray(a).save(d/f'{d.name}_{k}{end}.tif')
@@ -55,7 +57,8 @@ def find_slices(root):
         rows.append(dict(
             subject='_'.join(name[:3]), scan='_'.join(name[3:]) or '-', slice=f'z{k:0>3}',
             image=files[folder,stem], mask=files.get((folder,f'{stem}_mask'))))
-    alone = [files[d,s] for d,s in masks if (d,s.removesuffix('_mask')) not in files]
+    alone = [files[d,s] for d,s in masks
+        if (d,s.removesuffix('_mask')) not in files]
     return sorted(rows, key=lambda o: (o['subject'], o['scan'], o['slice'])), sorted(alone)
 
 # %% ../nbs/6_lgg_networks_and_losses.ipynb #d
@@ -66,9 +69,11 @@ def read_findings(root):
     again = 'Download it again or delete it.'
     try: t = pd.read_csv(file)
     except (OSError, ValueError) as e: raise DataError.of(file, str(e), 'a table', again) from e
-    need('Patient' in t, file, f'the columns {few(t.columns)}', 'a column Patient', again)
+    need('Patient' in t, file, f'the columns {few(t.columns)}', 'a column Patient',
+        again)
     t.index = ['_'.join(str(o).split('_')[:3]) for o in t['Patient']]
-    return t[~t.index.duplicated()].drop(columns=['Patient', *COLUMNS], errors='ignore')
+    return t[~t.index.duplicated()].drop(columns=['Patient', *COLUMNS],
+        errors='ignore')
 
 def lgg_cases(
     root,          # Folder `kaggle_3m`, or any above it
@@ -110,13 +115,16 @@ def lgg_check(root, inputs=None, progress=False):
     rows,alone = find_slices(root)
     if not rows: return nothing_here(root, EXPECTED)
     read_findings(root)
-    images = [dict(o, inputs='images', image=Pixels(o['image'], channels=())) for o in rows]
+    images = [dict(o, inputs='images', image=Pixels(o['image'], channels=()))
+        for o in rows]
     t = file_table(images, root, alone, progress)
-    orphans = [known_problem('bare_mask', p.relative_to(root).as_posix(), kinds='its folder') for p in alone]
+    orphans = [known_problem('bare_mask', p.relative_to(root).as_posix(),
+            kinds='its folder') for p in alone]
     return problem_table([
         *orphans, *wrong_channels(t), *without_mask(rows, root), *damaged(t), *unequal_sizes(t),
         *unknown_labels(t, LABELS), *odd_masks(t), *duplicates(t),
         *too_few_subjects('images', [o['subject'] for o in rows if o['mask']])])
 
-LAYOUT = Layout('lgg', lgg_cases, lgg_check, lgg_standin, LABELS, regions={'tumour':(255,)},
+LAYOUT = Layout('lgg', lgg_cases, lgg_check, lgg_standin, LABELS,
+    regions={'tumour':(255,)},
     inputs=CHANNELS, units=('slice',), packed=True, whole=True, question=('arch=unet','arch=attention_unet'))

@@ -38,9 +38,11 @@ def plain_unet(dims, i, o, size, maps, half):
     return DynUNet(dims, i, o, [3]*len(maps), [1]+half, half, filters=maps)
 def attention_unet(dims, i, o, size, maps, half): return AttentionUnet(dims, i, o, maps, half)
 def unetr(dims, i, o, size, maps, half):
-    return UNETR(i, o, size, feature_size=maps[0], hidden_size=48*maps[0], mlp_dim=192*maps[0])
+    return UNETR(i, o, size, feature_size=maps[0], hidden_size=48*maps[0],
+        mlp_dim=192*maps[0])
 def segresnet(dims, i, o, size, maps, half):
-    return SegResNet(dims, maps[0], i, o, blocks_down=(1,*half[1:],4), blocks_up=[1]*len(half))
+    return SegResNet(dims, maps[0], i, o, blocks_down=(1,*half[1:],4),
+        blocks_up=[1]*len(half))
 
 RESNETS = 'resnet18','resnet34','resnet50'
 ARCHS = {o: Arch(divisor=1, minimum=32) for o in RESNETS}
@@ -58,8 +60,10 @@ def check_size(arch, size, dims=2, depth=None, width=None)->tuple:
     need(arch in fit, 'networks.arch', arch=arch, dims=dims, fit=', '.join(fit))
     a,size = ARCHS[arch], tuple(size) if np.ndim(size) else (size,)*dims
     for k,v in dict(depth=depth, width=width).items():
-        need(v is None or getattr(a, k) and v>1, 'networks.option', arch=arch, k=k, v=v)
-    need(arch!='segresnet' or (width or 8)%8==0, 'networks.width', arch=arch, width=width)
+        need(v is None or getattr(a, k) and v>1, 'networks.option', arch=arch, k=k,
+            v=v)
+    need(arch!='segresnet' or (width or 8)%8==0, 'networks.width', arch=arch,
+        width=width)
     need(len(size)==dims, 'networks.axes', arch=arch, size=times(size), dims=dims)
     depth = depth or a.depth
     div = a.divisor or 2**depth
@@ -67,8 +71,10 @@ def check_size(arch, size, dims=2, depth=None, width=None)->tuple:
     def near(f): return times(max(low, f(o/div)*div) for o in size)
     fit = dict.fromkeys([near(math.floor), near(math.ceil)])
     if times(size) in fit: return size
-    keep = [d for d in range(2, depth or 0) if all(o%2**d==0 and o>2**d for o in size)]
-    raise known('networks.size', arch=arch, size=times(size), div=div, low=low, fit=' or '.join(fit),
+    keep = [d for d in range(2, depth or 0)
+        if all(o%2**d==0 and o>2**d for o in size)]
+    raise known('networks.size', arch=arch, size=times(size), div=div, low=low,
+        fit=' or '.join(fit),
         also=say('networks.keep', depth=keep[-1]) if keep else '')
 
 # %% ../nbs/library/12_networks.ipynb #d
@@ -88,7 +94,8 @@ def efficientnet(arch, n_in, n_out, pretrained):
     name = arch.replace('_', '-')
     net = FlexibleUNet(n_in, n_out, name, pretrained=pretrained)
     if pretrained and n_in!=3:
-        d = torch.hub.load_state_dict_from_url(url_map[name], map_location='cpu', weights_only=True) # from the cache
+        d = torch.hub.load_state_dict_from_url(url_map[name], map_location='cpu',
+            weights_only=True) # from the cache
         net.encoder._conv_stem.weight.data.copy_(d['_conv_stem.weight'].sum(1, keepdim=True)/n_in)
     return net
 
@@ -127,13 +134,16 @@ class LightUnet(Module):
         shares=None # Of classes, where guesses start (Lin et al. 2017, "Focal loss")
     ):
         sizes,n_in = model_sizes(body, (64,64)), in_channels(body)
-        self.skips = [i for i in range(len(sizes)-1) if sizes[i][-1]!=sizes[i+1][-1]] # before each halving
+        self.skips = [i for i in range(len(sizes)-1)
+            if sizes[i][-1]!=sizes[i+1][-1]] # before each halving
         skips = [*(sizes[i][1] for i in reversed(self.skips)), 4*n_in]
         self.body,ups = body, (64,32,16,16)
         self.ups = nn.ModuleList(nn.Sequential(ConvLayer(i+s, w), ConvLayer(w, w))
             for i,s,w in zip([sizes[-1][1], *ups], skips, ups))
         self.shuffle = PixelShuffle_ICNR(16, 8, act_cls=nn.ReLU, norm_type=None)
-        self.head = nn.Sequential(ConvLayer(8+n_in, 8), ConvLayer(8, n_out, ks=1, act_cls=None, norm_type=None))
+        self.head = nn.Sequential(ConvLayer(8+n_in, 8),
+            ConvLayer(8, n_out, ks=1, act_cls=None,
+                norm_type=None))
         if shares is not None: # a thousandth for a class not seen
             self.head[-1][0].bias.data.copy_(torch.as_tensor(shares).clamp(min=1e-3).log())
 
@@ -173,7 +183,8 @@ def build_model(
         net = a.make(s.dims, n_in, n_out, size, maps, half)
     elif s.resnet:
         more = dict(cut=-3) if light else dict(self_attention=True, act_cls=Mish)
-        net = create_unet_model(getattr(models, s.arch), n_out, size, pretrained=have, n_in=n_in, **more)
+        net = create_unet_model(getattr(models, s.arch), n_out, size,
+            pretrained=have, n_in=n_in, **more)
         if light: net = LightUnet(net[0], n_out, shares)
     else: net = efficientnet(s.arch, n_in, n_out, have)
     if not s.resnet: net = InBf16(net)
@@ -184,12 +195,14 @@ def build_model(
 def first_names(model):
     "Each name in a model's state, with the first name that its tensor has"
     first = {}
-    return {k: first.setdefault((v.data_ptr(), v.shape), k) for k,v in model.state_dict().items()}
+    return {k: first.setdefault((v.data_ptr(), v.shape), k)
+        for k,v in model.state_dict().items()}
 
 def save_weights(model, path):
     "Weights of a network as safetensors, all or nothing"
     d = model.state_dict()
-    with written(path) as tmp: save_file({k: d[k].contiguous() for k in set(first_names(model).values())}, tmp)
+    with written(path) as tmp: save_file({k: d[k].contiguous()
+            for k in set(first_names(model).values())}, tmp)
 
 def load_weights(model, path):
     "Read weights that `save_weights` wrote; nothing is unpickled"
@@ -221,7 +234,8 @@ def memory_estimate(
     "Memory for one batch in 32-bit numbers, measured on shapes alone"
     def ghost(t): return torch.empty_like(t, device='meta')
     def mb(ts): return sum(t.nbytes for t in ts)/1e6
-    ps = {id(p): nn.Parameter(ghost(p), train and p.requires_grad) for p in net.parameters()}
+    ps = {id(p): nn.Parameter(ghost(p), train and p.requires_grad)
+        for p in net.parameters()}
     buffers = {id(b): ghost(b) for b in net.buffers()}
     net = deepcopy(net, ps | buffers).train(train) # with ghosts in place of its tensors
     ps,learned = [*ps.values()], [p for p in ps.values() if p.requires_grad]
@@ -233,10 +247,12 @@ def memory_estimate(
         if train: F.cross_entropy(y, targ).backward()
     maps = live.peak/1e6
     total = mb(fixed)+2*mb(learned)+maps # Adam keeps two averages of the gradients
-    return dict(parameters=sum(p.numel() for p in ps), parameters_mb=mb(ps), activations_mb=maps, total_mb=total)
+    return dict(parameters=sum(p.numel() for p in ps), parameters_mb=mb(ps),
+        activations_mb=maps, total_mb=total)
 
 # %% ../nbs/library/12_networks.ipynb #j
-LOSSES = dict(ce=F.cross_entropy, weighted_ce=F.cross_entropy, dice=DiceLoss(to_onehot_y=True, softmax=True),
+LOSSES = dict(ce=F.cross_entropy, weighted_ce=F.cross_entropy,
+    dice=DiceLoss(to_onehot_y=True, softmax=True),
     focal=FocalLoss(gamma=2.), dice_ce=DiceCELoss(to_onehot_y=True, softmax=True))
 
 def parse_loss(spec)->list:
@@ -244,7 +260,8 @@ def parse_loss(spec)->list:
     res = []
     for s in str(spec).split('+'):
         m = re.fullmatch(r'\s*(?:(\d+\.?\d*|\.\d+)\s*\*\s*)?(\w+)\s*', s)
-        need(m and m[2] in LOSSES and float(m[1] or 1)>0, 'networks.loss', spec=spec, part=s.strip(), losses=few(LOSSES))
+        need(m and m[2] in LOSSES and float(m[1] or 1)>0, 'networks.loss',
+            spec=spec, part=s.strip(), losses=few(LOSSES))
         res.append((float(m[1] or 1), m[2]))
     return res
 
@@ -264,7 +281,8 @@ class make_loss(Module):
         pred = pred.as_subclass(torch.Tensor).float() # bfloat16 is too coarse for sums
         targ = targ.as_subclass(torch.Tensor).long()
         w,n = self.weights, pred.shape[1]
-        need(w is None or len(w)==n, 'networks.weights', have=0 if w is None else len(w), n=n)
+        need(w is None or len(w)==n, 'networks.weights',
+            have=0 if w is None else len(w), n=n)
         def term(k):
             more = [w.to(pred.device)] if k=='weighted_ce' else []
             return LOSSES[k](pred, targ[:,None] if 'dice' in k else targ, *more)
@@ -278,7 +296,8 @@ def class_counts(masks, codes):
     "Pixels of each class in some masks of classes"
     n = len(codes)
     counts = [np.bincount(np.asarray(m).ravel(), minlength=n) for m in masks]
-    for o in counts: need(len(o)==n, 'networks.class', found=len(o)-1, last=n-1, n=n)
+    for o in counts: need(len(o)==n, 'networks.class', found=len(o)-1, last=n-1,
+        n=n)
     return np.sum(counts, axis=0, dtype=int) if counts else np.zeros(n, int)
 
 def class_shares(items, codes)->np.ndarray:

@@ -159,13 +159,15 @@ def advice(
 )->list: # Lines of text
     "What a plan comes to, and what to change if it is over budget"
     total,gb = plan['minutes'].sum(), plan['memory_mb'].max()/1024
-    lines = [say('plan.variant', o=o, trainings=plural(o.trainings, 'training'), ms=1000*o.step_s,
+    lines = [say('plan.variant', o=o, trainings=plural(o.trainings, 'training'),
+            ms=1000*o.step_s,
         about=duration(o.minutes)) for o in plan.itertuples()]
     lines.append(say('plan.all', total=duration(total), gb=gb))
     if minutes and total>minutes:
         fixed = (plan['trainings']*(plan['setup_s']+plan['score_s'])).sum()/60
         epochs = int(plan['epochs'].max()*max(0., minutes-fixed)/max(total-fixed, 1e-9))
         fits = say('plan.fewer' if epochs>2 else 'plan.no_way', epochs=epochs)
-        lines += [f'That is more than {duration(minutes)}. {fits}', say('plan.smaller')]
+        lines += [f'That is more than {duration(minutes)}. {fits}',
+            say('plan.smaller')]
     if memory and gb>memory: lines.append(say('plan.memory', memory=memory))
     return lines

@@ -126,7 +126,8 @@ class Prediction:
         "The slice with most to see, else the middle one, and its classes"
         k,volume = self.slices[len(self.slices)//2], self.scan.is_volume
         if volume and self.mask.any(): k = int((self.mask>0).sum((0,1)).argmax())
-        a,m = (o.pictures([k])[0] for o in (self.scan, replace(self.scan, image=self.mask)))
+        both = self.scan, replace(self.scan, image=self.mask)
+        a,m = (o.pictures([k])[0] for o in both)
         return (a[...,a.shape[-1]//2] if a.ndim==3 else a), m
 
 def read_for(model, path, spacing=None, name=None):
@@ -137,8 +138,10 @@ def read_for(model, path, spacing=None, name=None):
         packed = c['inputs_all'] if c['packed'] else ()
         scan = read_scan(path, spacing, c['channels'], packed, name)
     n,want = scan.channels.shape[-1], len(c['channels'])
-    need(n==want, 'prediction.channels', scan.path, n=plural(n, 'channel'), want=want)
-    need(scan.is_volume or model.frame.mode=='slice', 'prediction.no_volume', scan.path)
+    need(n==want, 'prediction.channels', scan.path,
+        n=plural(n, 'channel'), want=want)
+    fits = scan.is_volume or model.frame.mode=='slice'
+    need(fits, 'prediction.no_volume', scan.path)
     return scan
 
 # %% ../nbs/library/23_prediction.ipynb #c017x
@@ -251,15 +254,18 @@ def rows_before(jobs, out, made):
     "Rows by name of what was predicted before with these options"
     done = {d['name']: d for d in sidecars(out, made['bundle']).values()}
     now = {n: made | dict(stamps=input_stamps(p)) for p,n in jobs if n in done}
-    return {n: done[n]['rows'] for n,o in now.items() if o.items() <= done[n].items()}
+    return {n: done[n]['rows'] for n,o in now.items()
+        if o.items() <= done[n].items()}
 
 # %% ../nbs/library/23_prediction.ipynb #c030x
 def qc_row(d, labels, out):
     with Image.open(out/'qc'/f"{d['name']}.png") as im: image,mask = map(np.array, im.split())
     shown = {f"{r['label']}: "*(len(labels)>1)+k: v
         for r in d['rows'] for k,v in measures(r).items()}
-    colours,names = ({i: o[k] for i,o in enumerate(labels, 1)} for k in ('colour','name'))
-    return d | dict(image=image, mask=mask, measures=shown, colours=colours, names=names)
+    colours,names = ({i: o[k] for i,o in enumerate(labels, 1)}
+        for k in ('colour','name'))
+    return d | dict(image=image, mask=mask, measures=shown,
+        colours=colours, names=names)
 
 def write_tables(out, labels, bundle):
     "volumes.csv, qc.html and label names, of all that a bundle predicted"
@@ -298,7 +304,8 @@ def checked_options(c, paths, spacing, slab, flips):
     mm = None if spacing is None else np.ravel(spacing).tolist()
     ok = mm is None or len(mm)<3 and 0<min(mm) and max(mm)<100
     need(ok, 'prediction.spacing', mm=mm)
-    need(slab is None or not all(map(is_picture, paths)), 'prediction.slab_of_picture', paths[0])
+    flat = all(map(is_picture, paths))
+    need(slab is None or not flat, 'prediction.slab_of_picture', paths[0])
     return dict(spacing=mm, slab=slab_of(c, slab), flips=flips)
 
 # %% ../nbs/library/23_prediction.ipynb #c034x

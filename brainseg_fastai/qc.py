@@ -29,19 +29,22 @@ def contour_uri(mask, colours, size)->str:
     return data_uri(Image.fromarray(rgba), 'PNG')
 
 # %% ../nbs/library/22_quality_page.ipynb #c
-USUAL = dict(colours={}, names={}, measures={}, quality=None, predicted={}, flags=[], notes=[])
+USUAL = dict(colours={}, names={}, measures={}, quality=None, predicted={},
+    flags=[], notes=[])
 
 def checked(row)->dict:
     "A row of `qc_page` with everything in it, or an error that names it"
     r = USUAL | {k: v for k,v in row.items() if v is not None}
-    need({'name','image'} <= set(r), 'qc.row', 'A row of the page', found=few(row) or 'nothing')
+    need({'name','image'} <= set(r), 'qc.row', 'A row of the page',
+        found=few(row) or 'nothing')
     image = np.asarray(r['image'])
     mask = np.asarray(r.get('mask', np.zeros(image.shape[:2], int)))
     fits = image.shape[2:] in ((), (3,)) and mask.ndim==2 and mask.size and mask.shape==image.shape[:2]
     need(fits, 'qc.shapes', r['name'], image=image.shape, mask=mask.shape)
     flags = [r['flags']] if isinstance(r['flags'], str) else r['flags']
     notes = [*r['notes'], *['The mask of this picture is empty.']*(not mask.any())]
-    return r | dict(name=str(r['name']), image=image, mask=mask, flags=flags, notes=notes)
+    return r | dict(name=str(r['name']), image=image, mask=mask, flags=flags,
+        notes=notes)
 
 def class_name(r, c): return str(r['names'].get(c, f'class {c}'))
 
@@ -79,9 +82,11 @@ def in_order(rows):
     return [rows[int(i)] for i in review_list(t).path]
 
 def key_figures(rows):
-    def least(values): return min((v for v in values if not missing(v)), default=None)
+    def least(values): return min((v for v in values if not missing(v)),
+        default=None)
     dice,quality = least(r['predicted'].get('dice') for r in rows), least(r['quality'] for r in rows)
-    return [('Scans', num(len(rows))), ('Flagged', num(sum(bool(r['flags']) for r in rows))),
+    return [('Scans', num(len(rows))),
+        ('Flagged', num(sum(bool(r['flags']) for r in rows))),
         ('Lowest predicted Dice', 'uncalibrated' if dice is None else num(dice)), ('Lowest quality', num(quality))]
 
 # %% ../nbs/library/22_quality_page.ipynb #f
@@ -97,22 +102,26 @@ def qc_page(
     kinds = {}
     for r in rows:
         for k,v in r['measures'].items(): kinds[k] = 'text' if isinstance(v, str) else kinds.get(k, 'num')
-    shown = [scan_row(i, r, kinds, px or page_px(len(rows))) for i,r in enumerate(rows, 1)]
-    return QcPage(title, piece('quality', title, key_figures(rows), TEXTS['quality'].values(), keys,
+    shown = [scan_row(i, r, kinds, px or page_px(len(rows)))
+        for i,r in enumerate(rows, 1)]
+    return QcPage(title, piece('quality', title, key_figures(rows),
+            TEXTS['quality'].values(), keys,
         list(kinds.items()), shown))
 
 # %% ../nbs/library/22_quality_page.ipynb #g
 def nifti_bytes(a, spacing):
     "A volume as the bytes of a compressed NIfTI file"
     import nibabel as nib
-    return gzip.compress(nib.Nifti1Image(a, np.diag([*spacing, 1.])).to_bytes(), 1, mtime=0)
+    return gzip.compress(nib.Nifti1Image(a, np.diag([*spacing, 1.])).to_bytes(), 1,
+        mtime=0)
 
 def label_map(mask, colours):
     "The colours of classes as NiiVue wants them; background is transparent"
     n = int(np.max(mask))+1
     rgb = np.array([(0,0,0), *(rgb_of(colours.get(c)) for c in range(1, n))]).T.tolist()
     ids = list(range(n))
-    return dict(zip('RGB', rgb)) | dict(A=[0]+[255]*(n-1), I=ids, labels=[*map(str, ids)])
+    return dict(zip('RGB', rgb)) | dict(A=[0]+[255]*(n-1), I=ids,
+        labels=[*map(str, ids)])
 
 def view_3d(
     image,        # Volume (x, y, z) in RAS+ orientation
@@ -123,13 +132,15 @@ def view_3d(
 ):                # The widget; without ipyniivue one line that says how to get it
     "A volume and its mask to be turned and cut in a notebook"
     image = np.asarray(image)
-    need(image.ndim==3 and (mask is None or np.shape(mask)==image.shape), 'qc.volumes',
+    need(image.ndim==3 and (mask is None or np.shape(mask)==image.shape),
+        'qc.volumes',
         image=image.shape, mask=np.shape(mask))
     try: nv = need_package('ipyniivue', 'view')
     except DataError as e: return para(str(e).replace('this data set or option', 'the 3-D view'))
     mm = np.broadcast_to(np.asarray(1. if spacing is None else spacing, float), 3)
     if image.dtype!=np.uint8: image = image.astype(np.float32)
-    vs = [nv.Volume(name='image.nii.gz', data=nifti_bytes(image, mm), colormap='gray')]
+    vs = [nv.Volume(name='image.nii.gz', data=nifti_bytes(image, mm),
+            colormap='gray')]
     if mask is not None:
         data = nifti_bytes(np.asarray(mask).astype(np.uint8), mm)
         vs.append(nv.Volume(name='mask.nii.gz', data=data, opacity=.5))

@@ -50,7 +50,8 @@ def interval(ci, digits=3, sign=False):
     return ' to '.join(num(o, digits, sign) for o in ci)
 
 ENV = jinja2.Environment(loader=jinja2.FunctionLoader(asset), autoescape=True)
-ENV.filters |= dict(num=num, shown=shown, colour=safe_colour, interval=interval, plural=plural,
+ENV.filters |= dict(num=num, shown=shown, colour=safe_colour, interval=interval,
+    plural=plural,
     variant_name=variant_name, lower_name=lower_name)
 ENV.tests |= dict(numeric=is_number, known=lambda v: not missing(v))
 PIECES = [ENV.get_template(o).module for o in ('parts.html','report.html')]
@@ -69,7 +70,8 @@ def table_html(rows, heads=None, caption='', most=None)->Html:
 def with_columns(df, cols, what):
     "`df`, or an error that names the columns it lacks"
     lack = [c for c in cols if c not in df.columns]
-    need(not lack, 'report.columns', what=what, lack=', '.join(lack), has=few(df.columns, 20) or 'none')
+    need(not lack, 'report.columns', what=what, lack=', '.join(lack),
+        has=few(df.columns, 20) or 'none')
     return df
 
 def split_table(split):
@@ -90,15 +92,18 @@ def metric_name(key, **words):
 def score_table_html(tables, unit='px', case='image'):
     "One row per metric, one column per variant"
     keys = dict.fromkeys(k for t in tables.values() for k in t.index)
-    rows = [(k, metric_name(k, unit=unit, case=case), 2 if k.startswith(('hd95','volume')) else 3) for k in keys]
+    rows = [(k, metric_name(k, unit=unit, case=case),
+            2 if k.startswith(('hd95','volume')) else 3) for k in keys]
     return piece('means', tables, rows, unit, case)
 
 # %% ../nbs/library/21_report.ipynb #f
 def swap_html(swap):
     "The 2×2 table: trained on one kind of image, tested on the other; darker is better"
-    s = with_columns(swap, ['trained_on','tested_on','dice','low','high'], 'The swap table')
+    s = with_columns(swap, ['trained_on','tested_on','dice','low','high'],
+        'The swap table')
     s = s.assign(heat=(s.dice-s.dice.min())/max(np.ptp(s.dice), 1e-9)*28 + 2)
-    rows = [(v, g.to_dict('records')) for v,g in s.groupby('trained_on', sort=False)]
+    rows = [(v, g.to_dict('records'))
+        for v,g in s.groupby('trained_on', sort=False)]
     return piece('swap', rows, list(s.tested_on.unique()))
 
 # %% ../nbs/library/21_report.ipynb #g
@@ -112,7 +117,8 @@ def panels(height, *widths):
     import matplotlib.pyplot as plt
     plt.close(plt.figure()) # loads the backend, whose own settings the style would undo
     with plt.rc_context(STYLE):
-        fig,axs = plt.subplots(1, len(widths), figsize=(9.2,height), width_ratios=widths, layout='constrained')
+        fig,axs = plt.subplots(1, len(widths), figsize=(9.2,height),
+            width_ratios=widths, layout='constrained')
     plt.close(fig)
     return fig,axs
 
@@ -120,9 +126,11 @@ def svg(fig, alt)->Html:
     "A figure as inline SVG without outside references, in the colours of the page"
     import matplotlib as mpl
     f = io.StringIO()
-    with mpl.rc_context(STYLE): fig.savefig(f, format='svg', metadata={'Date':None}, transparent=True)
+    with mpl.rc_context(STYLE): fig.savefig(f, format='svg', metadata={'Date':None},
+        transparent=True)
     s = f.getvalue().partition('<svg')[2].replace('xlink:href', 'href')
-    s = re.sub(r'<metadata>.*?</metadata>|<!--.*?-->| xmlns(:\w+)?="[^"]*"', '', s, flags=re.S)
+    s = re.sub(r'<metadata>.*?</metadata>|<!--.*?-->| xmlns(:\w+)?="[^"]*"', '', s,
+        flags=re.S)
     used = set(re.findall(r'#(\w+)[")]', s))
     s = re.sub(r' id="(\w+)"', lambda m: m[0] if m[1] in used else '', s)
     s = re.sub(r' (width|height)="[^"]*"', '', s, count=2) # of the whole
@@ -139,13 +147,15 @@ def per_subject(scores):
 
 def pairs(scores, comparison):
     both = [*comparison['metrics']]
-    return with_columns(per_subject(scores), both, 'The score table, spread by variant,')[both].dropna()
+    return with_columns(per_subject(scores), both,
+        'The score table, spread by variant,')[both].dropna()
 
 # %% ../nbs/library/21_report.ipynb #i
 def draw_subjects(ax, per, cols, better):
     "A line from variant to variant for each subject, in the colour of the better"
     for y,col in zip(per.to_numpy(), better): ax.plot([0,1], y, color=col, lw=1, alpha=.45)
-    for x,v in enumerate(per): ax.scatter([x]*len(per), per[v], color=cols[v], s=16, zorder=3, lw=0)
+    for x,v in enumerate(per): ax.scatter([x]*len(per), per[v], color=cols[v], s=16,
+        zorder=3, lw=0)
     ax.set(xticks=[0,1], xticklabels=map(variant_name, per), xlim=(-.3,1.3))
     ax.set_title('Each subject', loc='left')
     ax.grid(axis='y')
@@ -159,11 +169,13 @@ def draw_differences(ax, d, c, better):
     ax.axvspan(-margin, margin, color=GREY, alpha=.18, lw=0)
     ax.scatter(d, np.arange(len(d)), c=better, s=16, alpha=.75, lw=0)
     for y,(_,o,col) in zip(ys, bars):
-        if interval(o['ci95']): ax.plot(o['ci95'], [y,y], color=col, lw=3, solid_capstyle='butt')
+        if interval(o['ci95']): ax.plot(o['ci95'], [y,y], color=col, lw=3,
+            solid_capstyle='butt')
         ax.plot(o['difference'], y, 'D', color=col, ms=7)
     ax.axhline(-gap*.4, color=GREY, lw=.6)
     ax.axvline(0, color=INK, lw=.8)
-    ax.set(yticks=ys, yticklabels=[o[0] for o in bars], ylim=(-gap*(len(bars)+.6), len(d)-.3))
+    ax.set(yticks=ys, yticklabels=[o[0] for o in bars],
+        ylim=(-gap*(len(bars)+.6), len(d)-.3))
     ax.set_title(f'Differences, sorted; grey: margin ±{margin:g}', loc='left')
     ax.tick_params(axis='y', length=0)
     ax.locator_params(axis='x', nbins=5)
@@ -187,15 +199,18 @@ def paired_plot(scores, comparison):
 # %% ../nbs/library/21_report.ipynb #k
 def curves_plot(curves):
     "Validation Dice by epoch: a thin line per training, a thick one for the mean, the last third enlarged"
-    c = with_columns(curves, ['variant','fold','seed','epoch','valid_dice'], 'The curve table')
+    c = with_columns(curves, ['variant','fold','seed','epoch','valid_dice'],
+        'The curve table')
     c = c.assign(epoch=c.epoch+(c.epoch.min()==0)) # people count from one
     start = max(c.epoch.max()-max(2, round(np.ptp(c.epoch)/3)), c.epoch.min())
     fig,axs = panels(3.1, 1.3, 1)
     for v,col in colours(c.variant.unique()).items():
-        each = c[c.variant==v].pivot_table(index='epoch', columns=['fold','seed'], values='valid_dice')
+        each = c[c.variant==v].pivot_table(index='epoch', columns=['fold','seed'],
+            values='valid_dice')
         for ax,t in zip(axs, (each, each.loc[start:])):
             ax.plot(t, color=col, lw=.8, alpha=.45)
-            ax.plot(t.mean(axis=1), color=col, lw=2.2, label=variant_name(v), marker='o', ms=3.5)
+            ax.plot(t.mean(axis=1), color=col, lw=2.2, label=variant_name(v),
+                marker='o', ms=3.5)
     for ax,title in zip(axs, ('All epochs', f'From epoch {start}')):
         ax.set_title(title, loc='left')
         ax.set_xlabel('Epoch')
@@ -208,7 +223,9 @@ def curves_plot(curves):
 # %% ../nbs/library/21_report.ipynb #l
 def worst_first(scores, n=None):
     "Each case once, at its worst, sorted by variant and Dice; undefined Dice comes first"
-    s = with_columns(scores, ['variant','image','mask','subject','dice','prediction'], 'The score table')
+    s = with_columns(scores,
+        ['variant','image','mask','subject','dice','prediction'],
+        'The score table')
     s = s.assign(key=s['image'].astype(str)).sort_values(['variant','dice','key'], na_position='first', kind='stable')
     s = s.drop_duplicates(['variant','key']).drop(columns='key').reset_index(drop=True)
     return s if n is None else s.groupby('variant').head(n)
@@ -216,14 +233,16 @@ def worst_first(scores, n=None):
 # %% ../nbs/library/21_report.ipynb #m
 def tile(r, out, px)->dict:
     r = r | dict(href=quote(r['prediction']), title=Path(str(r['image'])).name)
-    try: return r | dict(src=data_uri(case_tile(r['image'], r['mask'], Path(out)/r['prediction'], px)))
+    try: return r | dict(src=data_uri(case_tile(r['image'], r['mask'],
+                Path(out)/r['prediction'], px)))
     except DataError as e: return r | dict(gone=str(e))
 
 def contact_sheet(scores, out, n=None, first=12)->Html:
     "All test cases, worst first: image, outlines of truth and prediction, Dice and subject"
     s = worst_first(scores, n)
     px = int(np.clip(192*(240/max(len(s), 1))**.5, 64, 192))
-    groups = [(v, [tile(r, out, px) for r in g.to_dict('records')], g.dice.quantile([0,.5,1]).tolist())
+    groups = [(v, [tile(r, out, px) for r in g.to_dict('records')],
+            g.dice.quantile([0,.5,1]).tolist())
         for v,g in s.groupby('variant')]
     return piece('sheet', groups, px, [(TRUTH,'truth'), (PRED,'prediction')], first)
 
@@ -258,14 +277,16 @@ class Report:
 def para(*texts)->Html: return piece('paras', texts)
 
 def section(name, *body):
-    "A section of the page, one of `report.toml`: title, prose, and markup; what is empty is dropped, and all of it without markup"
+    "A section of the page: title and prose of `report.toml`, and markup; nothing where there is no markup"
     title,*prose = TEXTS['sections'][name]
     body = [o for o in body if o]
-    return body and dict(title=title, id=name, body=Markup('').join([para(*prose), *body]))
+    return body and dict(title=title, id=name,
+        body=Markup('').join([para(*prose), *body]))
 
 def plain_text(v):
     if isinstance(v, (list,tuple)): return ', '.join(map(plain_text, v))
-    if isinstance(v, (bool,type(None))): return {True: 'yes', False: 'no', None: 'none'}[v]
+    if isinstance(v, (bool,type(None))): return {True: 'yes', False: 'no',
+        None: 'none'}[v]
     return f'{v:g}' if isinstance(v, float) else str(v)
 
 def dict_html(d):
@@ -296,7 +317,8 @@ def groups_html(scores):
     return table_html(rows, ['variant','label','subjects','cases','Dice'])
 
 # %% ../nbs/library/21_report.ipynb #q
-def evidence(scores, curves=None, split=None, swap=None, external=None, problems=None, info=None, out='.',
+def evidence(scores, curves=None, split=None, swap=None, external=None,
+    problems=None, info=None, out='.',
     words=None, simulated=False)->list:
     info = info or {}
     command,origin = (info.get(k) for k in ('command','fingerprint'))
@@ -308,8 +330,10 @@ def evidence(scores, curves=None, split=None, swap=None, external=None, problems
         section('cases', *sheet_html(scores, out, simulated)),
         section('groups', groups_html(scores)),
         section('split', some(split) and table_html(split_table(split))),
-        section('problems', table_html(problems, most=200) if some(problems) else para('None.')),
-        section('terms', piece('terms', {**(words or {}), **info.get('definitions', {})})),
+        section('problems', table_html(problems, most=200) if some(problems)
+            else para('None.')),
+        section('terms', piece('terms',
+                {**(words or {}), **info.get('definitions', {})})),
         section('fingerprint', origin and dict_html(dict(fingerprint=origin))),
         section('environment', more and dict_html(more)),
         section('command', command and piece('code', command))]
@@ -318,7 +342,9 @@ def evidence(scores, curves=None, split=None, swap=None, external=None, problems
 def page(tag, colour, sentence, facts, sections, simulated=False)->Report:
     "The whole report: verdict in a few words and in a sentence, banner, key figures, links, sections"
     simulated = TEXTS['simulated'] if simulated else ''
-    return Report(f'brainseg: {tag}', piece('front', tag, colour, sentence, facts, [s for s in sections if s], simulated))
+    return Report(f'brainseg: {tag}',
+        piece('front', tag, colour, sentence, facts,
+            [s for s in sections if s], simulated))
 
 # %% ../nbs/library/21_report.ipynb #s
 def verdict_tag(c):
@@ -328,7 +354,8 @@ def verdict_tag(c):
         if v==f'{name} better': return f'{variant_name(variant)} better', colour
     return v[:1].upper()+v[1:], 'ok' if v=='equivalent' else ''
 
-def terms(group, **words): return {k.format(**words): v.format(**words) for k,v in TEXTS[group].items()}
+def terms(group, **words): return {k.format(**words): v.format(**words)
+    for k,v in TEXTS[group].items()}
 
 # %% ../nbs/library/21_report.ipynb #t
 def unit_of(scores): return ' or '.join(sorted(set(scores['unit'])))
@@ -336,10 +363,12 @@ def unit_of(scores): return ' or '.join(sorted(set(scores['unit'])))
 def comparison_html(scores, comparison)->Html:
     "Plot, estimate, control, and the numbers behind them"
     per = pairs(scores, comparison)
-    alt = TEXTS['plot'].format(n=len(per), text=piece('difference', comparison).unescape())
+    alt = TEXTS['plot'].format(n=len(per),
+        text=piece('difference', comparison).unescape())
     rows = [(s, a, b, num(a-b, 4, True)) for s,a,b in per.itertuples()]
     table = table_html(rows, ['subject', *map(variant_name, per), 'difference'])
-    return piece('comparison', comparison, svg(paired_plot(scores, comparison), alt), table)
+    return piece('comparison', comparison,
+        svg(paired_plot(scores, comparison), alt), table)
 
 # %% ../nbs/library/21_report.ipynb #u
 @delegates(evidence, but='words,simulated')
@@ -347,7 +376,8 @@ def compare_report(comparison, scores, **kwargs)->Report:
     "One input or setting against the other: the verdict, what it rests on, and every test case"
     c,simulated = comparison, comparison['simulated']
     means = {v: summarise_scores(scores[scores.variant==v]) for v in c['metrics']}
-    words = terms('rules', case=c['case'], margin=f'{c["margin"]:g}', estimand=c['estimand'])
+    words = terms('rules', case=c['case'], margin=f'{c["margin"]:g}',
+        estimand=c['estimand'])
     return page(*verdict_tag(c), c['sentence'], piece('compare_facts', c, means), [
         section('note', piece('bullets', c['warnings'])),
         section('comparison', comparison_html(scores, c)),
@@ -362,9 +392,11 @@ def train_report(scores, simulated=False, **kwargs)->Report:
     case = 'image' if scores['slice'].fillna('').any() else 'volume'
     dice,ci = means['mean'].dice, interval(means.loc['dice', ['low','high']])
     per,n = scores.groupby('subject').dice.mean(), scores['image'].astype(str).nunique()
-    sentence = TEXTS['trained'].format(subjects=plural(len(per), 'subject'), variant=lower_name(v), case=case,
+    sentence = TEXTS['trained'].format(subjects=plural(len(per), 'subject'),
+        variant=lower_name(v), case=case,
         dice=num(dice), interval=f' (95 % interval {ci})'*bool(ci))
-    facts = piece('train_facts', dice, case, per, scores.loc[scores.dice.idxmin()], n)
+    facts = piece('train_facts', dice, case, per, scores.loc[scores.dice.idxmin()],
+        n)
     return page(variant_name(v), v if v in SHOWN else '', sentence, facts, [
         section('note', piece('bullets', found_nothing(scores))),
         section('scores', score_table_html({v: means}, unit_of(scores), case)),

@@ -42,7 +42,8 @@ def foreground_weights(cases, codes):
 
 def frame_of(s, codes, steps, spacing, field=None):
     patch = s.patch if s.mode=='patch' else None
-    return Frame(tuple(codes), s.size, s.how['rgb'], steps, s.mode, patch, spacing, field)
+    return Frame(tuple(codes), s.size, s.how['rgb'], steps, s.mode, patch, spacing,
+        field)
 
 def slice_dls(cases, s, codes, steps):
     more = augmentation(s.recipe, sum(cases['split']=='train'))
@@ -51,12 +52,14 @@ def slice_dls(cases, s, codes, steps):
     pin = default_device().type=='cuda' # copies to a GPU need not wait then
     how = dict(bs=s.bs, val_bs=8, num_workers=0, pin_memory=pin)
     if s.sampling=='uniform': return block.dataloaders(cases, **how)
-    return block.weighted_dataloaders(cases, foreground_weights(cases, codes), **how)
+    return block.weighted_dataloaders(cases, foreground_weights(cases, codes),
+        **how)
 
 def framed_volume_dls(cases, s, codes, steps):
     mm = training_spacing(cases[cases['split']=='train'])
     frame = frame_of(s, codes, steps, mm)
-    dls = volume_dls(cases, codes, frame.patch, s.sampling, bs=s.bs, steps=steps, seed=s.seed)
+    dls = volume_dls(cases, codes, frame.patch, s.sampling, bs=s.bs, steps=steps,
+        seed=s.seed)
     dls.frame = frame
     return dls
 
@@ -95,7 +98,8 @@ def scored(scores):
         metrics={k: dict(mean=m, ci95=ci) for k,m,*ci in t.itertuples()},
         case='image' if scores['slice'].any() else 'volume', unit=scores['unit'].iloc[0])
     none = dict(calibrated=False, why='the scores have no quality')
-    return dict(scores=said, calibration='quality' in scores and calibrate(scores) or none)
+    return dict(scores=said,
+        calibration='quality' in scores and calibrate(scores) or none)
 
 # %% ../nbs/library/20_runs.ipynb #c013x
 FORMAT = dict(format='brainseg-bundle', version=2)
@@ -156,7 +160,8 @@ def load_bundle(
         mm = c['spacing'] and tuple(c['spacing'])
         frame = frame_of(s, c['codes'], steps, mm, c['field'])
         blank = replace(s, pretrained=False)
-        net = build_model(blank, network_channels(c), len(frame.codes), c['input_shape'])
+        net = build_model(blank, network_channels(c), len(frame.codes),
+            c['input_shape'])
         load_weights(net, path/'model.safetensors')
     except (DataError, KeyError, TypeError, SafetensorError, RuntimeError) as e:
         why = str(e).split('\n')[0]
@@ -229,7 +234,8 @@ def bundle_config(learn, cases, scores, layout, about):
     train,f,s = cases[cases['split']=='train'], learn.frame, learn.settings
     sides = sorted({*zip(cases['subject'], cases['split'])})
     n = cases.groupby('split')['subject'].agg(images='size', subjects='nunique')
-    data = dict(fingerprint=data_fingerprint(cases), split=digest(sides), **n.to_dict())
+    data = dict(fingerprint=data_fingerprint(cases), split=digest(sides),
+        **n.to_dict())
     return dict(
         **FORMAT, **scored(scores), settings=asdict(s), data=data | (about or {}),
         input_shape=None if s.dims==2 else learn.dls.one_batch()[0].shape[2:],
@@ -254,8 +260,10 @@ def finish(folder, learn, cases, curve, scores, layout, about):
 # %% ../nbs/library/20_runs.ipynb #c023x
 def key_of(cases, s, codes, how, tests):
     "The name of a run: all that decides its result"
-    seen = [(k, data_fingerprint(t), [*map(str, t['spacing'])]) for k,t in tests.items()]
-    return s.key(codes, *how.values(), torch.get_num_threads(), data_fingerprint(cases),
+    seen = [(k, data_fingerprint(t), [*map(str, t['spacing'])])
+        for k,t in tests.items()]
+    return s.key(codes, *how.values(), torch.get_num_threads(),
+        data_fingerprint(cases),
         [*zip(cases['subject'], cases['split'])], seen)
 
 def train_run(
@@ -284,7 +292,8 @@ def train_run(
             quality=k==inputs, **how).assign(tested_on=k) for k,t in tests.items()]
         scores = pd.concat(scores, ignore_index=True)
         finish(folder, learn, cases, curve, scores, layout, about)
-    used = [scored_cases(t, layout.per).assign(tested_on=k) for k,t in tests.items()]
+    used = [scored_cases(t, layout.per).assign(tested_on=k)
+        for k,t in tests.items()]
     return Run(folder, pd.concat(used))
 
 # %% ../nbs/library/20_runs.ipynb #c025x
@@ -296,7 +305,8 @@ def pooled(runs, inputs, out):
     every = every[[*dict.fromkeys(['variant','fold','seed',*CASE,*every])]]
     own = every[every['tested_on']==inputs].drop(columns='tested_on')
     curves = pd.concat([o.curve for o in runs], ignore_index=True)
-    return dict(scores=own.reset_index(drop=True), all_scores=every, curves=curves, runs=runs)
+    return dict(scores=own.reset_index(drop=True), all_scores=every, curves=curves,
+        runs=runs)
 
 # %% ../nbs/library/20_runs.ipynb #c028x
 def train_folds(
@@ -314,7 +324,8 @@ def train_folds(
 )->dict: # scores (own test rows), all_scores (with `tested_on`), curves, runs
     "Train and score one variant over all folds and repeats"
     inputs,s,runs = cases['inputs'].iloc[0], settings or Settings(), []
-    for fold,i in itertools.product(map(int, sorted(split['fold'].unique())), range(repeats)):
+    for fold,i in itertools.product(map(int, sorted(split['fold'].unique())),
+        range(repeats)):
         at = dict(variant=name or inputs, fold=fold, seed=s.seed+1000*i+fold)
         if announce: announce(*at.values())
         table = with_split(cases, split, fold)
@@ -340,15 +351,18 @@ def onnx_session(file):
     ort = need_package('onnxruntime', 'onnx')
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    return ort.InferenceSession(str(file), options, providers=['CPUExecutionProvider'])
+    return ort.InferenceSession(str(file), options,
+        providers=['CPUExecutionProvider'])
 
 def export_onnx(model, path):
     "Write a network as ONNX; the largest difference of scores from PyTorch's"
     need_package('onnx', 'onnx')
     path,c = Path(path), model.config
-    need(path.suffix=='.onnx', 'runs.onnx_name', path, ending=path.suffix or '(none)')
+    need(path.suffix=='.onnx', 'runs.onnx_name', path,
+        ending=path.suffix or '(none)')
     size = c['input_shape'] or [c['settings']['size']]*2
-    x = torch.randn(2, network_channels(c), *size, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, network_channels(c), *size,
+        generator=torch.Generator().manual_seed(0))
     net = InFloat32(model.net.cpu()).eval().to(memory_format=torch.contiguous_format)
     with written(path) as tmp, torch.inference_mode():
         torch.onnx.export(net, (x,), str(tmp), dynamo=False, opset_version=17,

@@ -70,7 +70,8 @@ def canonical(self:Scan, mask):
     "Classes of the image on the grid of the file, in RAS+"
     if self.upright is None: return mask
     to = nib.as_closest_canonical(self.like)
-    im = resample_from_to(nib.Nifti1Image(mask, self.upright), (to.shape[:3], to.affine), order=0)
+    im = resample_from_to(nib.Nifti1Image(mask, self.upright),
+        (to.shape[:3], to.affine), order=0)
     return np.asarray(im.dataobj)
 
 @patch
@@ -92,11 +93,13 @@ def read_dicom(path, pixels=True):
         if not pixels: return d
         a = d.pixel_array.T*np.float32(d.get('RescaleSlope', 1))
         return a + np.float32(d.get('RescaleIntercept', 0))
-    except Exception as e: raise known('scans.dicom', path, kind=type(e).__name__, e=e) from e
+    except Exception as e: raise known('scans.dicom', path, kind=type(e).__name__,
+        e=e) from e
 
 PLACE = 'ImagePositionPatient','ImageOrientationPatient','PixelSpacing'
 
-def files_in(folder): return [p for p in list_files(folder) if p.parent==Path(folder)]
+def files_in(folder): return [p for p in list_files(folder)
+    if p.parent==Path(folder)]
 
 # %% ../nbs/library/17_scans.ipynb #e
 def dicom_series(folder)->dict:
@@ -111,7 +114,8 @@ def dicom_series(folder)->dict:
         if h.get('NumberOfFrames', 1)!=1: wrong.append('several frames')
         if h.get('SamplesPerPixel', 1)!=1: wrong.append('colours')
         need(not wrong, 'scans.no_slice', p, wrong=', '.join(wrong))
-        own = np.array([h.Rows, h.Columns, *h.ImageOrientationPatient, *h.PixelSpacing], float)
+        own = np.array([h.Rows, h.Columns, *h.ImageOrientationPatient,
+                *h.PixelSpacing], float)
         grid = own if grid is None else grid
         need(abs(own-grid).max()<=1e-3, 'scans.one_stack', p)
     return heads
@@ -130,7 +134,8 @@ def dicom_affine(heads)->tuple:
         gaps = np.diff(at@normal)
         lo,hi = gaps.min(), gaps.max()
         found = f'slices {lo:g} to {hi:g} mm apart' if lo>=1e-3 else 'two images at one place'
-        need(lo>=1e-3 and hi-lo<=.1*np.median(gaps), 'scans.gaps', files[0].parent, found=found)
+        need(lo>=1e-3 and hi-lo<=.1*np.median(gaps), 'scans.gaps', files[0].parent,
+            found=found)
         step = (at[-1]-at[0])/len(gaps)
     dy,dx = map(float, h.PixelSpacing)
     lps = from_matvec(np.stack([right*dx, down*dy, step], 1), at[0])
@@ -154,7 +159,8 @@ MOST_TILT = 15. # degrees
 
 def sequence_files(files, names)->dict:
     "Volumes whose names end in those of sequences"
-    ends = {re.split('[_.-]', stem_of(p).lower())[-1]: p for p in reversed(files) if is_volume(p)}
+    ends = {re.split('[_.-]', stem_of(p).lower())[-1]: p for p in reversed(files)
+        if is_volume(p)}
     return {c: ends[c.lower()] for c in names if c.lower() in ends}
 
 def volume_files(path, channels):
@@ -165,12 +171,14 @@ def volume_files(path, channels):
         return [path]
     found = sequence_files(files_in(path), channels)
     lost = ' or _'.join(c for c in channels if c not in found)
-    need(not many or not lost, 'scans.lost', path, lost=lost, channels=', '.join(channels))
+    need(not many or not lost, 'scans.lost', path, lost=lost,
+        channels=', '.join(channels))
     return list(found.values())
 
 def turned_upright(a, affine)->tuple:
     "Volumes along the axes of the body, without the empty corners that turning leaves"
-    ups = [resample_to_output(nib.Nifti1Image(o, affine), voxel_sizes(affine), order=1) for o in a]
+    ups = [resample_to_output(nib.Nifti1Image(o, affine), voxel_sizes(affine),
+            order=1) for o in a]
     a = [np.asarray(o.dataobj).round().clip(0, 255).astype(np.uint8) for o in ups]
     seen = np.any([o>10 for o in a], 0).astype(np.uint8)
     box = (ndi.find_objects(seen) or [np.s_[:,:,:]])[0]
@@ -187,7 +195,8 @@ def read_volume_scan(path, name, channels)->Scan:
     first = ims[0]
     for f,im in zip(files, ims):
         same = im.shape==first.shape and np.allclose(im.affine, first.affine, atol=1e-3)
-        need(same, 'scans.grid', f, shape=times(im.shape), want=times(first.shape), first=files[0].name)
+        need(same, 'scans.grid', f, shape=times(im.shape), want=times(first.shape),
+            first=files[0].name)
     h = like.header
     oriented = 'sform_code' not in h or bool(h['sform_code'] or h['qform_code'])
     if not oriented: notes.append(say('scans.no_up'))
@@ -208,14 +217,16 @@ def known_spacings(root):
     "mm per pixel by subject and scan, if a data folder's `cohort.json` tells; at None that of all"
     try: d = cohort(root)
     except DataError: d = {}
-    each = {(o.get('subject'), o.get('scan')): o.get('spacing') for o in d.get('scans', [])}
+    each = {(o.get('subject'), o.get('scan')): o.get('spacing')
+        for o in d.get('scans', [])}
     return {None: d.get('spacing'), **each}
 
 def read_picture_scan(path, name, channels, packed, spacing)->Scan:
     names,image = packed or channels, path
     if packed or len(channels)>1:
         n = (*decode(path, keep=True).shape, 1)[2]
-        need(n in (1, len(names)), 'scans.channels', path, n=plural(n, 'channel'), want=len(names))
+        need(n in (1, len(names)), 'scans.channels', path, n=plural(n, 'channel'),
+            want=len(names))
         if n>1: image = Pixels(path, channels=map(names.index, channels))
     there = known_spacings(path.absolute().parent.parent)
     mm = spacing or there.get(tuple(stem_of(path).split('-')[:2])) or there[None]
@@ -228,7 +239,8 @@ def read_scan(path, spacing=None, channels=(), packed=(), name=None)->Scan:
     name = name or stem_of(path)
     need(path.exists(), 'scans.no_file', path)
     if path.is_dir() or is_volume(path): return read_volume_scan(path, name, channels)
-    if is_picture(path): return read_picture_scan(path, name, channels, tuple(packed), spacing)
+    if is_picture(path): return read_picture_scan(path, name, channels,
+        tuple(packed), spacing)
     need(not is_dicom(path), 'scans.one_dicom', path, folder=path.parent)
     raise known('scans.ending', path, ending=path.suffix or '(none)')
 
@@ -242,7 +254,8 @@ def scans_among(files, channels, all_inputs)->list:
     wanted = [found[c] for c in channels if c in found]
     if len(channels)>1 and wanted: return [folder]
     if len(channels)==1 and len(found)>1: return wanted
-    res = [p for p in files if (is_volume(p) or is_picture(p)) and not NO_SCAN.fullmatch(stem_of(p))]
+    res = [p for p in files if (is_volume(p) or is_picture(p))
+        and not NO_SCAN.fullmatch(stem_of(p))]
     return res + [folder]*any(map(is_dicom, files))
 
 def scans_below(root, channels, all_inputs)->list:

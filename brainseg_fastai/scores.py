@@ -16,10 +16,12 @@ from .intervals import bootstrap_t
 # %% ../nbs/library/08_scores.ipynb #b
 def empty_score(true_empty, pred_empty, diagonal)->dict|None:
     if true_empty and pred_empty: return dict(dice=1, jaccard=1, hd95=0, nsd=1)
-    if true_empty or pred_empty: return dict(dice=0, jaccard=0, hd95=diagonal, nsd=0)
+    if true_empty or pred_empty: return dict(dice=0, jaccard=0, hd95=diagonal,
+        nsd=0)
 
 # %% ../nbs/library/08_scores.ipynb #c
-EMPTY_POLICY = say('scores.empty', both=empty_score(True, True, 0), one=empty_score(True, False, 'the image diagonal'))
+EMPTY_POLICY = say('scores.empty', both=empty_score(True, True, 0),
+    one=empty_score(True, False, 'the image diagonal'))
 NSD_TOLERANCE = 1. # mm where the spacing is known, else pixels
 TOLERANCE_POLICY = say('scores.tolerance', tolerance=NSD_TOLERANCE)
 
@@ -39,12 +41,14 @@ def surface_scores(pred, truth, spacing, tolerance=None)->dict:
     tol = NSD_TOLERANCE if tolerance is None else tolerance
     box = ndi.find_objects((pred|truth).astype(np.uint8))[0]
     masks = [pred[box],truth[box]]
-    a,b = (np.argwhere(np.asarray(e))*spacing for e in get_mask_edges(*masks, crop=False))
+    a,b = (np.argwhere(np.asarray(e))*spacing
+        for e in get_mask_edges(*masks, crop=False))
     far = [np.percentile(KDTree(p).query(q)[0], 95) for p,q in ((a,b), (b,a))]
     both = [torch.from_numpy(m[None,None].astype(np.float32)) for m in masks]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning) # MONAI's, of its own argument
-        nsd = compute_surface_dice(*both, [tol], include_background=True, spacing=[float(s) for s in spacing])
+        nsd = compute_surface_dice(*both, [tol], include_background=True,
+            spacing=[float(s) for s in spacing])
     return dict(hd95=float(max(far)), nsd=float(nsd))
 
 def score_structure(pred, truth, spacing, tolerance=None)->dict:
@@ -60,12 +64,14 @@ def code_map(mask, n_codes):
     m = np.asarray(mask)
     if m.dtype==bool: m = m.astype(np.uint8)
     ok = m.dtype.kind in 'iu' and m.size and 0<=m.min() and m.max()<n_codes
-    need(ok, 'scores.codes', 'A mask', dtype=m.dtype, values=few(np.unique(m)), last=n_codes-1)
+    need(ok, 'scores.codes', 'A mask', dtype=m.dtype, values=few(np.unique(m)),
+        last=n_codes-1)
     return m
 
 def known_spacing(spacing, ndim):
     "Spacing along each axis and its unit: 'mm' if it is known, else ones and 'px'"
-    s = np.broadcast_to(np.asarray(np.nan if spacing is None else spacing, float), ndim)
+    s = np.broadcast_to(np.asarray(np.nan if spacing is None else spacing, float),
+        ndim)
     if not np.isfinite(s).all(): return np.ones(ndim),'px'
     need((s>0).all(), 'scores.spacing', 'The pixel spacing', spacing=s.tolist())
     return s,'mm'
@@ -84,18 +90,23 @@ def score_mask(
 )->dict: # `METRICS`, size_true, size_pred, unit, n_true, n_pred, n_both, `PARTS`
     "All scores of one case; `hd95` is in `unit`, sizes in its square, of volumes in its cube"
     pred,truth = code_map(pred, n_codes),code_map(truth, n_codes)
-    need(pred.shape==truth.shape and pred.ndim in (2,3), 'scores.shapes', 'The prediction',
+    need(pred.shape==truth.shape and pred.ndim in (2,3), 'scores.shapes',
+        'The prediction',
         pred=pred.shape, truth=truth.shape)
     sp,unit = known_spacing(spacing, pred.ndim)
     regions = regions or {str(c): [c] for c in range(1, n_codes)}
-    parts = {k: score_structure(np.isin(pred, v), np.isin(truth, v), sp, tolerance) for k,v in regions.items()}
+    parts = {k: score_structure(np.isin(pred, v), np.isin(truth, v), sp, tolerance)
+        for k,v in regions.items()}
     there = {k: o for k,o in parts.items() if o['n_true'] or o['n_pred']}
-    res = {m: float(np.mean([o[m] for o in (there or parts).values()])) for m in METRICS}
+    res = {m: float(np.mean([o[m] for o in (there or parts).values()]))
+        for m in METRICS}
     n = {k: sum(o[k] for o in parts.values()) for k in ('n_true','n_pred','n_both')}
     pixel = float(sp.prod())
-    res |= dict(size_true=n['n_true']*pixel, size_pred=n['n_pred']*pixel, unit=unit, **n)
+    res |= dict(size_true=n['n_true']*pixel, size_pred=n['n_pred']*pixel, unit=unit,
+        **n)
     for k,o in parts.items():
-        if len(parts)>1: res |= {f'{m}_{k}': o[m] if k in there else np.nan for m in ('dice','hd95')}
+        if len(parts)>1: res |= {f'{m}_{k}': o[m] if k in there else np.nan
+            for m in ('dice','hd95')}
         if unit=='mm' and pred.ndim==3: res[f'volume_diff_{k}'] = (o['n_pred']-o['n_true'])*(pixel/1000)
     return res
 
@@ -122,7 +133,9 @@ def summarise_scores(
         x = scores.groupby(by)[m].mean().dropna()
         if x.empty: continue # a structure that nobody has
         top = 1 if m.startswith(('dice','jaccard','nsd')) else np.inf # no Dice above 1
-        low,high = np.clip(bootstrap_t(x)[:2], -np.inf if m.startswith('volume') else 0, top)
+        low,high = np.clip(bootstrap_t(x)[:2],
+            -np.inf if m.startswith('volume') else 0, top)
         rows[m] = dict(mean=x.mean(), low=low, high=high, n=len(x))
-    rows['pooled_dice'] = dict(mean=pooled_dice(scores), low=np.nan, high=np.nan, n=scores[by].nunique())
+    rows['pooled_dice'] = dict(mean=pooled_dice(scores), low=np.nan, high=np.nan,
+        n=scores[by].nunique())
     return pd.DataFrame(rows).T.astype({'n': int})

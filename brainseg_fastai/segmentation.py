@@ -35,7 +35,8 @@ def subjects_of(items):
     "Subjects of a case table, or of paths with ADNI names"
     return list(items['subject']) if isinstance(items, pd.DataFrame) else [subject_id(o) for o in items]
 
-def both_sides(parts): return tuple(L(np.flatnonzero(parts==o).tolist()) for o in ('train','valid'))
+def both_sides(parts): return tuple(L(np.flatnonzero(parts==o).tolist())
+    for o in ('train','valid'))
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #c
 class SubjectSplitter:
@@ -47,13 +48,15 @@ class SubjectSplitter:
         previous=None  # Earlier split, table or CSV file, to keep to
     ):
         store_attr()
-        self.parts = [(p,pct) for p,pct in (('test',test_pct), ('valid',valid_pct)) if pct]
+        self.parts = [(p,pct) for p,pct in (('test',test_pct), ('valid',valid_pct))
+            if pct]
 
     def known(self):
         "Part of each subject of the earlier split"
         if self.previous is None: return {}
         old = read_split(self.previous)
-        need(old['fold'].nunique()<2, 'segmentation.one_fold', n=old['fold'].nunique())
+        need(old['fold'].nunique()<2, 'segmentation.one_fold',
+            n=old['fold'].nunique())
         return dict(old[['subject','split']].itertuples(index=False))
 
     def assign(self,
@@ -69,12 +72,15 @@ class SubjectSplitter:
     def take(self, i, counts, res, new):
         "Subjects for part `i`: those that bring its share of the images closest to what is wanted"
         part,pct = self.parts[i]
-        target = pct*sum(counts.values()) - sum(counts[s] for s,p in res.items() if p==part)
+        target = pct*sum(counts.values()) - sum(counts[s] for s,p in res.items()
+            if p==part)
         left = {s: counts[s] for s in new if s not in res}
         later = sum(p not in res.values() for p,_ in self.parts[i+1:])
         spare = len(left) - ('train' not in res.values()) - later
-        if part in res.values() and (spare<1 or target < .5*min(left.values(), default=1)): return []
-        need(spare>0, 'segmentation.too_few', n=len(counts), parts=len(self.parts)+1, part=part)
+        if part in res.values() and (spare<1
+            or target < .5*min(left.values(), default=1)): return []
+        need(spare>0, 'segmentation.too_few', n=len(counts),
+            parts=len(self.parts)+1, part=part)
         res = closest_subset(left, max(target, 1))
         return res if len(res)<=spare else closest_but(left, target, len(left)-spare)
 
@@ -90,7 +96,8 @@ class PrefixSplitter:
     "Validation subjects are those whose ID starts with `prefix`"
     def __init__(self, prefix): self.prefix = prefix
     def __call__(self, items):
-        return both_sides(np.where([s.startswith(self.prefix) for s in subjects_of(items)], 'valid', 'train'))
+        return both_sides(np.where([s.startswith(self.prefix)
+                    for s in subjects_of(items)], 'valid', 'train'))
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #e
 ENOUGH_SUBJECTS = 10 # fewer test subjects than this cannot carry a verdict
@@ -110,22 +117,27 @@ def split_cases(
     groups = dict.fromkeys(subjects, 0)
     if stratify: groups = cases.groupby('subject')[stratify].agg(lambda o: o.mode().iloc[0]).to_dict()
     if folds in (None,1):
-        splitter = SubjectSplitter(valid_pct, test_pct, seed, old_fold(old, 0, folds))
+        splitter = SubjectSplitter(valid_pct, test_pct, seed,
+            old_fold(old, 0, folds))
         if folds==1 or subjects.nunique()>=ENOUGH_SUBJECTS:
             one = by_group(splitter.assign, subjects, groups)
             if folds==1 or list(one.values()).count('test')>=ENOUGH_SUBJECTS: return split_table(cases, [one])
         folds = 3
     home = tested_folds(subjects, folds, seed, old, groups)
-    return split_table(cases, [fold_parts(subjects, home, f, valid_pct, seed, old_fold(old, f, folds), groups)
+    return split_table(cases,
+        [fold_parts(subjects, home, f, valid_pct, seed,
+                old_fold(old, f, folds), groups)
         for f in range(folds)])
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #f
 def fold_parts(subjects, home, f, valid_pct, seed, old, groups):
     "Part of each subject in one fold"
     rest = subjects[subjects.map(home)!=f]
-    need(rest.nunique()>1, 'segmentation.small_fold', f=f+1, folds=max(home.values())+1)
+    need(rest.nunique()>1, 'segmentation.small_fold', f=f+1,
+        folds=max(home.values())+1)
     stay = None if old is None else old[old['split']!='test']
-    parts = by_group(SubjectSplitter(valid_pct, 0, seed+f, stay).assign, rest, groups)
+    parts = by_group(SubjectSplitter(valid_pct, 0, seed+f, stay).assign, rest,
+        groups)
     return parts | {s: 'test' for s,g in home.items() if g==f}
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #g
@@ -135,7 +147,8 @@ class ReadCases:
     def __call__(self, source):
         if not isinstance(source, pd.DataFrame): return adni_cases(source, self.inputs, self.subject)
         res = source[source['inputs']==self.inputs].reset_index(drop=True)
-        need(len(res), 'segmentation.no_images', inputs=self.inputs, there=few(sorted(set(source['inputs']))))
+        need(len(res), 'segmentation.no_images', inputs=self.inputs,
+            there=few(sorted(set(source['inputs']))))
         return res
 
 def split_column(items):
@@ -147,7 +160,8 @@ class FramedBlock(DataBlock):
     frame = Frame()
     def framed(self, dls):
         items = dls.train_ds.items
-        dls.frame = replace(self.frame, spacing=training_spacing(items), field=training_field(items))
+        dls.frame = replace(self.frame, spacing=training_spacing(items),
+            field=training_field(items))
         return dls
     def dataloaders(self, source, **kwargs): return self.framed(super().dataloaders(source, **kwargs))
     def weighted_dataloaders(self, source, wgts, **kwargs):
@@ -185,7 +199,8 @@ def brainseg_learner(
 )->Learner: # `learn.pretrained` tells whether ImageNet weights were used
     "A learner of the network and recipe that the settings name"
     frame,n_out = dls.frame, len(dls.frame.codes)
-    given = {f.name: kwargs.pop(f.name) for f in fields(Settings) if f.name in kwargs}
+    given = {f.name: kwargs.pop(f.name) for f in fields(Settings)
+        if f.name in kwargs}
     s = replace(settings or Settings(size=frame.size), **given)
     resnet = s.dims==2 and s.arch in RESNETS
     light = resnet and s.recipe=='light'
@@ -204,7 +219,8 @@ def brainseg_learner(
     return learn
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #j
-def scans_of(cases): return (g for _,g in cases.groupby(['subject','scan'], sort=False))
+def scans_of(cases): return (g
+    for _,g in cases.groupby(['subject','scan'], sort=False))
 
 def from_volume(case): return pixels_of(case.image).index is not None
 
@@ -215,7 +231,8 @@ def predict_some(model, cases, flips):
     for i,(a,mm) in enumerate(zip(images, cases['spacing'])):
         groups.setdefault((fit_of(a[None], mm, model.frame), a.shape), []).append(i)
     for (fit,_),ids in groups.items():
-        masks = predict(model, np.stack([images[i] for i in ids]), flips=flips, fit=fit)
+        masks = predict(model, np.stack([images[i] for i in ids]), flips=flips,
+            fit=fit)
         res |= dict(zip(ids, masks.each()))
     return [res[i] for i in range(len(images))]
 
@@ -255,7 +272,8 @@ def predict_scans(model, cases, flips=True):
     "As `predict_cases`, with the slices of each scan put together"
     for g in scans_of(cases):
         parts = zip(*(masks for _,masks in predict_cases(model, g, flips)))
-        yield whole_scan(g), Masks(*(None if o[0] is None else slices_to_volume(o, g) for o in parts))
+        yield whole_scan(g), Masks(*(None if o[0] is None
+                else slices_to_volume(o, g) for o in parts))
 
 def save_prediction(classes, case, folder, codes)->Path:
     "Write a predicted mask below `folder`, named as its case"
@@ -276,11 +294,15 @@ def score_cases(
     "Predict and score every case against its mask"
     model,rows = model_of(model), []
     codes,n = model.codes, len(model.codes)
-    parts = regions and {k: tuple(codes.index(o) for o in v if o in codes) for k,v in regions.items()}
+    parts = regions and {k: tuple(codes.index(o) for o in v if o in codes)
+        for k,v in regions.items()}
     joined = per=='volume' and from_volume(cases.iloc[0])
     for case,masks in (predict_scans if joined else predict_cases)(model, cases):
-        d = {k: getattr(case, k) for k in ('subject','scan','slice','image','mask','label') if hasattr(case, k)}
-        d |= score_mask(masks.mask, read_mask(case.mask, codes), spacing=case.spacing,
+        d = {k: getattr(case, k)
+            for k in ('subject','scan','slice','image','mask','label')
+            if hasattr(case, k)}
+        d |= score_mask(masks.mask, read_mask(case.mask, codes),
+            spacing=case.spacing,
             tolerance=tolerance, n_codes=n, regions=parts)
         if save_to: d['prediction'] = str(save_prediction(masks.mask, case, save_to, codes))
         if quality: d['quality'] = agreement(masks.plain, masks.mirrored, n)

@@ -57,11 +57,13 @@ class Settings:
             if k=='sampling' and self.mode=='slice': known = known[:2]
             v = getattr(self, k)
             need(v in known, 'settings.choice', k=k, v=v, known=', '.join(known))
-        need(self.recipe!='published' or self.dims==2 and self.resnet, 'settings.published', arch=self.arch)
+        need(self.recipe!='published' or self.dims==2 and self.resnet,
+            'settings.published', arch=self.arch)
         make_steps(self.steps)
         if self.loss: parse_loss(self.loss)
         if self.dims==2 or not self.resnet:
-            check_size(self.arch, self.shape or 128, self.dims, self.depth, self.width)
+            check_size(self.arch, self.shape or 128, self.dims, self.depth,
+                self.width)
 
 # %% ../nbs/library/10_settings.ipynb #d
 @patch(as_prop=True)
@@ -86,7 +88,8 @@ def filled(self:Settings, n):
     seen = n - n%min(how['bs'], n) # an epoch leaves out the last, incomplete batch
     epochs = how.get('epochs') or max(how['min_epochs'], round(how['views']/seen))
     bs = dict(slice=how['bs'], patch=2, volume=1)[s.mode]
-    return replace(s, bs=min(s.bs or bs, n), epochs=s.epochs or (60 if s.dims==3 else epochs))
+    return replace(s, bs=min(s.bs or bs, n),
+        epochs=s.epochs or (60 if s.dims==3 else epochs))
 
 @patch
 def key(self:Settings, *more): return digest(asdict(self), *more)
@@ -95,7 +98,8 @@ def key(self:Settings, *more): return digest(asdict(self), *more)
 def read_value(name, text):
     "The value of a field that a text such as '256' or '64,64,64' stands for"
     kind = {f.name: f.type for f in fields(Settings)}[name]
-    def ok(good, expected): need(good, 'settings.value', name=name, text=text, expected=expected)
+    def ok(good, expected): need(good, 'settings.value', name=name, text=text,
+        expected=expected)
     if kind is bool:
         ok(text.lower() in BOOLS, 'true or false')
         return BOOLS[text.lower()]
@@ -103,7 +107,8 @@ def read_value(name, text):
     ns = [int(o) if o.isascii() and o.isdigit() else -1 for o in text.split(',')]
     n,what = (3,'three whole numbers, such as 64,64,64') if kind is tuple else (1,'a whole number from 1 up')
     ok(len(ns)==n and min(ns)>=(name!='seed'), what)
-    ok(name!='size' or ns[0]>=64 and ns[0]%32==0, 'a multiple of 32 from 64 up, such as 256')
+    ok(name!='size' or ns[0]>=64 and ns[0]%32==0,
+       'a multiple of 32 from 64 up, such as 256')
     return tuple(ns) if kind is tuple else ns[0]
 
 BOOLS = dict(true=True, yes=True, false=False, no=False) | {'1': True, '0': False}
@@ -126,7 +131,8 @@ def parse_settings(
 
 @patch
 def __str__(self:Settings):
-    given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name)!=f.default}
+    given = {f.name: getattr(self, f.name) for f in fields(self)
+        if getattr(self, f.name)!=f.default}
     return ' '.join(f'{k}={value_text(v)}' for k,v in given.items())
 
 # %% ../nbs/library/10_settings.ipynb #g
@@ -141,11 +147,13 @@ def add_flags(parser):
     for f in fields(Settings):
         about = helps[f.name] or '' # there is none in a notebook
         if f.type is bool:
-            parser.add_argument(f'--no-{f.name}', dest=f.name, action='store_false', help=about)
+            parser.add_argument(f'--no-{f.name}', dest=f.name, action='store_false',
+                help=about)
             continue
         names = [f'--{f.name}', *['--kind']*(f.name=='inputs')] # a kind: a folder of slices
         usual = f' (default {value_text(f.default)})' if f.default else ''
-        how = dict(type=reader(f.name), metavar={int: 'N', tuple: 'X,Y,Z', str: 'NAME'}[f.type])
+        how = dict(type=reader(f.name),
+            metavar={int: 'N', tuple: 'X,Y,Z', str: 'NAME'}[f.type])
         if f.name in CHOICES: how = dict(choices=CHOICES[f.name])
         parser.add_argument(*names, default=f.default, help=about+usual, **how)
 

@@ -15,7 +15,8 @@ from .core import (
 from .images import is_volume, load_volume, stem_of, to_bytes
 
 # %% ../nbs/library/18_slices.ipynb #b
-ventricles = {4: 'Left-Lateral-Ventricle', 5: 'Left-Inf-Lat-Vent', 14: '3rd-Ventricle',
+ventricles = {4: 'Left-Lateral-Ventricle', 5: 'Left-Inf-Lat-Vent',
+    14: '3rd-Ventricle',
     15: '4th-Ventricle', 43: 'Right-Lateral-Ventricle', 44: 'Right-Inf-Lat-Vent'}
 choroid_plexus = {31: 'Left-choroid-plexus', 63: 'Right-choroid-plexus'}
 NAMES = 'T1','brainmask','aseg'
@@ -35,7 +36,8 @@ def scan_of(name, subject=None)->tuple:
     usual = re.match(r'(\d{3}_S_\d{4,5}(?!\d)|sub-[A-Za-z0-9]+)', name) # ADNI, BIDS
     m = re.search(subject, name) if subject else usual
     person = m[1] if m else '' if subject else base or name
-    need(person and clean(person), 'slices.no_subject', name, rule=subject or 'anything')
+    need(person and clean(person), 'slices.no_subject', name,
+        rule=subject or 'anything')
     rest = clean((scan if base else name).replace(person, '', 1))
     return clean(person),rest or 'T1'
 
@@ -54,14 +56,16 @@ def incomplete(folder, prefix, names):
     lost = [prefix+o for o in names if not volume_named(folder, prefix+o)]
     brain = volume_named(folder, f'{prefix}brain')
     if brain and f'{prefix}brainmask' in lost: return known('slices.brain', brain)
-    if lost: return known('slices.lost', folder, lost=' and no '.join(lost), names=few(names), ends=few(ENDS))
+    if lost: return known('slices.lost', folder, lost=' and no '.join(lost),
+        names=few(names), ends=few(ENDS))
 
 # %% ../nbs/library/18_slices.ipynb #e
 def check_subject_rule(subject):
     "Refuse what is no regular expression with one group"
     try: n = re.compile(subject or '()').groups
     except re.error as e: n = e
-    need(n==1, 'slices.rule', 'subject', subject=subject, n=f'{n} groups' if isinstance(n, int) else n)
+    need(n==1, 'slices.rule', 'subject', subject=subject,
+        n=f'{n} groups' if isinstance(n, int) else n)
 
 def find_scans(subjects_dir, folders='*', subject=None, names=NAMES)->list:
     root,res = Path(subjects_dir),{}
@@ -69,13 +73,16 @@ def find_scans(subjects_dir, folders='*', subject=None, names=NAMES)->list:
     need(root.is_dir(), 'slices.no_folder', root)
     for d,prefix,name in places(root, folders, names):
         who,where = scan_of(name, subject),(d/prefix).relative_to(root).as_posix()
-        need(who not in res, 'slices.twice', root/where, who=who, other=res.get(who, {}).get('folder'))
+        need(who not in res, 'slices.twice', root/where, who=who,
+            other=res.get(who, {}).get('folder'))
         paths = [volume_named(d, prefix+o) for o in names]
-        res[who] = dict(zip(KINDS, paths), subject=who[0], scan=who[1], folder=where,
+        res[who] = dict(zip(KINDS, paths), subject=who[0], scan=who[1],
+            folder=where,
             error=incomplete(d, prefix, names), files=[p.relative_to(root).as_posix() for p in paths if p])
     need(res, 'slices.no_scan', root, name=names[0])
     found = [o['folder'] for o in res.values()]
-    for f in found: need(not any(o.startswith(f'{f}.long.') for o in found), 'slices.long', root, folder=f)
+    for f in found: need(not any(o.startswith(f'{f}.long.') for o in found),
+        'slices.long', root, folder=f)
     return list(res.values())
 
 # %% ../nbs/library/18_slices.ipynb #f
@@ -86,7 +93,8 @@ def load_scan(scan, labels)->dict:
     a = ims[0]
     for im,k in zip(ims, KINDS):
         same = im.shape==a.shape and np.allclose(im.affine, a.affine, atol=1e-3)
-        need(same, 'slices.grid', scan[k], shape=times(im.shape), affine=im.affine.round(3).tolist(),
+        need(same, 'slices.grid', scan[k], shape=times(im.shape),
+            affine=im.affine.round(3).tolist(),
             want=times(a.shape), there=a.affine.round(3).tolist(), name=scan['orig'].name)
     t1,brain,seg = (np.asanyarray(im.dataobj) for im in ims)
     need((seg==np.round(seg)).all(), 'slices.halves', scan['mask'])
@@ -94,7 +102,8 @@ def load_scan(scan, labels)->dict:
     brain,mask = brain>int(by_hand),np.isin(seg, labels)
     need(brain.any(), 'slices.no_brain', scan['brain'])
     need(mask.any(), 'slices.no_label', scan['mask'], labels=few(labels, 99))
-    return dict(orig=to_bytes(t1), brain=brain, mask=mask, mm=nib.affines.voxel_sizes(a.affine).round(5))
+    return dict(orig=to_bytes(t1), brain=brain, mask=mask,
+        mm=nib.affines.voxel_sizes(a.affine).round(5))
 
 # %% ../nbs/library/18_slices.ipynb #g
 heights = dict(largest=None, height=63., fraction=.585)
@@ -137,9 +146,11 @@ def slice_scan(scan, out, labels, **rule)->list:
 # %% ../nbs/library/18_slices.ipynb #i
 def checked_rule(rule, height, n, gap):
     "Refuse what is no rule; the rule with its height"
-    def check(ok, found, expected): need(ok, 'slices.option', 'slices', found=found, expected=expected)
+    def check(ok, found, expected): need(ok, 'slices.option', 'slices', found=found,
+        expected=expected)
     check(rule in heights, f'the rule {rule!r}', few(heights))
-    check(rule!='largest' or height is None, f'height={height} for the rule largest', 'another rule')
+    check(rule!='largest' or height is None,
+        f'height={height} for the rule largest', 'another rule')
     height = heights[rule] if height is None else float(height)
     most,words = (1,'between 0 and 1') if rule=='fraction' else (300,'mm below the top of the brain')
     check(rule=='largest' or 0<height<most, f'height={height}', words)
@@ -199,7 +210,9 @@ def make_slices(
 )->pd.DataFrame:    # A row per slice, as in slices.csv
     "Slices in the layout of `adni_cases` from volumes with labels"
     out,rule = Path(out).expanduser(),checked_rule(rule, height, n, gap)
-    need(not out.exists() or out.is_dir() and not any(out.iterdir()), 'slices.out', out)
-    labels = [int(o) for o in labels or [*ventricles, *(choroid_plexus if choroid else ())]]
+    need(not out.exists() or out.is_dir() and not any(out.iterdir()), 'slices.out',
+        out)
+    labels = [int(o) for o in labels
+        or [*ventricles, *(choroid_plexus if choroid else ())]]
     scans = find_scans(subjects_dir, folders, subject, names)
     with written_folder(out) as tmp: return write_slices(scans, tmp, labels, rule, skip, workers, progress)

@@ -50,7 +50,8 @@ def read_split(split)->pd.DataFrame:
     "A split made earlier, checked"
     name = 'split table' if isinstance(split, pd.DataFrame) else str(split)
     if not isinstance(split, pd.DataFrame):
-        try: split = pd.read_csv(split, dtype={'subject':str}, keep_default_na=False, encoding='utf-8-sig')
+        try: split = pd.read_csv(split, dtype={'subject':str},
+            keep_default_na=False, encoding='utf-8-sig')
         except (OSError, ValueError) as e: raise known('splits.csv', file=split, e=e) from e
     bad = {'subject','split'}-set(split.columns) or set(split['split'])-{'train','valid','test'}
     need(not bad, 'splits.columns', name=name, bad=few(sorted(bad)))
@@ -74,7 +75,8 @@ def split_table(cases:pd.DataFrame, folds)->pd.DataFrame:
     "Split table of the images of `cases`; each fold: the side of each subject"
     names = [case_name(o) for o in cases.itertuples()]
     subject = cases['subject'].tolist()
-    parts = [pd.DataFrame(dict(image=names, subject=subject, split=[sides.get(s) for s in subject], fold=f))
+    parts = [pd.DataFrame(dict(image=names, subject=subject,
+                split=[sides.get(s) for s in subject], fold=f))
         for f,sides in enumerate(folds)]
     res = pd.concat(parts, ignore_index=True)
     assert_apart(res)
@@ -82,7 +84,8 @@ def split_table(cases:pd.DataFrame, folds)->pd.DataFrame:
 
 def same_split(cases:pd.DataFrame, split:pd.DataFrame)->pd.DataFrame:
     "Split table of other images, every subject of which is where `split` says"
-    folds = [dict(g[['subject','split']].itertuples(index=False)) for _,g in split.groupby('fold')]
+    folds = [dict(g[['subject','split']].itertuples(index=False))
+        for _,g in split.groupby('fold')]
     return split_table(cases, folds)
 
 # %% ../nbs/library/19_splits.ipynb #e
@@ -117,11 +120,14 @@ def old_fold(old, f, folds):
 
 def tested_folds(subjects, folds, seed, old, groups):
     counts = subjects.value_counts().sort_index().to_dict()
-    need(len(counts)>=max(3, folds), 'splits.too_few', n=len(counts), folds=folds, least=max(3, folds))
-    home = {} if old is None else dict(old.loc[old['split']=='test', ['subject','fold']].itertuples(index=False))
+    need(len(counts)>=max(3, folds), 'splits.too_few', n=len(counts), folds=folds,
+        least=max(3, folds))
+    home = {} if old is None else dict(old.loc[old['split']=='test',
+            ['subject','fold']].itertuples(index=False))
     home = {s: f for s,f in home.items() if s in counts}
     new = np.random.default_rng(seed).permutation([s for s in counts if s not in home])
-    return fill_folds(counts, groups, folds, sorted(new, key=lambda s: -counts[s]), home) # the largest first
+    return fill_folds(counts, groups, folds, sorted(new, key=lambda s: -counts[s]),
+        home) # the largest first
 
 # %% ../nbs/library/19_splits.ipynb #g
 def image_split(

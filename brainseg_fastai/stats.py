@@ -17,11 +17,13 @@ from .scores import METRICS, pooled_dice
 KEYS = ['subject','scan','slice','fold','repeat'] # what tells cases apart
 
 def keyed(scores, metric='dice')->pd.DataFrame:
-    need({'subject',metric} <= set(scores), 'stats.columns', 'A score table', columns=list(scores), metric=metric)
+    need({'subject',metric} <= set(scores), 'stats.columns', 'A score table',
+        columns=list(scores), metric=metric)
     variants = scores['variant'].unique() if 'variant' in scores else ()
     need(len(variants)<2, 'stats.variants', 'A score table', variants=few(variants))
     bad = scores.subject[~np.isfinite(scores[metric].astype(float))]
-    need(bad.empty, 'stats.infinite', 'A score table', metric=metric, bad=few(bad, 1))
+    need(bad.empty, 'stats.infinite', 'A score table', metric=metric,
+        bad=few(bad, 1))
     d = scores.assign(**{k: scores[k].astype(str) for k in KEYS[:3] if k in scores})
     for k in ('fold','seed'):
         if k not in d: d[k] = 0
@@ -38,7 +40,8 @@ def paired_differences(a, b, metric='dice')->pd.DataFrame:
     a,b = (d[keys].assign(x=d[metric].astype(float)) for d in (a,b))
     pairs = a.merge(b, on=keys).rename(columns=dict(x_x='a', x_y='b'))
     first,second = (d[keys].head(1).values.tolist() for d in (a,b))
-    need(len(pairs), 'stats.no_pair', 'The two score tables', first=first, second=second, keys=', '.join(keys))
+    need(len(pairs), 'stats.no_pair', 'The two score tables', first=first,
+        second=second, keys=', '.join(keys))
     return pairs.assign(diff=pairs.a-pairs.b).sort_values(keys, ignore_index=True)
 
 def subject_means(diff)->pd.Series:
@@ -65,7 +68,8 @@ def what_would_help(c)->str:
     n,signs = c.subjects_needed,{np.sign(o['difference']) for o in c.by_training}
     if len(signs)>1 and (c.ci95[0]>0 or c.ci95[1]<0): return say('stats.sign_changes')
     if n is None: return say('stats.too_few')
-    return say('stats.narrow' if n<=c.n_subjects else 'stats.more', n=n, margin=c.margin)
+    return say('stats.narrow' if n<=c.n_subjects else 'stats.more', n=n,
+        margin=c.margin)
 
 def verdict_sentence(c)->str:
     "The verdict of a `Comparison` for people"
@@ -77,7 +81,8 @@ def verdict_sentence(c)->str:
     kind = c.verdict if c.verdict in ('equivalent','inconclusive') else 'better'
     facts = say('stats.facts', c=c, one=one, two=two, mean=mean, low=low, high=high,
         n=plural(c.n_subjects, 'test subject'))
-    return say(f'stats.is_{kind}', about=about, one=one, two=two, best=best, other=other, c=c, facts=facts,
+    return say(f'stats.is_{kind}', about=about, one=one, two=two, best=best,
+        other=other, c=c, facts=facts,
         small=say('stats.small', margin=c.margin)*c.by_less_than_margin,
         help=what_would_help(c) if kind=='inconclusive' else '')
 
@@ -106,7 +111,8 @@ def failure_warning(diff)->str|None:
         ordinary,hit = bulk*r.normal(size=size),r.random(size)<rate
         return (ordinary + hit*r.choice(jumps, size) - rate*jumps.mean()).mean(0)
     share = simulate_coverage(draw, n, (1,1), n_boot=999, within=0)['coverage']
-    return say('stats.failures', failed=fail.sum(), all=len(d), why=why, n=n, share=share, only=' only'*(share<.94))
+    return say('stats.failures', failed=fail.sum(), all=len(d), why=why, n=n,
+        share=share, only=' only'*(share<.94))
 
 # %% ../nbs/library/09_statistics.ipynb #g
 SHOWN_AS = {'orig': 'full skull'} # what a variant is called in words
@@ -114,7 +120,8 @@ SHOWN_AS = {'orig': 'full skull'} # what a variant is called in words
 def found_nothing(scores)->list:
     "Trainings that failed as a whole"
     if not {'size_true','size_pred'} <= set(scores): return []
-    show = dict(variant=lambda v: str(SHOWN_AS.get(v, v)), fold=lambda v: f'fold {v+1}', seed=lambda v: f'seed {v}')
+    show = dict(variant=lambda v: str(SHOWN_AS.get(v, v)),
+        fold=lambda v: f'fold {v+1}', seed=lambda v: f'seed {v}')
     by,res = [k for k in show if k in scores],[]
     for keys,g in scores.groupby(by, sort=False) if by else [((), scores)]:
         if g.size_pred.any() or not g.size_true.any(): continue
@@ -131,8 +138,10 @@ def same_input_control(scores)->dict|None:
         if second.empty: continue
         x = subject_means(paired_differences(second, first))
         low,high,p = bootstrap_t(x)
-        seeds = [[first.seed[first.fold==f].iloc[0],o] for f,o in second.groupby('fold').seed.first().items()]
-        return plain(dict(variant=variant, seeds=seeds, n_subjects=len(x), difference=x.mean(), ci95=[low,high], p_value=p))
+        seeds = [[first.seed[first.fold==f].iloc[0],o]
+            for f,o in second.groupby('fold').seed.first().items()]
+        return plain(dict(variant=variant, seeds=seeds, n_subjects=len(x),
+                difference=x.mean(), ci95=[low,high], p_value=p))
 
 # %% ../nbs/library/09_statistics.ipynb #i
 @dataclass(frozen=True)
@@ -171,10 +180,12 @@ class Comparison:
 def paired_means(scores, diff)->dict:
     "Mean over subjects of every metric, and `pooled_dice`, of the paired cases alone"
     s = keyed(scores).merge(diff[[k for k in KEYS if k in diff]])
-    means = {m: float(s.groupby('subject')[m].mean().mean()) for m in METRICS if m in s}
+    means = {m: float(s.groupby('subject')[m].mean().mean()) for m in METRICS
+        if m in s}
     return means | dict(pooled_dice=pooled_dice(s))
 
-def units(*tables): return sorted({u for t in tables if 'unit' in t for u in t.unit.unique()})
+def units(*tables): return sorted({u for t in tables if 'unit' in t
+        for u in t.unit.unique()})
 
 def cautions(tables, diff)->list:
     "What to know beside the verdict"
@@ -202,10 +213,12 @@ def compare_scores(
     diff = paired_differences(a, b)
     x,shown = subject_means(diff),tuple(SHOWN_AS.get(o, o) for o in names)
     *ci95,p = bootstrap_t(x)
-    ci95,ci90 = (tuple(np.clip(o, -1, 1).tolist()) for o in (ci95, bootstrap_t(x, .9)[:2])) # no Dice differs by more
+    ci95,ci90 = (tuple(np.clip(o, -1, 1).tolist())
+        for o in (ci95, bootstrap_t(x, .9)[:2])) # no Dice differs by more
     each = [dict(fold=f, repeat=r, difference=float(subject_means(g).mean()))
         for (f,r),g in diff.groupby(['fold','repeat'])]
-    words,small = verdict(ci95, ci90, margin, [o['difference'] for o in each], shown)
+    words,small = verdict(ci95, ci90, margin, [o['difference'] for o in each],
+        shown)
     case = 'volume' if 'slice' in a and a['slice'].fillna('').eq('').all() else 'image'
     return Comparison(
         verdict=words, by_less_than_margin=small, estimand=say('stats.estimand', case=case, what=what), names=shown,
@@ -241,10 +254,12 @@ def training_longer(
         answer = ('yes' if gain>max(2*error, WORTHWHILE/2) else
             'no' if gain+2*error<WORTHWHILE else 'unknown')
         n,best = max(map(len, runs)),float(np.median([y.argmax()+1 for y in runs]))
-        found = say('stats.short' if np.isnan(gain) else 'stats.gain', n=n, gain=num(gain, 4, sign=True),
+        found = say('stats.short' if np.isnan(gain) else 'stats.gain', n=n,
+            gain=num(gain, 4, sign=True),
             error=num(2*error, 4))
         res[variant] = dict(
             answer=answer.replace('unknown', 'cannot tell'), gain=gain, error=error, best_epoch=best, epochs=n,
-            trainings=len(runs), sentence=say(f'stats.longer_{answer}', who=SHOWN_AS.get(variant, variant),
+            trainings=len(runs), sentence=say(f'stats.longer_{answer}',
+                who=SHOWN_AS.get(variant, variant),
                 found=found, best=best))
     return pd.DataFrame(res).T.rename_axis('variant')

@@ -43,9 +43,11 @@ class Step:
             v = getattr(self, k)
             ok = isinstance(v, (int,float)) and not isinstance(v, bool) and lo<=v<=hi
             whole = 'whole '*isinstance(getattr(type(self), k), int)
-            need(ok and not (whole and v%1), 'steps.range', f'step {self.name}', k=k, v=v, whole=whole, lo=lo, hi=hi)
+            need(ok and not (whole and v%1), 'steps.range', f'step {self.name}',
+                k=k, v=v, whole=whole, lo=lo, hi=hi)
         if self.fitted and (v := getattr(self, self.fitted)) is not None: # JSON has lists
-            object.__setattr__(self, self.fitted, tuple(tuple(map(float, r)) for r in v))
+            object.__setattr__(self, self.fitted,
+                tuple(tuple(map(float, r)) for r in v))
 
     def apply(self, x, brain, c=0):
         "Channel `c`, float32: `curve` in the brain, and outside the same curve, which ends in 0"
@@ -65,11 +67,14 @@ def has_contrast(v): return v.size and v.max()>v.min()
 def planes(a, channels):
     "Channels of an image one by one as float32, after a look at whether it is one"
     a = np.asarray(a)
-    need(a.ndim-bool(channels) in (2,3) and a.size, 'steps.shape', 'image', shape=a.shape, channels=channels)
+    need(a.ndim-bool(channels) in (2,3) and a.size, 'steps.shape', 'image',
+        shape=a.shape, channels=channels)
     number = a.dtype.kind in 'buif'
     found = f'values from {a.min()} to {a.max()}' if number else f'the type {a.dtype}'
-    need(number and 0<=a.min() and a.max()<=255, 'steps.values', 'image', found=found) # not-a-number fails, too
-    return [p.astype(np.float32) for p in (np.moveaxis(a, -1, 0) if channels else [a])]
+    need(number and 0<=a.min() and a.max()<=255, 'steps.values', 'image',
+        found=found) # not-a-number fails, too
+    return [p.astype(np.float32)
+        for p in (np.moveaxis(a, -1, 0) if channels else [a])]
 
 def through(steps, x, c):
     "One channel after all `steps`, and its brain; what has no contrast passes"
@@ -88,7 +93,8 @@ class Steps:
 
     def __post_init__(self):
         self.steps = tuple(self.steps)
-        for s in self.steps[:-1]: need(not s.scaled, 'steps.order', 'steps', name=s.name, last=self.steps[-1].name)
+        for s in self.steps[:-1]: need(not s.scaled, 'steps.order', 'steps',
+            name=s.name, last=self.steps[-1].name)
 
     @property
     def scaled(self): return any(s.scaled for s in self.steps)
@@ -96,8 +102,10 @@ class Steps:
     def __repr__(self): return f'make_steps({str(self)!r})'
     def __str__(self):
         "The specification, with options that differ from the usual ones"
-        def options(s): return ((k, getattr(s, k)) for k in s.limits if getattr(s, k)!=getattr(type(s), k))
-        def one(s): return ':'.join([s.name, *(f'{k}={str(v).removesuffix(".0")}' for k,v in options(s))])
+        def options(s): return ((k, getattr(s, k)) for k in s.limits
+            if getattr(s, k)!=getattr(type(s), k))
+        def one(s): return ':'.join([s.name,
+                *(f'{k}={str(v).removesuffix(".0")}' for k,v in options(s))])
         return ','.join(map(one, self.steps))
 
     def __call__(self, a, channels=False)->np.ndarray:
@@ -106,7 +114,8 @@ class Steps:
         for s in self.steps:
             have = getattr(s, s.fitted) if s.fitted else xs
             need(have is not None, 'steps.no_fit', f'step {s.name}')
-            need(len(have)==len(xs), 'steps.channels', f'step {s.name}', n=len(xs), want=len(have))
+            need(len(have)==len(xs), 'steps.channels', f'step {s.name}', n=len(xs),
+                want=len(have))
         xs = [through(self.steps, x, c)[0] for c,x in enumerate(xs)]
         return np.stack(xs, axis=-1) if channels else xs[0]
 
@@ -148,7 +157,8 @@ class N4(Step):
     def apply(self, x, brain, c=0):
         sitk = need_package('SimpleITK', 'steps')
         bright = brain & (x>np.percentile(x[brain], 99)/10) # the logarithm of the dark is mostly noise
-        image,mask = (sitk.GetImageFromArray(o) for o in (x, bright.astype(np.uint8)))
+        image,mask = (sitk.GetImageFromArray(o)
+            for o in (x, bright.astype(np.uint8)))
         k = [max(1, min(int(self.shrink), n//16)) for n in image.GetSize()]
         small = sitk.Shrink(mask, k)
         if not sitk.GetArrayViewFromImage(small).any(): return x
@@ -214,7 +224,8 @@ def parse_step(text):
     cls,kw = STEPS[name], {}
     for o in opts:
         k,_,v = (p.strip() for p in o.partition('='))
-        need(k in cls.limits, 'steps.option', f'step {name}', k=k, options=', '.join(cls.limits) or 'no option')
+        need(k in cls.limits, 'steps.option', f'step {name}', k=k,
+            options=', '.join(cls.limits) or 'no option')
         try: kw[k] = float(v)
         except ValueError: raise known('steps.number', f'step {name}', k=k, v=v) from None
     return cls(**kw)
@@ -226,7 +237,8 @@ def make_steps(
     "A preprocessing pipeline from its specification"
     if isinstance(spec, Steps): return Steps(spec.steps)
     parts = spec.split(',') if isinstance(spec, str) else [spec] if isinstance(spec, Step) else spec or []
-    return Steps(o if isinstance(o, Step) else parse_step(str(o)) for o in parts if str(o).strip())
+    return Steps(o if isinstance(o, Step) else parse_step(str(o)) for o in parts
+        if str(o).strip())
 
 # %% ../nbs/library/11_preprocessing.ipynb #l
 def training_images(cases, most):
@@ -265,9 +277,11 @@ def fit(self:Steps,
     images,done = training_images(cases, most), []
     for s in self.steps:
         if s.fitted:
-            learnt = [s.learn(o) if o else None for o in look_all(s, done, images, channels)]
+            learnt = [s.learn(o) if o else None
+                for o in look_all(s, done, images, channels)]
             lost = [c for c,o in enumerate(learnt) if o is None]
-            need(not lost, 'steps.no_contrast', f'step {s.name}', lost=few(lost), n=len(images))
+            need(not lost, 'steps.no_contrast', f'step {s.name}', lost=few(lost),
+                n=len(images))
             s = replace(s, **{s.fitted: learnt})
         done.append(s)
     self.steps = tuple(done)
@@ -277,11 +291,13 @@ def fit(self:Steps,
 @patch
 def state(self:Steps)->dict:
     "Everything needed to do the same to new images"
-    return dict(version=1, steps=[plain(dict(name=s.name, **asdict(s))) for s in self.steps])
+    return dict(version=1,
+        steps=[plain(dict(name=s.name, **asdict(s))) for s in self.steps])
 
 @patch(cls_method=True)
 def from_state(cls:Steps, d:dict)->Steps:
     "The pipeline that had this state"
-    try: return cls(STEPS[o['name']](**{k: v for k,v in o.items() if k!='name'}) for o in d['steps'])
+    try: return cls(STEPS[o['name']](**{k: v for k,v in o.items() if k!='name'})
+        for o in d['steps'])
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise known('steps.state', 'state of steps', kind=type(e).__name__, e=e) from e

@@ -25,7 +25,8 @@ def local_store(folder)->str:
 def tracking_uri(out, uri=None)->str:
     "Where the runs of `out` are kept: `uri`, else `MLFLOW_TRACKING_URI`, else a database beside `out`"
     if uri is None: return os.environ.get('MLFLOW_TRACKING_URI') or local_store(Path(out).resolve().parent)
-    need('@' not in urlsplit(str(uri)).netloc, 'tracking.password', hide_secrets(uri))
+    need('@' not in urlsplit(str(uri)).netloc, 'tracking.password',
+        hide_secrets(uri))
     return str(uri)
 
 # %% ../nbs/library/24_tracking.ipynb #c
@@ -38,7 +39,8 @@ def hide_secrets(text)->str:
     values += [v for k,v in os.environ.items() if SECRET.search(k)]
     values = {v for v in values if len(v)>=6} # shorter ones would be found by chance
     for v in tuple(values): # as they stand in addresses, pages and JSON
-        values |= {quote(v), html.escape(v), *(json.dumps(v, ensure_ascii=o)[1:-1] for o in (True, False))}
+        values |= {quote(v), html.escape(v),
+            *(json.dumps(v, ensure_ascii=o)[1:-1] for o in (True, False))}
     text = str(text)
     for v in sorted(values, key=len, reverse=True): text = text.replace(v, '***')
     return re.sub(r'(?<=://)[^/\s@"\'<>]+@', '***@', text)
@@ -90,18 +92,22 @@ def score_means(scores)->dict:
     def one(g):
         holes = [m for m in METRICS if m in g and not np.isfinite(g[m]).all()] # undefined somewhere: no mean
         t = summarise_scores(g.drop(columns=holes))
-        return dict(t['mean'], subjects=g['subject'].nunique(), **t['low'].add_suffix('_low'), **t['high'].add_suffix('_high'))
+        return dict(t['mean'], subjects=g['subject'].nunique(),
+            **t['low'].add_suffix('_low'), **t['high'].add_suffix('_high'))
     return {variant: one(g) for variant,g in scores.groupby('variant')}
 
 def curve_points(curves, end)->list:
     "Name, value, time in ms and epoch of every point of every curve; the last one ends at `end` seconds"
     where = [k for k in ('variant','fold','seed') if k in curves]
-    values = [k for k in curves.select_dtypes('number') if k not in (*where,'epoch','seconds')]
+    values = [k for k in curves.select_dtypes('number')
+        if k not in (*where,'epoch','seconds')]
     t,res = curves['seconds']-curves['seconds'].max()+end, []
     for i,r in curves.iterrows():
-        path = '/'.join(['curve', *(f'{"" if k=="variant" else k}{r[k]}' for k in where)])
+        path = '/'.join(['curve',
+                *(f'{"" if k=="variant" else k}{r[k]}' for k in where)])
         points = flat({f'{path}/{k}': r[k] for k in values}, '/')
-        res += [(k, float(v), int(1000*t[i]), int(r['epoch'])) for k,v in points.items() if not missing(v)]
+        res += [(k, float(v), int(1000*t[i]), int(r['epoch']))
+            for k,v in points.items() if not missing(v)]
     return res
 
 # %% ../nbs/library/24_tracking.ipynb #g
@@ -119,17 +125,20 @@ def experiment_id(client, name, uri):
     "An experiment, made if there is none; a local store keeps files beside its database"
     found,place = client.get_experiment_by_name(name), None
     if found: return found.experiment_id
-    if uri.startswith('sqlite:///'): place = (Path(unquote(uri.removeprefix('sqlite:///'))).parent/'mlartifacts').as_uri()
+    if uri.startswith('sqlite:///'):
+        place = (Path(unquote(uri.removeprefix('sqlite:///'))).parent/'mlartifacts').as_uri()
     return client.create_experiment(name, artifact_location=place)
 
 def log_files(client, run_id, out):
     "The files of a result folder and of its trainings, without secrets"
-    files = [p for p in sorted(out.iterdir()) if p.is_file() and not p.name.startswith('.')]
+    files = [p for p in sorted(out.iterdir()) if p.is_file()
+        and not p.name.startswith('.')]
     kept = 'model.safetensors','config.json','curve.csv'
     for p in files + [p for p in sorted(out.glob('runs/*/*')) if p.name in kept]:
         text = p.read_text(encoding='utf-8') if p.suffix in ('.json','.csv','.html','.txt','.md') else None
         clean,name = text and hide_secrets(text), p.relative_to(out)
-        if clean==text: client.log_artifact(run_id, str(p), None if p in files else name.parent.as_posix())
+        if clean==text: client.log_artifact(run_id, str(p),
+            None if p in files else name.parent.as_posix())
         else: client.log_text(run_id, clean, name.as_posix())
 
 # %% ../nbs/library/24_tracking.ipynb #h
@@ -139,7 +148,8 @@ def log_folder(client, run_id, out, settings):
     now,params,points = time.time(), flat_params(settings), []
     found = [out/o for o in ('comparison.json','summary.json') if (out/o).exists()]
     result = read_json(found[0]) if found else {}
-    tables = {k: pd.read_csv(out/f'{k}.csv', dtype=dict.fromkeys(('subject','scan','slice'), str))
+    tables = {k: pd.read_csv(out/f'{k}.csv',
+            dtype=dict.fromkeys(('subject','scan','slice'), str))
         for k in ('split','scores','curves') if (out/f'{k}.csv').exists()}
     numbers = dict(result=result)
     if 'split' in tables: params |= split_params(tables['split'])
@@ -147,7 +157,9 @@ def log_folder(client, run_id, out, settings):
     if 'curves' in tables: points = curve_points(tables['curves'], now)
     points += [(k, v, int(1000*now), 0) for k,v in flat_numbers(numbers).items()]
     tags = {'mlflow.note.content': result.get('sentence')} | {k: result.get(k) for k in ('verdict','simulated')}
-    client.log_batch(run_id, tags=[RunTag(k, hide_secrets(v)) for k,v in tags.items() if v is not None])
+    client.log_batch(run_id,
+        tags=[RunTag(k, hide_secrets(v)) for k,v in tags.items()
+            if v is not None])
     ps,ms = [Param(*o) for o in params.items()], [Metric(*o) for o in points]
     for i in range(0, len(ps), 100): client.log_batch(run_id, params=ps[i:i+100]) # MLflow's limits for one call
     for i in range(0, len(ms), 1000): client.log_batch(run_id, metrics=ms[i:i+1000])
@@ -171,7 +183,8 @@ def log_run(
     try:
         with quiet():
             client = MlflowClient(uri)
-            run_id = client.create_run(experiment_id(client, experiment, uri), run_name=name or out.name).info.run_id
+            run_id = client.create_run(experiment_id(client, experiment, uri),
+                run_name=name or out.name).info.run_id
             log_folder(client, run_id, out, settings)
             client.set_terminated(run_id)
     except Exception as e:

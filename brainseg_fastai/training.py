@@ -28,7 +28,8 @@ class TensorScan(TensorImageBW):
     @classmethod
     def create(cls, a): return a if isinstance(a, cls) else cls(torch.from_numpy(np.ascontiguousarray(a)))
     def show(self, ctx=None, **kwargs):
-        return show_image(self[len(self)//2][None], ctx=ctx, **{'cmap': 'gray', **kwargs})
+        return show_image(self[len(self)//2][None], ctx=ctx,
+            **{'cmap': 'gray', **kwargs})
 
 def score_limit(steps):
     "Largest z-score that the `steps` give; None if they give grey levels"
@@ -78,7 +79,8 @@ class SquarePad(DisplayedTransform):
         if x.shape[-2:]==to: return x
         res = F.pad(x.as_subclass(torch.Tensor), self.pads(*x.shape[-2:]))
         if res.shape[-1]!=self.size: res = F.interpolate(res[None].float(), size=to, mode='bilinear', antialias=True)[0]
-        return TensorScan(res.to(x.dtype) if x.is_floating_point() else res.float().round().clamp(0, 255).byte())
+        return TensorScan(res.to(x.dtype) if x.is_floating_point()
+            else res.float().round().clamp(0, 255).byte())
 
     def encodes(self, x:PILMask):
         a = np.array(x)
@@ -116,20 +118,24 @@ class Bend:
     def before_call(self, x):
         n = len(x)
         some = self.size*torch.randn(n,2,5,5)*(torch.rand(n,1,1,1)<self.p)
-        some = F.interpolate(some, size=x.shape[-2:], mode='bicubic', align_corners=True)
+        some = F.interpolate(some, size=x.shape[-2:], mode='bicubic',
+            align_corners=True)
         self.shifts = some.movedim(1, -1).to(x.device)
     def __call__(self, coords): return coords + self.shifts
 
 @delegates(aug_transforms)
-def augment_tfms(max_rotate=8., min_zoom=.9, max_lighting=.15, max_warp=0., bend=0., **kwargs):
+def augment_tfms(max_rotate=8., min_zoom=.9, max_lighting=.15, max_warp=0., bend=0.,
+    **kwargs):
     "fastai's `aug_transforms` with what heads do, and `Bend` of this size"
     more = [AffineCoordTfm(coord_fs=Bend(bend))] if bend else None
-    return aug_transforms(max_rotate=max_rotate, min_zoom=min_zoom, max_lighting=max_lighting,
+    return aug_transforms(max_rotate=max_rotate, min_zoom=min_zoom,
+        max_lighting=max_lighting,
         max_warp=max_warp, xtra_tfms=more, **kwargs)
 
 # %% ../nbs/library/13_training.ipynb #g
 FEW_IMAGES = 16 # training images; below, heads are bent, scaled and lit more
-STRONGER = dict(max_rotate=15., min_zoom=.8, max_zoom=1.25, max_lighting=.3, bend=.1)
+STRONGER = dict(max_rotate=15., min_zoom=.8, max_zoom=1.25, max_lighting=.3,
+    bend=.1)
 
 def augmentation(recipe, n_train):
     "Arguments of `augment_tfms` for `n_train` training images"
@@ -143,7 +149,8 @@ def dice_per_image(pred, targ):
     return torch.where(total==0, 1., 2*both/total.clamp(min=1)).mean()
 
 # %% ../nbs/library/13_training.ipynb #i
-adamw = partial(OptimWrapper, opt=partial(torch.optim.AdamW, betas=(.9,.99), eps=1e-5, fused=True)) # all weights in one go
+adamw = partial(OptimWrapper,
+    opt=partial(torch.optim.AdamW, betas=(.9,.99), eps=1e-5, fused=True)) # all weights in one go
 
 class FastBatches(Callback):
     "Plain channels-last batches; in the first part of training a random window, the same for all of a batch"
@@ -212,16 +219,20 @@ def before_fit(self:Checkpoint):
 @patch
 def after_epoch(self:Checkpoint):
     if self.epoch<self.start_epoch: return
-    row = dict(zip(('train_loss','valid_loss','valid_dice'), map(float, self.recorder.values[-1])))
-    if self.best and row['valid_dice'] > max((o['valid_dice'] for o in self.curve), default=-1):
+    row = dict(zip(('train_loss','valid_loss','valid_dice'),
+            map(float, self.recorder.values[-1])))
+    if self.best and row['valid_dice'] > max((o['valid_dice'] for o in self.curve),
+        default=-1):
         save_weights(self.model, self.best)
-    self.curve.append(dict(epoch=len(self.curve), seconds=round(time.time()-self.began, 2), **row))
+    self.curve.append(dict(epoch=len(self.curve),
+            seconds=round(time.time()-self.began, 2), **row))
     if self.path and (self.best or time.time()-self.saved>self.every): self.save()
 
 @patch
 def save(self:Checkpoint):
     learn,smooth = self.learn, self.recorder.smooth_loss
-    d = dict(model=learn.model.state_dict(), opt=learn.opt.state_dict(), epoch=self.epoch, phase=self.phase,
+    d = dict(model=learn.model.state_dict(), opt=learn.opt.state_dict(),
+        epoch=self.epoch, phase=self.phase,
         curve=self.curve, random=get_random_states(), loader=self.dls.train.rng.getstate(),
         smooth=(smooth.count, float(smooth.val)))
     with written(self.path) as tmp: torch.save(plain_state(d), tmp)
@@ -249,7 +260,8 @@ def fit_recipe(
     lr,half = s.how['lr'], s.epochs//2
     pretrained = getattr(learn.model, 'pretrained', False)
     phases = [(False, s.epochs, slice(lr/10, lr) if pretrained else lr)]
-    if s.recipe=='published': phases = [(True, half, lr), (False, s.epochs-half, slice(lr/400, lr/4))]
+    if s.recipe=='published': phases = [(True, half, lr),
+        (False, s.epochs-half, slice(lr/400, lr/4))]
     for i,(frozen,n,lr) in enumerate(phases):
         if i<ck.phase or not n: continue
         ck.phase = i
@@ -263,7 +275,8 @@ def fit_recipe(
 def processor():
     info = Path('/proc/cpuinfo')
     lines = info.read_text(encoding='utf-8').splitlines() if info.exists() else []
-    names = [l.partition(':')[2].strip() for l in lines if l.startswith('model name')]
+    names = [l.partition(':')[2].strip() for l in lines
+        if l.startswith('model name')]
     return names[0] if names else platform.processor() or platform.machine()
 
 def installed(package):
@@ -275,5 +288,6 @@ def environment(device=None)->dict:
     device = torch.device(device or default_device())
     name = torch.cuda.get_device_name(device) if device.type=='cuda' else processor()
     packages = 'brainseg_fastai','fastai','torch','torchvision','monai','numpy','pandas','scipy'
-    return dict(python=sys.version.split()[0], platform=sys.platform, device=f'{device.type} ({name})',
+    return dict(python=sys.version.split()[0], platform=sys.platform,
+        device=f'{device.type} ({name})',
         threads=torch.get_num_threads(), bf16=fast_bf16(device), **{o: installed(o) for o in packages})

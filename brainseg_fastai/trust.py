@@ -24,7 +24,8 @@ def agreement(
     need(a.shape==b.shape, 'trust.shapes', 'Two predictions', a=a.shape, b=b.shape)
     top = max(a.max(initial=0), b.max(initial=0))
     need(top<n_codes, 'trust.class', 'A prediction', top=top, last=n_codes-1)
-    both,one,two = (np.bincount(o.ravel(), minlength=n_codes)[1:] for o in (a[a==b], a, b))
+    both,one,two = (np.bincount(o.ravel(), minlength=n_codes)[1:]
+        for o in (a[a==b], a, b))
     n = one+two
     return float(np.mean(2*both[n>0]/n[n>0])) if n.any() else 1.
 
@@ -33,7 +34,8 @@ def channels(image, dims=None)->list:
     "The channels of an image, thinned out where it is large; `dims` of its axes are no channels"
     a = np.asarray(image)
     dims = dims or (2 if a.ndim==2 or a.ndim==3 and a.shape[-1]<=4 else 3)
-    need(a.ndim in (dims,dims+1) and a.size, 'trust.image', 'An image', shape=a.shape)
+    need(a.ndim in (dims,dims+1) and a.size, 'trust.image', 'An image',
+        shape=a.shape)
     step = -(-max(a.shape[:dims])//(512 if dims==2 else 96))
     a = a[(slice(None,None,step),)*dims]
     return [a] if a.ndim==dims else [*np.moveaxis(a, -1, 0)]
@@ -83,7 +85,8 @@ def place(g, content)->dict:
     frame = np.ones(g.shape, bool)
     frame[(slice(1,-1),)*g.ndim] = False
     middle = g[tuple(slice(n//4, n-n//4) for n in g.shape)]
-    return dict(share=float(content.sum()/max(g.shape)**g.ndim), edge=float((g>.1)[frame].mean()),
+    return dict(share=float(content.sum()/max(g.shape)**g.ndim),
+        edge=float((g>.1)[frame].mean()),
         inverted=float(max(0, np.median(g[frame])-np.median(middle))))
 
 def scan_features(image, spacing=None, dims=None)->dict:
@@ -94,18 +97,22 @@ def scan_features(image, spacing=None, dims=None)->dict:
     if not content.any(): return dict(empty=1.)
     res = dict(empty=0.) | place(g, content)
     for i,c in enumerate(gs):
-        d = dict(zip(('dark','middle','bright'), np.percentile(c[content], [25,50,75]).tolist()))
+        d = dict(zip(('dark','middle','bright'),
+                np.percentile(c[content], [25,50,75]).tolist()))
         d |= dict(rim=rim_of(c, content), alike=likeness(c, content))
         res |= {f'{k}_{i+1}' if i else k: v for k,v in d.items()}
-    mm = np.broadcast_to(np.asarray(np.nan if spacing is None else spacing, float), g.ndim)
+    mm = np.broadcast_to(np.asarray(np.nan if spacing is None else spacing, float),
+        g.ndim)
     if not (np.isfinite(mm)&(mm>0)).all(): return res
     full = np.array(np.shape(image)[:g.ndim])
     box = [np.ptp(o)+1 for o in np.nonzero(content)]*full/g.shape # of the image as read
-    return res | dict(spacing_mm=float(mm.prod()**(1/g.ndim)), field_mm=float((full*mm).max()),
+    return res | dict(spacing_mm=float(mm.prod()**(1/g.ndim)),
+        field_mm=float((full*mm).max()),
         content_mm=float((box*mm).max()))
 
 # %% ../nbs/library/16_trust.ipynb #g
-LEAST = dict(dict.fromkeys(('share','dark','middle','bright','rim','alike'), .1), empty=.5, edge=.05, inverted=.15)
+LEAST = dict(dict.fromkeys(('share','dark','middle','bright','rim','alike'), .1),
+    empty=.5, edge=.05, inverted=.15)
 LEAST_MM = .2          # the same of numbers in mm, as a share of the median
 MARGINS = (2, 3, 5, 8) # multiples of the MAD
 MAX_OWN_RATE = .05     # share of training images that may be flagged
@@ -114,28 +121,34 @@ def limits(t, margin):
     "Quantiles, median and MAD of each number, and the least and the most that is not flagged"
     low,med,high = t.quantile(.01),t.median(),t.quantile(.99)
     mad = (t-med).abs().median()
-    least = pd.Series({k: LEAST.get(k.partition('_')[0], LEAST_MM*v) for k,v in med.items()})
+    least = pd.Series({k: LEAST.get(k.partition('_')[0], LEAST_MM*v)
+            for k,v in med.items()})
     m = np.maximum(least, margin*1.4826*mad)
-    return pd.DataFrame(dict(low=low, high=high, median=med, mad=mad, least=low-m, most=high+m))
+    return pd.DataFrame(dict(low=low, high=high, median=med, mad=mad, least=low-m,
+            most=high+m))
 
 # %% ../nbs/library/16_trust.ipynb #h
 def own_rate(t, groups, margin):
     "Share of a subject's images that a reference made from all others flags, mean over subjects"
     def flagged(own, lim): return ((own<lim.least)|(own>lim.most)).any(axis=1).mean()
-    return float(np.mean([flagged(own, limits(t[groups!=g], margin)) for g,own in t.groupby(groups)]))
+    return float(np.mean([flagged(own, limits(t[groups!=g], margin))
+                for g,own in t.groupby(groups)]))
 
 def fit_reference(features, subjects=None)->dict:
     "Where the training images lie, and how far from there a scan may be"
     t = pd.DataFrame(list(features))
-    groups = np.array([*map(str, t.get('subject', t.index) if subjects is None else subjects)])
-    need(len(t) and len(groups)==len(t), 'trust.reference', 'The reference', images=len(t), subjects=len(groups))
+    groups = np.array([*map(str,
+                t.get('subject', t.index) if subjects is None else subjects)])
+    need(len(t) and len(groups)==len(t), 'trust.reference', 'The reference',
+        images=len(t), subjects=len(groups))
     t = t.drop(columns='subject', errors='ignore').astype(float)
     t = t.loc[:,t.notna().mean()>.5] # what most images do not have is no yardstick
     n,rate,margin = len(set(groups)),None,MARGINS[-1]
     for margin in MARGINS if n>1 else ():
         rate = own_rate(t, groups, margin)
         if rate<=MAX_OWN_RATE: break
-    return dict(margin=margin, own_rate=rate, n_images=len(t), n_subjects=n, features=limits(t, margin).T.to_dict())
+    return dict(margin=margin, own_rate=rate, n_images=len(t), n_subjects=n,
+        features=limits(t, margin).T.to_dict())
 
 # %% ../nbs/library/16_trust.ipynb #i
 TEXTS = tomllib.loads(asset('trust.toml'))
@@ -161,7 +174,8 @@ def find_flags(features, reference)->list:
     "In which way a scan differs from the training images"
     if not (reference or {}).get('features'): return [TEXTS['no_reference']]
     if features.get('empty'): return [TEXTS['empty']]
-    found = [(k.partition('_')[0], flag(k, features.get(k), lim)) for k,lim in reference['features'].items()]
+    found = [(k.partition('_')[0], flag(k, features.get(k), lim))
+        for k,lim in reference['features'].items()]
     found = [o for o in found if o[1]]
     explained = ' '.join(TEXTS['explains'].get(b, '') for b,_ in found).split()
     found.sort(key=lambda o: list(TEXTS['words']).index(o[0]))
@@ -182,7 +196,8 @@ def checked_scores(scores):
     "Subject, Dice and quality of a score table, in an order of their own"
     ks = ['subject','quality','dice']
     lack = [k for k in ks if k not in scores]
-    if lack: raise DataError(say('trust.columns', lack=', '.join(lack), want=', '.join(ks)))
+    if lack: raise DataError(say('trust.columns', lack=', '.join(lack),
+            want=', '.join(ks)))
     t = scores[ks].astype(dict(subject=str, quality=float, dice=float)).sort_values(ks, ignore_index=True)
     bad = t[~(t.dice.between(0, 1)&t.quality.between(0, 1))]
     if len(bad): raise DataError(say('trust.range', bad=bad.to_dict('records')[0]))
@@ -206,7 +221,8 @@ def calibrate(
     "A line from quality to Dice, and the half-width that covers an image of a new subject"
     need(0<level<1, 'trust.level', 'A calibration', level=level)
     t = checked_scores(scores)
-    names = sorted(t.subject.unique(), key=lambda s: hashlib.sha256(s.encode()).hexdigest())
+    names = sorted(t.subject.unique(),
+        key=lambda s: hashlib.sha256(s.encode()).hexdigest())
     n,levels = len(names),[level, *(o for o in LEVELS if o<level)]
     level = next((o for o in levels if n>=subjects_for(o)), None)
     if level is None: return dict(calibrated=False, n_subjects=n,
@@ -219,13 +235,15 @@ def calibrate(
     t['error'] = (t.dice-on_line(res, t.quality)).abs()
     e = t[~fit].sort_values('error')
     reached = e.weight.cumsum()/(res['n_errors']+1)>=level-1e-9
-    return res | dict(half_width=float(e.error[reached.idxmax()]), quality=[t.quality.min(),t.quality.max()])
+    return res | dict(half_width=float(e.error[reached.idxmax()]),
+        quality=[t.quality.min(),t.quality.max()])
 
 def predicted_dice(calibration, quality)->dict:
     "The Dice to be expected and its interval, or 'uncalibrated' and no number"
     c = calibration or {}
     if not c.get('calibrated') or missing(quality):
-        return dict(dict.fromkeys(('dice','low','high','level')), calibrated=False, text='uncalibrated')
+        return dict(dict.fromkeys(('dice','low','high','level')), calibrated=False,
+            text='uncalibrated')
     d,h = float(on_line(c, quality)),c['half_width']
     low,high = max(0., d-h),min(1., d+h)
     return dict(dice=d, low=low, high=high, level=c['level'], calibrated=True,
@@ -242,7 +260,8 @@ def review_list(
     table        # name, quality, flags, (predicted_)dice, (predicted_)low
 )->pd.DataFrame: # The same rows, worst first, each scan once
     "Scans in the order in which a person should look at them"
-    need({'name','quality'} <= set(table), 'trust.table', 'The table', columns=few(table) or 'no columns')
+    need({'name','quality'} <= set(table), 'trust.table', 'The table',
+        columns=few(table) or 'no columns')
     x = table.reindex(columns=['quality','predicted_dice','dice','predicted_low','low'])
     x = x.apply(pd.to_numeric, errors='coerce').astype(float)
     dice = x.predicted_dice.fillna(x.dice)
@@ -250,5 +269,6 @@ def review_list(
     keys = pd.DataFrame(dict(
         calm=flags==0, dice=dice.fillna(x.quality), low=x.predicted_low.fillna(x.low).fillna(dice),
         quality=x.quality, flags=-flags)).join(table.reindex(columns=['name','path']).astype(str))
-    order = keys.drop_duplicates().sort_values([*keys], na_position='first', kind='stable').index
+    order = keys.drop_duplicates().sort_values([*keys], na_position='first',
+        kind='stable').index
     return table.loc[order].reset_index(drop=True)

@@ -72,7 +72,8 @@ def augment_subject(s, seed=0, kinds=KINDS):
     p = dict.fromkeys(KINDS, 0) | kinds
     tfm = tio.Compose([
         tio.RandomFlip(axes=0, flip_probability=1, p=p['flip']),
-        tio.RandomAffine(scales=.1, degrees=10, translation=4, default_pad_value=0, p=p['affine']),
+        tio.RandomAffine(scales=.1, degrees=10, translation=4, default_pad_value=0,
+                p=p['affine']),
         tio.RandomElasticDeformation(max_displacement=most, p=p['elastic']),
         tio.RandomBiasField(coefficients=.2, order=2, p=p['bias'])])
     with torch.random.fork_rng(devices=[]):
@@ -96,19 +97,22 @@ def middle(shape, inner):
 
 class VolumeItems:
     "Volumes, or patches of them: made when a token (volume, number, seed) asks for them, and kept for a while"
-    def __init__(self, cases, codes, patch=None, sampler=None, n=8, augment=False, steps=None, multiple=16):
+    def __init__(self, cases, codes, patch=None, sampler=None, n=8, augment=False,
+        steps=None, multiple=16):
         self.cases,self.codes,self.steps = list(cases.itertuples()),codes,steps
         self.patch,self.sampler,self.n = patch,sampler,n
         self.augment,self.multiple,self.kept = augment,multiple,OrderedDict()
         self.keep = 4 if patch and sampler else 1 # volumes whose patches are shuffled together
-        self.margin = np.array([-(-o//8) for o in patch] if patch and augment else [0]*3)
+        self.margin = np.array([-(-o//8) for o in patch] if patch and augment
+            else [0]*3)
         self.counts = [self.count(o) for o in self.cases]
 
     def count(self, case):
         "Items of a volume, from the header of its file"
         if self.patch is None: return 1
         if self.sampler: return self.n
-        return int(np.prod([max(1, -(-n//p)) for n,p in zip(image_size(case.image), self.patch)]))
+        return int(np.prod([max(1, -(-n//p))
+                    for n,p in zip(image_size(case.image), self.patch)]))
 
     def __len__(self): return sum(self.counts)
     def order(self, rng=None): return epoch_order(self.counts, self.keep, rng)
@@ -152,13 +156,15 @@ def widened(t, shape, value=0):
 
 class VolumeLoader(DataLoader):
     "fastai `DataLoader` of `VolumeItems`; its batches are plain tensors, widened to the largest volume"
-    def get_idxs(self): return self.dataset.order(self.rng if self.shuffle else None)
+    def get_idxs(self): return self.dataset.order(self.rng if self.shuffle
+        else None)
     def create_batch(self, b):
         shape = np.max([y.shape for _,y in b], axis=0).tolist()
         x = [widened(x, shape, x.amin((1,2,3), keepdim=True)) for x,_ in b]
         return torch.stack(x), torch.stack([widened(y, shape) for _,y in b])
 
-def volume_dls(cases, codes, patch=(64,64,64), sampler='uniform', samples_per_volume=8, bs=2, augment=True,
+def volume_dls(cases, codes, patch=(64,64,64), sampler='uniform',
+    samples_per_volume=8, bs=2, augment=True,
     steps=None, seed=42, num_workers=0, device=None)->DataLoaders:
     "DataLoaders of patches or whole volumes; validation is a fixed grid that covers each volume, or the whole volume"
     torchio()
@@ -167,9 +173,11 @@ def volume_dls(cases, codes, patch=(64,64,64), sampler='uniform', samples_per_vo
         need(len(t), 'volumes.no_rows', name=name)
         lost = [o.image for o in t.itertuples() if missing(o.mask)]
         need(not lost, 'volumes.no_mask', *lost[:1], name=name)
-    train = VolumeItems(parts['train'], codes, patch, sampler, samples_per_volume, augment, steps)
+    train = VolumeItems(parts['train'], codes, patch, sampler, samples_per_volume,
+        augment, steps)
     valid = VolumeItems(parts['valid'], codes, patch, steps=steps)
-    train,valid = (VolumeLoader(o, bs=bs, shuffle=o is train, num_workers=num_workers) for o in (train,valid))
+    train,valid = (VolumeLoader(o, bs=bs, shuffle=o is train,
+            num_workers=num_workers) for o in (train,valid))
     train.rng = random.Random(seed)
     return DataLoaders(train, valid, device=device or default_device())
 
@@ -178,10 +186,13 @@ def slices_to_volume(preds, cases)->np.ndarray:
     "The volume that slices of one scan were cut from; slices that are not in the table are background"
     images = list(cases['image'])
     index = {o.index for o in images}
-    need(images and None not in index, 'volumes.no_slice', images[0] if images else 'case table')
-    need(len({o.files for o in images})==1 and len(index)==len(images), 'volumes.several', images[0])
+    need(images and None not in index, 'volumes.no_slice',
+        images[0] if images else 'case table')
+    need(len({o.files for o in images})==1 and len(index)==len(images),
+        'volumes.several', images[0])
     res = np.zeros(image_size(Pixels(images[0].files)), np.uint8)
     for p,o in zip(preds, images, strict=True):
-        need(p.shape==res.shape[1::-1], 'volumes.pixels', o, have=p.shape, want=res.shape[1::-1])
+        need(p.shape==res.shape[1::-1], 'volumes.pixels', o, have=p.shape,
+            want=res.shape[1::-1])
         res[:,:,o.index] = np.rot90(p, -1)
     return res
