@@ -416,6 +416,7 @@ def test_export(bundle, tmp_path, capsys, monkeypatch):
     with torch.inference_mode(): want = R.InFloat32(load_bundle(bundle[0], 'cpu').net)(torch.from_numpy(x)).numpy()
     assert got.shape==(3,2,64,64) and np.abs(got-want).max()<1e-3
     assert main(['export', str(bundle[0]), '--onnx', str(tmp_path/'m.txt')])==2 and 'Name a file that ends in .onnx.' in capsys.readouterr().err
+    assert main(['export', str(bundle[0]), '--onnx', str(out/'x.onnx')])==2 and 'Choose another place' in capsys.readouterr().err
     real = ort.InferenceSession.run
     monkeypatch.setattr(ort.InferenceSession, 'run', lambda *a: [real(*a)[0]+.01])
     assert main(['export', str(bundle[0]), '--onnx', str(tmp_path/'n.onnx')])==2 and 'differ' in capsys.readouterr().err
