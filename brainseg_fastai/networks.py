@@ -127,12 +127,9 @@ def plain_batch(x):
 
 # %% ../nbs/library/12_networks.ipynb #f
 class LightUnet(Module):
-    "ResNet encoder on the image at half its size, a narrow decoder, and the image again"
-    def __init__(self,
-        body,       # Encoder of fastai's `create_body` that halves four times
-        n_out,      # Number of classes
-        shares=None # Of classes, where guesses start (Lin et al. 2017, "Focal loss")
-    ):
+    """ResNet encoder (of fastai's `create_body`, halving four times) on the image at half its size, a narrow
+    decoder, and the image again; guesses start at `shares` of the classes (Lin et al. 2017, "Focal loss")"""
+    def __init__(self, body, n_out, shares=None):
         sizes,n_in = model_sizes(body, (64,64)), in_channels(body)
         self.skips = [i for i in range(len(sizes)-1)
             if sizes[i][-1]!=sizes[i+1][-1]] # before each halving
@@ -266,11 +263,9 @@ def parse_loss(spec)->list:
     return res
 
 class make_loss(Module):
-    "Weighted sum of losses: class scores (N,C,…) against classes (N,…)"
-    def __init__(self,
-        spec='dice_ce', # Sum of `LOSSES`, such as 'dice+0.5*focal'
-        weights=None    # One number per class for `weighted_ce`, from `class_weights`
-    ):
+    """Weighted sum of `LOSSES`, such as 'dice+0.5*focal': class scores (N,C,…) against classes (N,…);
+    `weights` for `weighted_ce`, one per class, come from `class_weights`"""
+    def __init__(self, spec='dice_ce', weights=None):
         self.terms,w = parse_loss(spec), weights
         self.weights = None if w is None else torch.tensor(np.asarray(w)).float()
         if all(k!='weighted_ce' for _,k in self.terms): return

@@ -49,14 +49,9 @@ def subject_means(diff)->pd.Series:
     return diff.groupby('subject')['diff'].mean()
 
 # %% ../nbs/library/09_statistics.ipynb #d
-def verdict(
-    ci95,   # 95 % interval of the mean difference first − second
-    ci90,   # 90 % interval
-    margin, # Differences below it do not matter
-    signs,  # Mean difference (or its sign) in every fold and repeat
-    names=('brain','full skull') # Of first and second
-)->tuple:   # The verdict; is it a difference by less than the margin?
-    "The rule that turns intervals into words"
+def verdict(ci95, ci90, margin, signs, names=('brain','full skull'))->tuple:
+    """The rule that turns the intervals of a mean difference, and its signs in every fold and repeat,
+    into words; is it a difference by less than the margin?"""
     def inside(ci): return -margin<ci[0] and ci[1]<margin
     if ci95[0]>0 and min(signs)>0: return f'{names[0]} better',inside(ci95)
     if ci95[1]<0 and max(signs)<0: return f'{names[1]} better',inside(ci95)

@@ -153,12 +153,10 @@ adamw = partial(OptimWrapper,
     opt=partial(torch.optim.AdamW, betas=(.9,.99), eps=1e-5, fused=True)) # all weights in one go
 
 class FastBatches(Callback):
-    "Plain channels-last batches; in the first part of training a random window, the same for all of a batch"
+    """Plain channels-last batches; before `until` of the training a random window, the same for all of a batch:
+    a share of an image's side, rounded up to a multiple of 32 pixels"""
     order = 11
-    def __init__(self,
-        window=1., # Share of an image's side, rounded up to a multiple of 32 pixels
-        until=.5   # Share of training after which images are whole
-    ): self.window,self.until = window,until
+    def __init__(self, window=1., until=.5): self.window,self.until = window,until
 
     def before_fit(self):
         dims = max(p.ndim for p in self.model.parameters()) # 5: weights of three-dimensional networks
