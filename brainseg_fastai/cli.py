@@ -113,14 +113,15 @@ def demo(a):
 def train(a):
     "Train one model and report how well it does on unseen subjects"
     from brainseg_fastai.comparison import train_input
+    from brainseg_fastai.scores import case_of
     settings = from_flags(a)
     if a.layout.crossed and not settings.inputs:
         from brainseg_fastai.adni import kinds_in
         need(False, 'cli.inputs', data=a.data,
             there=', '.join(kinds_in(a.data)) or 'no images')
     r = train_input(a.data, a.out, settings, **training(a), **results(a))
-    m,case = r.summary.loc['dice'], 'volume' if (r.scores['slice']=='').all() else 'image'
-    finish(r, say('cli.trained', case=case, m=m,
+    m = r.summary.loc['dice']
+    finish(r, say('cli.trained', case=case_of(r.scores), m=m,
             n=plural(int(m['n']), 'unseen subject')))
 
 def plan(a):

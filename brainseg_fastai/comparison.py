@@ -18,7 +18,7 @@ from fastcore.meta import delegates
 from .adni import ADNI, kinds_in
 from .cases import is_simulated, pair_cases
 from .checks import mask_codes, refuse_errors
-from .core import DataError, need, plain, read_json, say, write_csv, write_json
+from .core import need, plain, read_json, say, write_csv, write_json
 from .images import data_fingerprint
 from .report import compare_report, train_report
 from .runs import file_name, pool_bundle, portable, train_folds
@@ -67,7 +67,7 @@ def checked_tables(root, variants, layout, progress=False, **options)->tuple:
 
     units = ['slice' if s.mode=='slice' else 'volume' for s in variants.values()]
     for s,u in zip(variants.values(), units):
-        if u not in layout.units: raise DataError(say('comparison.mode', mode=s.mode, layout=layout.name))
+        need(u in layout.units, 'comparison.mode', mode=s.mode, layout=layout.name)
     inputs = [o for s in variants.values() for o in (s.inputs or '').split('+')]
     used = [*dict.fromkeys(inputs)] if all(inputs) else None
     problems = layout.check(root, used, progress=progress, **options)
@@ -270,8 +270,7 @@ def compare_variants(
     **kwargs
 )->AttrDict: # report, comparison and swap (or summary), and what `train_variants` gives
     "Train both variants, compare them on the same test subjects, and report a verdict"
-    if len(variants)>2: raise DataError(say('comparison.many',
-            names=', '.join(variants)))
+    need(len(variants)<3, 'comparison.many', names=', '.join(variants))
     if track: check_track(track, out)
     began,r = time.time(), train_variants(root, out, variants, **kwargs)
     facts = shown(r, command=command,

@@ -143,9 +143,8 @@ def written_folder(path, replace=False):
 def write_text(path, text):
     with written(path) as tmp: tmp.write_text(text, encoding='utf-8', newline='\n')
 
-def write_json(path, d): write_text(path,
-    json.dumps(plain(d), indent=1,
-        ensure_ascii=False)+'\n')
+def write_json(path, d):
+    write_text(path, json.dumps(plain(d), indent=1, ensure_ascii=False)+'\n')
 
 def write_csv(path, df):
     with written(path) as tmp: df.to_csv(tmp, index=False, lineterminator='\n')

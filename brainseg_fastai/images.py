@@ -177,8 +177,8 @@ def by_stamp(maxsize):
     "Remember what a function found out about files, until they change"
     def deco(f):
         memory = lru_cache(maxsize)(lambda key, *args: f(*args))
-        g = wraps(f)(lambda path,
-            *args: memory(stamp(path), os.fspath(path), *args))
+        @wraps(f)
+        def g(path, *args): return memory(stamp(path), os.fspath(path), *args)
         g.cache_clear = memory.cache_clear
         return g
     return deco

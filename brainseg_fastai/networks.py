@@ -198,8 +198,8 @@ def first_names(model):
 def save_weights(model, path):
     "Weights of a network as safetensors, all or nothing"
     d = model.state_dict()
-    with written(path) as tmp: save_file({k: d[k].contiguous()
-            for k in set(first_names(model).values())}, tmp)
+    d = {k: d[k].contiguous() for k in set(first_names(model).values())}
+    with written(path) as tmp: save_file(d, tmp)
 
 def load_weights(model, path):
     "Read weights that `save_weights` wrote; nothing is unpickled"
@@ -291,8 +291,8 @@ def class_counts(masks, codes):
     "Pixels of each class in some masks of classes"
     n = len(codes)
     counts = [np.bincount(np.asarray(m).ravel(), minlength=n) for m in masks]
-    for o in counts: need(len(o)==n, 'networks.class', found=len(o)-1, last=n-1,
-        n=n)
+    for o in counts:
+        need(len(o)==n, 'networks.class', found=len(o)-1, last=n-1, n=n)
     return np.sum(counts, axis=0, dtype=int) if counts else np.zeros(n, int)
 
 def class_shares(items, codes)->np.ndarray:

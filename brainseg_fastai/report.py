@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from brainseg_fastai.core import DataError, asset, few, missing, need, num, plural, write_text
 from brainseg_fastai.drawing import PRED, TRUTH, case_tile, data_uri, safe_colour
-from brainseg_fastai.scores import PARTS, summarise_scores
+from brainseg_fastai.scores import PARTS, case_of, summarise_scores
 from brainseg_fastai.stats import found_nothing
 
 TEXTS = tomllib.loads(asset('report.toml'))
@@ -389,7 +389,7 @@ def compare_report(comparison, scores, **kwargs)->Report:
 def train_report(scores, simulated=False, **kwargs)->Report:
     "One model: how well it does on subjects it has not seen"
     v,means = scores.variant.iloc[0], summarise_scores(scores)
-    case = 'image' if scores['slice'].fillna('').any() else 'volume'
+    case = case_of(scores)
     dice,ci = means['mean'].dice, interval(means.loc['dice', ['low','high']])
     per,n = scores.groupby('subject').dice.mean(), scores['image'].astype(str).nunique()
     sentence = TEXTS['trained'].format(subjects=plural(len(per), 'subject'),

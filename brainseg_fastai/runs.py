@@ -22,7 +22,7 @@ from .images import data_fingerprint, read_image, read_mask
 from .inference import Frame, Model, training_spacing
 from .networks import (
     build_model, channels_last, class_weights, load_weights, save_weights)
-from .scores import summarise_scores
+from .scores import case_of, summarise_scores
 from .segmentation import (
     brainseg_block, brainseg_learner, score_cases, scored_cases)
 from .settings import RECIPES, Settings
@@ -96,7 +96,7 @@ def scored(scores):
     t = t[t.index.isin(['dice','hd95','nsd'])]
     said = dict(n_subjects=scores['subject'].nunique(), n_cases=len(scores),
         metrics={k: dict(mean=m, ci95=ci) for k,m,*ci in t.itertuples()},
-        case='image' if scores['slice'].any() else 'volume', unit=scores['unit'].iloc[0])
+        case=case_of(scores), unit=scores['unit'].iloc[0])
     none = dict(calibrated=False, why='the scores have no quality')
     return dict(scores=said,
         calibration='quality' in scores and calibrate(scores) or none)

@@ -10,7 +10,7 @@ import warnings
 import numpy as np, pandas as pd
 from scipy import ndimage as ndi
 from scipy.spatial import KDTree
-from .core import DataError, few, need, say
+from .core import few, need, say
 from .intervals import bootstrap_t
 
 # %% ../nbs/library/08_scores.ipynb #b
@@ -127,7 +127,7 @@ def summarise_scores(
     by='subject' # What is independent: the unit of the mean and of its interval
 )->pd.DataFrame: # A row per metric: mean, low, high (95 % interval), n (subjects)
     "Mean over subjects of subject means; `pooled_dice` has no interval, for it is no such mean"
-    if by not in scores or not len(scores): raise DataError(say('scores.table', by=by))
+    need(by in scores and len(scores), 'scores.table', by=by)
     rows = {}
     for m in [m for m in scores if m in METRICS or m.startswith(PARTS)]:
         x = scores.groupby(by)[m].mean().dropna()
@@ -139,3 +139,9 @@ def summarise_scores(
     rows['pooled_dice'] = dict(mean=pooled_dice(scores), low=np.nan, high=np.nan,
         n=scores[by].nunique())
     return pd.DataFrame(rows).T.astype({'n': int})
+
+# %% ../nbs/library/08_scores.ipynb #caseof1
+def case_of(scores)->str:
+    "What one Dice of a score table belongs to: 'image', or 'volume' where no case is a slice"
+    some = 'slice' not in scores or scores['slice'].fillna('').ne('').any()
+    return 'image' if some else 'volume'

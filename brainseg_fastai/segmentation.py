@@ -35,8 +35,8 @@ def subjects_of(items):
     "Subjects of a case table, or of paths with ADNI names"
     return list(items['subject']) if isinstance(items, pd.DataFrame) else [subject_id(o) for o in items]
 
-def both_sides(parts): return tuple(L(np.flatnonzero(parts==o).tolist())
-    for o in ('train','valid'))
+def both_sides(parts):
+    return tuple(L(np.flatnonzero(parts==o).tolist()) for o in ('train','valid'))
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #c
 class SubjectSplitter:
@@ -219,8 +219,8 @@ def brainseg_learner(
     return learn
 
 # %% ../nbs/1_segmentation_on_brain.ipynb #j
-def scans_of(cases): return (g
-    for _,g in cases.groupby(['subject','scan'], sort=False))
+def scans_of(cases):
+    return (g for _,g in cases.groupby(['subject','scan'], sort=False))
 
 def from_volume(case): return pixels_of(case.image).index is not None
 

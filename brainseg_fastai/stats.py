@@ -11,7 +11,7 @@ import numpy as np, pandas as pd
 from scipy.stats import wilcoxon
 from .core import few, need, num, plain, plural, say
 from .intervals import bootstrap_t, simulate_coverage, subjects_needed
-from .scores import METRICS, pooled_dice
+from .scores import METRICS, case_of, pooled_dice
 
 # %% ../nbs/library/09_statistics.ipynb #b
 KEYS = ['subject','scan','slice','fold','repeat'] # what tells cases apart
@@ -214,7 +214,7 @@ def compare_scores(
         for (f,r),g in diff.groupby(['fold','repeat'])]
     words,small = verdict(ci95, ci90, margin, [o['difference'] for o in each],
         shown)
-    case = 'volume' if 'slice' in a and a['slice'].fillna('').eq('').all() else 'image'
+    case = case_of(a)
     return Comparison(
         verdict=words, by_less_than_margin=small, estimand=say('stats.estimand', case=case, what=what), names=shown,
         n_subjects=len(x), n_images=len(diff.drop_duplicates([k for k in KEYS[:3] if k in diff])),

@@ -11,7 +11,7 @@ import hashlib, math, tomllib
 from itertools import count
 import numpy as np, pandas as pd
 from scipy import ndimage as ndi
-from .core import DataError, asset, few, missing, need, num, say
+from .core import asset, few, missing, need, num, say
 
 # %% ../nbs/library/16_trust.ipynb #b
 def agreement(
@@ -196,11 +196,10 @@ def checked_scores(scores):
     "Subject, Dice and quality of a score table, in an order of their own"
     ks = ['subject','quality','dice']
     lack = [k for k in ks if k not in scores]
-    if lack: raise DataError(say('trust.columns', lack=', '.join(lack),
-            want=', '.join(ks)))
+    need(not lack, 'trust.columns', lack=', '.join(lack), want=', '.join(ks))
     t = scores[ks].astype(dict(subject=str, quality=float, dice=float)).sort_values(ks, ignore_index=True)
     bad = t[~(t.dice.between(0, 1)&t.quality.between(0, 1))]
-    if len(bad): raise DataError(say('trust.range', bad=bad.to_dict('records')[0]))
+    need(bad.empty, 'trust.range', bad=few(bad.to_dict('records'), 1))
     return t
 
 def rising_line(q, d, w):
