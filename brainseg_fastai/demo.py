@@ -8,13 +8,15 @@ __all__ = ['demo_cohort']
 # %% ../nbs/library/05_demo.ipynb #a
 import json, math
 from collections import namedtuple
+from importlib.resources import files
 from pathlib import Path
 
-import numpy as np
+import nibabel as nib, numpy as np
 from PIL import Image
 from scipy import ndimage as ndi
 
-from .core import cache_dir, in_threads, made_once, need, write_text
+from .cases import cohort
+from .core import DataError, cache_dir, in_threads, made_once, need, write_text
 
 # %% ../nbs/library/05_demo.ipynb #b
 version = 3      # goes up when a seed gives other pixels or facts
@@ -33,33 +35,12 @@ def mni_maps():
     csf = np.where(t1>0, np.clip(1-gm-wm, 0, 1), 0).astype(np.float32)
     return t1,gm,wm,csf,np.array([x, y, z_lo])
 
-# %% ../nbs/library/05_demo.ipynb #c
-def ventricle_label(t1, csf, origin):
-    "Flood the template's T1 from seeds in the ventricles and from seeds in everything that must not be one"
-    x,y,z = [a+o for a,o in zip(np.ogrid[tuple(slice(n) for n in t1.shape)],
-            origin)]
-    box = tuple(slice(int(a-o), int(b-o))
-        for a,b,o in zip((-41,-64,z_lo), (42,36,40), origin))
-    seed = np.zeros(t1.shape, np.int16)
-    def within(v, lo, hi): return (v>lo) & (v<hi)
-    def mark(label, where, side, front, height):
-        seed[where & within(abs(x), *side) & within(y, *front) & within(z, *height)] = label
-    dark = csf>.8
-    mark(2, dark, (2,16), (2,24), (5,22))        # frontal horns
-    mark(2, dark, (7,24), (-40,5), (20,30))      # bodies
-    mark(2, dark, (16,34), (-55,-22), (2,22))    # atria
-    mark(2, csf>.6, (-1,3), (-18,2), (-10,3))    # third ventricle
-    mark(1, csf>.5, (-1,4), (-34,-12), (8,19))   # not: cistern of the velum interpositum
-    mark(1, csf>.3, (-1,14), (-60,-26), (-99,9)) # not: quadrigeminal and ambient cisterns
-    seed[csf<.35] = 1                            # not: brain tissue
-    for i in range(3): np.moveaxis(seed[box], i, 0)[[0,-1]] = 1 # not: what leaves the box
-    res = np.zeros(t1.shape, bool)
-    grey = np.ascontiguousarray((np.clip(t1[box], 0, 1)*255).astype(np.uint8))
-    res[box] = ndi.watershed_ift(grey, np.ascontiguousarray(seed[box]),
-        structure=np.ones((3,3,3)))==2
-    return res
-
 # %% ../nbs/library/05_demo.ipynb #d
+def load_label():
+    "Where the template's ventricles are"
+    f = files('brainseg_fastai')/'assets/ventricles.nii.gz'
+    return np.asarray(nib.load(f).dataobj)>0
+
 def outward_flow(label, reach=14.):
     "Field that points away from the ventricles: 1 at their walls, fading with distance, 0 along their middle"
     far = ndi.distance_transform_edt
@@ -70,7 +51,7 @@ def outward_flow(label, reach=14.):
 def load_template():
     "Everything about the template that the simulation needs, computed once"
     t1,gm,wm,csf,origin = mni_maps()
-    label,brain = ventricle_label(t1, csf, origin), t1>0
+    label,brain = load_label(), t1>0
     tissue = np.stack([csf, gm, wm])
     few = tissue[:,brain][:,::50].T.astype(float), t1[brain][::50].astype(float)
     mu = np.linalg.lstsq(*few, rcond=None)[0]
@@ -204,21 +185,18 @@ def make_scan(s, c, t, size=256):
 # %% ../nbs/library/05_demo.ipynb #j
 def wanted(n_subjects, seed, size):
     "What `cohort.json` must say for a folder to be this cohort"
-    for name,v,lo,hi in (('n_subjects',n_subjects,1,9000),
-        ('seed',seed,0,2**63), ('size',size,64,1024)):
-        whole = isinstance(v, int) and not isinstance(v, bool)
-        need(whole and lo<=v<=hi,
-            f'demo cohort: {name} is {v!r}; expected a whole number from {lo} to {hi}. Ask for another one.')
-    return dict(simulated=True, version=version, seed=seed,
-        n_subjects=n_subjects, size=size,
+    asked = dict(seed=seed, n_subjects=n_subjects, size=size)
+    for (k,v),(lo,hi) in zip(asked.items(), ((0,2**63), (1,9000), (64,1024))):
+        need(type(v) is int and lo<=v<=hi, 'demo.range', k=k, v=v, lo=lo, hi=hi)
+    return dict(simulated=True, version=version, **asked,
         source='MNI152 template (ICBM 2009a nonlinear symmetric) bundled with nilearn')
 
 def png_name(row, kind): return f"{kind}/{row['subject']}-{row['scan']}-{kind}-{row['slice']}.png"
 
 def is_complete(path, want)->bool:
     "Does `path` hold the whole cohort that `want` describes?"
-    try: got = json.loads((Path(path)/'cohort.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError): return False
+    try: got = cohort(path)
+    except DataError: return False
     files = [Path(path)/png_name(r, k) for r in got.get('scans', [])
         for k in ('brain','orig','mask')]
     return want.items()<=got.items() and all(f.is_file() for f in files)
