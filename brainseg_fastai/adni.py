@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .cases import Layout, case_table, cohort, one_unit
+from .cases import Layout, case_table, cohort, data_root, one_unit
 from .checks import (
     damaged, duplicates, failure, file_table, known_problem, odd_masks, problem_table,
     too_few_subjects, unequal_sizes)
@@ -106,8 +106,7 @@ def kinds_in(root)->list:
 
 def list_slices(root, kinds=())->dict:
     "Images of a folder by kind, or a `DataError` that says what is wrong with it"
-    need(not root.is_file(), 'adni.file', root)
-    need(root.is_dir(), 'adni.none', root)
+    data_root(root, say('adni.folder'))
     need(any(root.iterdir()), 'adni.empty', root)
     subs = subfolders(root)
     if root/'mask' not in subs:
