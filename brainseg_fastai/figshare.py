@@ -101,7 +101,6 @@ class MatSlice(Pixels):
         return a if on_edge(tumour, border) > on_edge(tumour.T, border) else a.T
 
     def window(self, a): return a.min(), a.max()
-    def shape(self): return self.values().shape
 
 # %% ../nbs/3_figshare_tumours.ipynb #e
 EXPECTED = 'a folder with the files 1.mat, 2.mat, … of the figshare brain tumour set'
