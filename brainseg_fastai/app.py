@@ -17,8 +17,8 @@ import numpy as np
 from .core import DataError, asset, known, missing, need, need_package, num
 from .drawing import data_uri, draw_case
 from .prediction import predict_scan, write_prediction
-from .qc import measure_text, measures
-from .report import SHOWN, TEXTS, piece, table_html
+from .qc import measures
+from .report import SHOWN, TEXTS, measure, piece, table_html
 from .runs import load_bundle
 
 WORDS = TEXTS['app']
@@ -29,7 +29,7 @@ def measures_html(rows, colours):
     each = [measures(o) for o in rows]
     cols = [*dict.fromkeys(k for o in each for k in o)]
     return table_html([(piece('spot', colour, r['label']),
-                *(measure_text(o.get(k)) for k in cols))
+                *(measure(o.get(k)) for k in cols))
         for r,o,colour in zip(rows, each, colours.values())], ['Structure', *cols])
 
 def trust_html(quality, predicted, flags, notes):

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from brainseg_fastai.core import DataError, asset, few, missing, need, num, plural, write_text
 from brainseg_fastai.drawing import PRED, TRUTH, case_tile, data_uri, safe_colour
 from brainseg_fastai.scores import PARTS, case_of, summarise_scores
-from brainseg_fastai.stats import found_nothing
+from brainseg_fastai.stats import found_nothing, units
 
 TEXTS = tomllib.loads(asset('report.toml'))
 
@@ -49,16 +49,33 @@ def interval(ci, digits=3, sign=False):
     if ci is None or any(map(missing, ci)): return ''
     return ' to '.join(num(o, digits, sign) for o in ci)
 
+def metric_name(key, **words):
+    part = next((p for p in PARTS if key.startswith(p)), key)
+    return TEXTS['metrics'][part].format(part=key.removeprefix(part), **words)
+
+def flat(d)->dict:
+    "A dict, perhaps of dicts, as one, with words for names"
+    row, = pd.json_normalize(d, sep=' ').to_dict('records')
+    return {k.replace('_', ' '): v for k,v in row.items()}
+
+def measure(v):
+    "A measure for people, with three digits or so"
+    if isinstance(v, str): return v
+    if missing(v) or abs(v)<1: return num(v, 4)
+    return num(v, 2) if abs(v)<100 else num(round(v))
+
+# %% ../nbs/library/21_report.ipynb #pieces
 ENV = jinja2.Environment(loader=jinja2.FunctionLoader(asset), autoescape=True)
-ENV.filters |= dict(num=num, shown=shown, colour=safe_colour, interval=interval,
-    plural=plural,
-    variant_name=variant_name, lower_name=lower_name)
-ENV.tests |= dict(numeric=is_number, known=lambda v: not missing(v))
-PIECES = [ENV.get_template(o).module for o in ('parts.html','report.html')]
+FILTERS = num, shown, interval, flat, plural, variant_name, lower_name, metric_name, measure
+ENV.filters |= {f.__name__: f for f in FILTERS} | dict(colour=safe_colour)
+ENV.tests |= dict(numeric=is_number, known=lambda v: not (jinja2.is_undefined(v) or missing(v)),
+    some=lambda t: t is not None and len(t)>0)
+ENV.globals['texts'] = TEXTS
 
 def piece(name, *args, **kwargs)->Html:
     "A piece of a page, by a macro of `parts.html` or `report.html`"
-    macro, = (getattr(o, name) for o in PIECES if hasattr(o, name))
+    pages = [ENV.get_template(o).module for o in ('parts.html','report.html')]
+    macro, = (getattr(o, name) for o in pages if hasattr(o, name))
     return Html(macro(*args, **kwargs))
 
 def table_html(rows, heads=None, caption='', most=None)->Html:
@@ -83,28 +100,6 @@ def split_table(split):
     t = t.rename(columns=dict(subject='subjects', image='images')).drop(columns='part')
     share = 100*t.images/t.groupby('fold').images.transform('sum')
     return t.assign(**{'share of images': [f'{o:.1f} %' for o in share]})
-
-# %% ../nbs/library/21_report.ipynb #e
-def metric_name(key, **words):
-    part = next((p for p in PARTS if key.startswith(p)), key)
-    return TEXTS['metrics'][part].format(part=key.removeprefix(part), **words)
-
-def score_table_html(tables, unit='px', case='image'):
-    "One row per metric, one column per variant"
-    keys = dict.fromkeys(k for t in tables.values() for k in t.index)
-    rows = [(k, metric_name(k, unit=unit, case=case),
-            2 if k.startswith(('hd95','volume')) else 3) for k in keys]
-    return piece('means', tables, rows, unit, case)
-
-# %% ../nbs/library/21_report.ipynb #f
-def swap_html(swap):
-    "The 2×2 table: trained on one kind of image, tested on the other; darker is better"
-    s = with_columns(swap, ['trained_on','tested_on','dice','low','high'],
-        'The swap table')
-    s = s.assign(heat=(s.dice-s.dice.min())/max(np.ptp(s.dice), 1e-9)*28 + 2)
-    rows = [(v, g.to_dict('records'))
-        for v,g in s.groupby('trained_on', sort=False)]
-    return piece('swap', rows, list(s.tested_on.unique()))
 
 # %% ../nbs/library/21_report.ipynb #g
 STYLE = {'svg.fonttype':'none', 'svg.hashsalt':'brainseg', 'figure.dpi':90,
@@ -274,79 +269,14 @@ class Report:
         return f'<iframe title="{escape(self.title)}" srcdoc="{escape(self.html)}" style="{style}"></iframe>'
 
 # %% ../nbs/library/21_report.ipynb #o
-def para(*texts)->Html: return piece('paras', texts)
-
-def section(name, *body):
-    "A section of the page: title and prose of `report.toml`, and markup; nothing where there is no markup"
-    title,*prose = TEXTS['sections'][name]
-    body = [o for o in body if o]
-    return body and dict(title=title, id=name,
-        body=Markup('').join([para(*prose), *body]))
-
-def plain_text(v):
-    if isinstance(v, (list,tuple)): return ', '.join(map(plain_text, v))
-    if isinstance(v, (bool,type(None))): return {True: 'yes', False: 'no',
-        None: 'none'}[v]
-    return f'{v:g}' if isinstance(v, float) else str(v)
-
-def dict_html(d):
-    "A dict, perhaps of dicts, as a table of two columns"
-    flat, = pd.json_normalize(d, sep=' ').to_dict('records')
-    return table_html([(k.replace('_', ' '), plain_text(v)) for k,v in flat.items()], ['','value'])
-
-# %% ../nbs/library/21_report.ipynb #p
-OWN = 'command','fingerprint','definitions','training_longer'
-
-def some(table): return table is not None and len(table)>0
-
-def curves_html(curves, scores, answer):
-    "Would training longer help? The plain answer, and validation curves if there are any"
-    alt = TEXTS['curves'].format(names=' and '.join(map(lower_name, scores.variant.unique())))
-    answers = answer['sentence'] if isinstance(answer, pd.DataFrame) else [answer]
-    return para(*answers), some(curves) and svg(curves_plot(curves), alt)
-
-def sheet_html(scores, out, simulated):
-    notes = dict(again=len(worst_first(scores))<len(scores), real=not simulated)
-    return para(*(TEXTS[k] for k,v in notes.items() if v)), contact_sheet(scores, out)
-
-def groups_html(scores):
-    "Mean Dice of each group of cases, such as each type of tumour"
+def groups_table(scores):
+    "Mean Dice of each group of cases, such as each type of tumour; None without groups"
     if 'label' not in scores: return None
-    rows = [(variant_name(v), label, t.subject.nunique(), len(t), t.dice.mean())
-        for (v,label),t in scores.groupby(['variant','label'], sort=False)]
-    return table_html(rows, ['variant','label','subjects','cases','Dice'])
+    t = scores.assign(variant=scores.variant.map(variant_name))
+    t = t.groupby(['variant','label'], sort=False)
+    return t.agg(subjects=('subject','nunique'), cases=('dice','size'), Dice=('dice','mean')).reset_index()
 
 # %% ../nbs/library/21_report.ipynb #q
-def evidence(scores, curves=None, split=None, swap=None, external=None,
-    problems=None, info=None, out='.',
-    words=None, simulated=False)->list:
-    info = info or {}
-    command,origin = (info.get(k) for k in ('command','fingerprint'))
-    more = {k: v for k,v in info.items() if k not in OWN}
-    return [
-        section('swap', some(swap) and swap_html(swap)),
-        section('external', some(external) and table_html(external)),
-        section('longer', *curves_html(curves, scores, info.get('training_longer'))),
-        section('cases', *sheet_html(scores, out, simulated)),
-        section('groups', groups_html(scores)),
-        section('split', some(split) and table_html(split_table(split))),
-        section('problems', table_html(problems, most=200) if some(problems)
-            else para('None.')),
-        section('terms', piece('terms',
-                {**(words or {}), **info.get('definitions', {})})),
-        section('fingerprint', origin and dict_html(dict(fingerprint=origin))),
-        section('environment', more and dict_html(more)),
-        section('command', command and piece('code', command))]
-
-# %% ../nbs/library/21_report.ipynb #r
-def page(tag, colour, sentence, facts, sections, simulated=False)->Report:
-    "The whole report: verdict in a few words and in a sentence, banner, key figures, links, sections"
-    simulated = TEXTS['simulated'] if simulated else ''
-    return Report(f'brainseg: {tag}',
-        piece('front', tag, colour, sentence, facts,
-            [s for s in sections if s], simulated))
-
-# %% ../nbs/library/21_report.ipynb #s
 def verdict_tag(c):
     "The verdict in two or three words, and the class of its colour"
     v = str(c['verdict'])
@@ -354,50 +284,49 @@ def verdict_tag(c):
         if v==f'{name} better': return f'{variant_name(variant)} better', colour
     return v[:1].upper()+v[1:], 'ok' if v=='equivalent' else ''
 
-def terms(group, **words): return {k.format(**words): v.format(**words)
-    for k,v in TEXTS[group].items()}
+def drawn(scores, curves, c):
+    "The plots of a page by name, and the table behind them"
+    names,res = ' and '.join(map(lower_name, scores.variant.unique())), {}
+    if curves is not None and len(curves): res['curves'] = svg(curves_plot(curves), TEXTS['curves'].format(names=names))
+    if not c: return res
+    per = pairs(scores, c)
+    alt = TEXTS['plot'].format(n=len(per), text=piece('difference', c).unescape())
+    return res | dict(per=per, paired=svg(paired_plot(scores, c), alt))
 
-# %% ../nbs/library/21_report.ipynb #t
-def unit_of(scores): return ' or '.join(sorted(set(scores['unit'])))
-
-def comparison_html(scores, comparison)->Html:
-    "Plot, estimate, control, and the numbers behind them"
-    per = pairs(scores, comparison)
-    alt = TEXTS['plot'].format(n=len(per),
-        text=piece('difference', comparison).unescape())
-    rows = [(s, a, b, num(a-b, 4, True)) for s,a,b in per.itertuples()]
-    table = table_html(rows, ['subject', *map(variant_name, per), 'difference'])
-    return piece('comparison', comparison,
-        svg(paired_plot(scores, comparison), alt), table)
+# %% ../nbs/library/21_report.ipynb #r
+def page(
+    scores,         # Score table with `variant` and `prediction`
+    c=None,         # A comparison as plain values; None: of one variant
+    curves=None,    # Curve table
+    split=None,     # Split table
+    swap=None,      # Scores by what was trained on and tested on
+    external=None,  # Scores on other data
+    problems=None,  # Of the check
+    info=None,      # What is to be recorded
+    out='.',        # Folder that `prediction` starts from
+    simulated=False # Are the images simulated?
+)->Report:
+    "The verdict, and what it rests on in the order of a reader's questions"
+    info,v = info or {}, scores.variant.iloc[0]
+    variants,case = (c['metrics'], c['case']) if c else ([v], case_of(scores))
+    tag,colour = verdict_tag(c) if c else (variant_name(v), v if v in SHOWN else '')
+    longer = info.get('training_longer')
+    return Report(f'brainseg: {tag}', piece('report', dict(
+        c=c, variant=v, tag=tag, colour=colour, simulated=simulated, scores=scores, swap=swap, external=external,
+        problems=problems, info=info, case=case, unit=' or '.join(units(scores)),
+        means={k: summarise_scores(scores[scores.variant==k]) for k in variants},
+        warnings=c['warnings'] if c else found_nothing(scores), plots=drawn(scores, curves, c),
+        longer=longer.sentence if isinstance(longer, pd.DataFrame) else [longer],
+        again=len(worst_first(scores))<len(scores), sheet=contact_sheet(scores, out),
+        groups=groups_table(scores), split=None if split is None else split_table(split))))
 
 # %% ../nbs/library/21_report.ipynb #u
-@delegates(evidence, but='words,simulated')
+@delegates(page, but='c,simulated')
 def compare_report(comparison, scores, **kwargs)->Report:
     "One input or setting against the other: the verdict, what it rests on, and every test case"
-    c,simulated = comparison, comparison['simulated']
-    means = {v: summarise_scores(scores[scores.variant==v]) for v in c['metrics']}
-    words = terms('rules', case=c['case'], margin=f'{c["margin"]:g}',
-        estimand=c['estimand'])
-    return page(*verdict_tag(c), c['sentence'], piece('compare_facts', c, means), [
-        section('note', piece('bullets', c['warnings'])),
-        section('comparison', comparison_html(scores, c)),
-        section('scores', score_table_html(means, unit_of(scores), c['case'])),
-        *evidence(scores, words=words, simulated=simulated, **kwargs)], simulated)
+    return page(scores, comparison, simulated=comparison['simulated'], **kwargs)
 
-# %% ../nbs/library/21_report.ipynb #v
-@delegates(evidence, but='words,swap')
-def train_report(scores, simulated=False, **kwargs)->Report:
+@delegates(page, but='c,swap')
+def train_report(scores, **kwargs)->Report:
     "One model: how well it does on subjects it has not seen"
-    v,means = scores.variant.iloc[0], summarise_scores(scores)
-    case = case_of(scores)
-    dice,ci = means['mean'].dice, interval(means.loc['dice', ['low','high']])
-    per,n = scores.groupby('subject').dice.mean(), scores['image'].astype(str).nunique()
-    sentence = TEXTS['trained'].format(subjects=plural(len(per), 'subject'),
-        variant=lower_name(v), case=case,
-        dice=num(dice), interval=f' (95 % interval {ci})'*bool(ci))
-    facts = piece('train_facts', dice, case, per, scores.loc[scores.dice.idxmin()],
-        n)
-    return page(variant_name(v), v if v in SHOWN else '', sentence, facts, [
-        section('note', piece('bullets', found_nothing(scores))),
-        section('scores', score_table_html({v: means}, unit_of(scores), case)),
-        *evidence(scores, words=terms('mean', case=case), simulated=simulated, **kwargs)], simulated)
+    return page(scores, **kwargs)

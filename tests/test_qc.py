@@ -1,5 +1,6 @@
 "The page of predictions: alone in one file, nothing from a file taken as markup, worst first, small, sortable, usable without scripts"
 import base64, hashlib, io, json, re, shutil, subprocess
+from pathlib import Path
 
 import numpy as np, pytest
 from PIL import Image
@@ -110,7 +111,6 @@ def test_two_hundred_noisy_scans_in_20_mb(tmp_path):
 def test_save_is_whole_or_not_at_all(page, tmp_path, monkeypatch):
     f = page.save(tmp_path/'new'/'qc.html')
     assert f.read_text(encoding='utf-8')==page.html
-    from pathlib import Path
     def full_disk(self, *a, **k): open(self,'w').close(); raise OSError('No space left on device')
     monkeypatch.setattr(Path, 'write_text', full_disk)
     with pytest.raises(OSError): Q.qc_page([]).save(f)
@@ -162,19 +162,12 @@ def test_policy_is_obeyed_in_a_browser(page, tmp_path):
 
 # --- three dimensions
 
-def test_view_3d():
-    v,m = np.zeros((9,8,7), np.uint8),np.zeros((9,8,7), int); v[2:7,2:6,2:5] = 9; m[4,4,3] = 2
-    pytest.importorskip('ipyniivue', reason='the widget is not installed')
-    w = Q.view_3d(v, m, (1,1,2.), {2:'#0000ff'})
-    assert [o.name for o in w.volumes]==['image.nii.gz','mask.nii.gz']
-    import nibabel as nib, gzip
-    im = nib.Nifti1Image.from_bytes(gzip.decompress(w.volumes[1].data))
-    assert im.header.get_zooms()==(1,1,2) and np.array_equal(np.asarray(im.dataobj), m)
-
-def test_view_3d_without_the_widget_is_one_line(monkeypatch):
-    monkeypatch.setitem(__import__('sys').modules, 'ipyniivue', None)
-    hint = Q.view_3d(np.zeros((4,4,4)))
-    assert "pip install 'brainseg_fastai[view]'" in re.sub('&#39;', "'", hint._repr_html_()) and '\n' not in hint
-
-def test_view_3d_refuses_slices():
-    with pytest.raises(DataError, match='expected volumes'): Q.view_3d(np.zeros((4,4,4)), np.zeros((4,4,5)))
+def test_a_volume_and_its_mask_can_be_turned_and_cut(tmp_path):
+    "What story 7 shows: the widget takes the files as they are"
+    NiiVue = pytest.importorskip('ipyniivue', reason='the widget is not installed').NiiVue
+    import nibabel as nib
+    files = [tmp_path/'head.nii.gz', tmp_path/'head_dseg.nii.gz']
+    for f in files: nib.save(nib.Nifti1Image(np.ones((9,8,7), np.uint8), np.eye(4)), f)
+    w = NiiVue()
+    w.load_volumes([dict(path=files[0]), dict(path=files[1], colormap='red', opacity=.5)])
+    assert [Path(o.path).name for o in w.volumes]==[f.name for f in files]

@@ -165,10 +165,10 @@ def test_size_of_a_large_sheet(tmp_path):
 
 def test_save_is_atomic(tmp_path, monkeypatch):
     f = tmp_path/'new'/'report.html'
-    assert R.Report('a', R.para('one')).save(f)==f and 'one' in f.read_text(encoding='utf-8')
+    assert R.Report('a', R.Html('one')).save(f)==f and 'one' in f.read_text(encoding='utf-8')
     def full_disk(self, *a, **k): open(self,'w').close(); raise OSError('No space left on device')
     monkeypatch.setattr(Path, 'write_text', full_disk)
-    with pytest.raises(OSError): R.Report('a', R.para('two')).save(f)
+    with pytest.raises(OSError): R.Report('a', R.Html('two')).save(f)
     assert 'one' in f.read_text(encoding='utf-8') and [p.name for p in f.parent.iterdir()]==['report.html']
 
 def test_split_table_counts():
@@ -191,12 +191,12 @@ def means(**kw): return pd.DataFrame({k: dict(zip(('mean','low','high'), v)) for
 def test_score_table_names_units_and_pooling():
     nan = float('nan')
     m = {'brain': means(dice=(.9,.8,.95), hd95=(1.23,nan,nan), pooled_dice=(.97,nan,nan)), 'orig': means(dice=(.8,nan,nan))}
-    h = str(R.score_table_html(m, 'mm'))
+    h = str(R.piece('means', m, 'mm', 'image'))
     assert 'Hausdorff distance, mm' in h and '0.900 <small>0.800 to 0.950' in h and 'Pooled Dice' in h and 'nan' not in h
     assert 'Jaccard' not in h and h.index('Pooled')>h.index('Hausdorff') and '–' in h
 
 def test_scores_of_single_structures_and_of_volumes():
-    h = str(R.score_table_html(dict(flair=means(dice=(.9,.8,.95), dice_WT=(.8,.7,.9), hd95_WT=(3,2,4), volume_diff_WT=(-1,-2,1))), 'mm', 'volume'))
+    h = str(R.piece('means', dict(flair=means(dice=(.9,.8,.95), dice_WT=(.8,.7,.9), hd95_WT=(3,2,4), volume_diff_WT=(-1,-2,1))), 'mm', 'volume'))
     for o in ('Dice, per volume', 'Dice, WT', '95 % Hausdorff distance, WT, mm', 'Volume, predicted minus true, WT, mL', '−1.00'): assert o in h
 
 @pytest.mark.parametrize('unit', ['px','mm'])
