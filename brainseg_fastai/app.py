@@ -14,29 +14,14 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from .core import DataError, asset, known, missing, need, need_package, num
+from .core import DataError, asset, known, need, need_package
 from .drawing import data_uri, draw_case
 from .prediction import predict_scan, write_prediction
 from .qc import measures
-from .report import SHOWN, TEXTS, measure, piece, table_html
+from .report import SHOWN, TEXTS, piece
 from .runs import load_bundle
 
 WORDS = TEXTS['app']
-
-# %% ../nbs/library/25_app.ipynb #b
-def measures_html(rows, colours):
-    "Table of areas or volumes, with the colour of each structure"
-    each = [measures(o) for o in rows]
-    cols = [*dict.fromkeys(k for o in each for k in o)]
-    return table_html([(piece('spot', colour, r['label']),
-                *(measure(o.get(k)) for k in cols))
-        for r,o,colour in zip(rows, each, colours.values())], ['Structure', *cols])
-
-def trust_html(quality, predicted, flags, notes):
-    "How far to trust a mask"
-    agreement = '' if missing(quality) else num(quality, 2)
-    return piece('trust', flags, predicted.get('text'), agreement, notes,
-        WORDS['unknown'])
 
 # %% ../nbs/library/25_app.ipynb #c
 @lru_cache(maxsize=None)
@@ -83,7 +68,8 @@ def look_at(model, path, spacing=None)->dict:
     colours = {i: o['colour'] for i,o in enumerate(model.config['labels'], 1)}
     notes = [o.replace('give --spacing (mm per pixel)', 'give the pixel spacing')
         for o in p.notes]
-    text = measures_html(p.rows, colours) + trust_html(p.quality, p.predicted, p.flags, notes)
+    text = piece('measured', [(c, o['label'], measures(o)) for c,o in zip(colours.values(), p.rows)])
+    text += piece('trust', p.quality, p.predicted, p.flags, notes)
     return dict(
         folder=str(folder), name=Path(path).name, mask=str(write_prediction(p, folder/'mask')),
         n=len(images), start=int(seen.argmax() if seen.any() else len(seen)//2), volume=p.scan.is_volume,

@@ -52,22 +52,24 @@ def test_a_slice_of_several_channels_shows_the_middle_one(tmp_path, monkeypatch)
     v = looked(monkeypatch, tmp_path, Scan('s', tmp_path, a, (2,1)), np.zeros((4,6), np.uint8))
     assert v['n']==1 and v['aspect']==2 and (pixels(A.draw(v, 1))==77).all() and 'right of' not in A.draw(v, 1)
 
+def measured(label, colour='#ff0000', **row): return str(A.piece('measured', [(colour, label, A.measures(row))]))
+
 def test_nothing_from_a_file_becomes_part_of_the_page():
     bad = '<script>alert(1)</script>'
-    for h in (A.measures_html([dict(label=bad, area_px=3)], {1:'#ff0000'}), A.trust_html(.5, dict(text=bad), [bad], [bad]), A.problem_html(bad)):
+    for h in (measured(bad, area_px=3), A.piece('trust', .5, dict(text=bad), [bad], [bad]), A.problem_html(bad)):
         assert '<script' not in str(h) and '&lt;script' in str(h)
 
 def test_measures_leave_out_what_is_not_known():
     nan = float('nan')
-    h = str(A.measures_html([dict(label='ventricles', area_mm2=nan, area_px=12, volume_ml=nan, evans_index=nan)], {1:'#ff0000'}))
+    h = measured('ventricles', area_mm2=nan, area_px=12, volume_ml=nan, evans_index=nan)
     assert 'pixels' in h and '12' in h and 'mm²' not in h and 'mL' not in h and 'nan' not in h
-    h = str(A.measures_html([dict(label='ventricles', area_mm2=1234.5, area_px=12, volume_ml=31.25)], {1:'#ff0000'}))
+    h = measured('ventricles', area_mm2=1234.5, area_px=12, volume_ml=31.25)
     assert 'mm²' in h and '1,234' in h and '31.25' in h and 'pixels' not in h
-    assert 'nan' not in str(A.trust_html(nan, dict(text='uncalibrated'), [], []))
-    assert 'Nothing is known' in str(A.trust_html(nan, {}, [], []))
+    assert 'nan' not in A.piece('trust', nan, dict(text='uncalibrated'), [], [])
+    assert 'Nothing is known' in A.piece('trust', nan, {}, [], [])
 
 def test_colours_of_a_bundle_stay_colours():
-    assert 'url' not in str(A.measures_html([dict(label='a', area_px=1)], {1: 'red;background:url(x)'}))
+    assert 'url' not in measured('a', 'red;background:url(x)', area_px=1)
 
 @given(session=st.text())
 def test_no_visitor_gets_out_of_the_folder(session):
