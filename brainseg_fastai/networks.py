@@ -173,7 +173,7 @@ def build_model(
     "The network that the settings ask for"
     size = check_size(s.arch, shape or s.shape or 128, s.dims, s.depth, s.width)
     a,light = ARCHS[s.arch], s.recipe=='light'
-    have = not a.make and bool(s.pretrained) and imagenet_weights(s.arch)
+    have = not a.make and s.pretrained and imagenet_weights(s.arch)
     if a.make:
         half,most = [2]*(s.depth or a.depth or 0), 512 if s.dims==2 else 320
         maps = [min((s.width or a.width)*2**i, most) for i in range(len(half)+1)]
@@ -189,22 +189,20 @@ def build_model(
     return net
 
 # %% ../nbs/library/12_networks.ipynb #h
-def first_names(model):
-    "Each name in a model's state, with the first name that its tensor has"
-    first = {}
-    return {k: first.setdefault((v.data_ptr(), v.shape), k)
-        for k,v in model.state_dict().items()}
+def weights_of(model)->dict:
+    "Each tensor of its state once, by the first of its names"
+    state = reversed(model.state_dict().items())
+    return dict({(v.data_ptr(), v.shape): (k,v) for k,v in state}.values())
 
 def save_weights(model, path):
     "Weights of a network as safetensors, all or nothing"
-    d = model.state_dict()
-    d = {k: d[k].contiguous() for k in set(first_names(model).values())}
+    d = {k: v.contiguous() for k,v in weights_of(model).items()}
     with written(path) as tmp: save_file(d, tmp)
 
 def load_weights(model, path):
     "Read weights that `save_weights` wrote; nothing is unpickled"
     d = load_file(path)
-    model.load_state_dict({k: d[n] for k,n in first_names(model).items()})
+    model.load_state_dict({k: d[k] for k in weights_of(model)}, strict=False)
 
 # %% ../nbs/library/12_networks.ipynb #i
 class LiveBytes(TorchDispatchMode):

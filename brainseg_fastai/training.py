@@ -6,9 +6,9 @@
 __all__ = ['Bend', 'augment_tfms', 'fit_cosine', 'fit_recipe']
 
 # %% ../nbs/library/13_training.ipynb #a
-import math, platform, sys, time, warnings
+import math, platform, re, sys, time, warnings
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np, torch
@@ -18,6 +18,7 @@ from fastai.vision.all import *
 from PIL import Image
 from torch.utils._pytree import tree_map
 
+from . import __version__
 from .core import stamp, written
 from .images import pixels_of, read_image, read_mask
 from .networks import channels_last, fast_bf16, plain_batch, save_weights
@@ -272,20 +273,16 @@ def fit_recipe(
 # %% ../nbs/library/13_training.ipynb #m
 def processor():
     info = Path('/proc/cpuinfo')
-    lines = info.read_text(encoding='utf-8').splitlines() if info.exists() else []
-    names = [l.partition(':')[2].strip() for l in lines
-        if l.startswith('model name')]
-    return names[0] if names else platform.processor() or platform.machine()
-
-def installed(package):
-    try: return version(package)
-    except PackageNotFoundError: return 'not installed'
+    text = info.read_text(encoding='utf-8') if info.exists() else ''
+    name = re.search(r'^model name\s*: (.+)', text, re.M)
+    return name[1].strip() if name else platform.processor() or platform.machine()
 
 def environment(device=None)->dict:
     "What the numbers depend on beside the data: versions, processor, threads"
     device = torch.device(device or default_device())
     name = torch.cuda.get_device_name(device) if device.type=='cuda' else processor()
-    packages = 'brainseg_fastai','fastai','torch','torchvision','monai','numpy','pandas','scipy'
+    packages = 'fastai','torch','torchvision','monai','numpy','pandas','scipy'
     return dict(python=sys.version.split()[0], platform=sys.platform,
         device=f'{device.type} ({name})',
-        threads=torch.get_num_threads(), bf16=fast_bf16(device), **{o: installed(o) for o in packages})
+        threads=torch.get_num_threads(), bf16=fast_bf16(device),
+        brainseg_fastai=__version__, **{o: version(o) for o in packages})
