@@ -40,7 +40,6 @@ def swap_kind(stem, kind, to=''):
     return res if to else res.strip('-_/ ')
 
 def stem_in(path, folder=''):
-    "Path of a file below `folder` without its ending"
     rel = Path(path).as_posix()[len(Path(folder).as_posix()) if folder else 0:]
     return rel.lstrip('/').removesuffix(Path(path).suffix)
 
@@ -94,7 +93,6 @@ def subfolders(root):
     return sorted(d for d in Path(root).iterdir() if d.is_dir() and d.name[0]!='.')
 
 def list_kinds(root)->dict:
-    "Images by kind, `brain` and `orig` first"
     images = {d.name: list_files(d, IMAGE_SUFFIXES) for d in subfolders(root)
         if d.name!='mask'}
     order = sorted(images, key=lambda k: (k!='brain', k!='orig', k))

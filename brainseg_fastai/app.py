@@ -32,7 +32,6 @@ def store():
 def gradio_folder(): return Path(store().name)/'gradio'
 
 def visitor_folder(session)->Path:
-    "Where the files of one open page are"
     return gradio_folder()/'visitors'/hashlib.sha256(str(session).encode()).hexdigest()[:20]
 
 def forget(session): shutil.rmtree(visitor_folder(session), ignore_errors=True)
@@ -42,7 +41,6 @@ ACCEPTED = '.nii','.nii.gz','.mgz','.mgh','.png','.tif','.tiff'
 MAX_MB = 300
 
 def take_upload(file, session)->Path:
-    "Move an upload into an empty folder of its visitor"
     file = Path(file)
     forget(session)
     try:
@@ -107,7 +105,6 @@ def try_look(model, path, spacing=None):
 
 # %% ../nbs/library/25_app.ipynb #h
 def private_gradio():
-    "Gradio with its statistics off and its files in our folder"
     os.environ.update(GRADIO_ANALYTICS_ENABLED='False',
         HF_HUB_DISABLE_TELEMETRY='1',
         GRADIO_SERVER_NAME='127.0.0.1', GRADIO_TEMP_DIR=str(gradio_folder()))
@@ -117,7 +114,6 @@ def private_gradio():
     return need_package('gradio', 'app')
 
 def about(config, max_mb=MAX_MB)->str:
-    "What a model is for, Markdown"
     skull = SHOWN.get(config['settings']['inputs'], '').lower()
     names = ', '.join(o['name'] for o in config['labels'])
     return WORDS['about'].format(names=names, skull=skull and f'{skull} ',
@@ -193,13 +189,11 @@ def connect(gr, c, model):
 
 # %% ../nbs/library/25_app.ipynb #l
 def need_one_file(path, config):
-    "Refuse a model that one file is not enough for"
     names = config['channels']
     need(len(names)<2 or config['packed'], 'app.one_file', path,
         names=', '.join(names))
 
 def make_app(bundle_path, max_mb=MAX_MB):
-    "The page for a model"
     gr,model = private_gradio(), load_bundle(bundle_path)
     need_one_file(bundle_path, model.config)
     with gr.Blocks(title='brainseg', analytics_enabled=False, delete_cache=(60,600)) as app:

@@ -20,7 +20,6 @@ from .images import Pixels, list_files, stem_of, volume_facts
 COLUMNS = ['subject','scan','slice','inputs','image','mask','spacing']
 
 def case_table(rows, root, what, labelled=True, more=())->pd.DataFrame:
-    "The rows as a case table; a `DataError` if there are none"
     need(rows, 'cases.none' if labelled else 'cases.labelled', root, what=what)
     return pd.DataFrame(rows, columns=[*COLUMNS, *more])
 
@@ -97,7 +96,6 @@ def data_folder(default, layout)->Path:
 Patient = namedtuple('Patient', 'subject folder images mask', defaults=[None]) # images by input
 
 def data_root(root, what):
-    "An existing data folder as an absolute path, or a `DataError`"
     root = Path(root).expanduser().resolve()
     need(not root.is_file(), 'cases.file', root, what=what)
     need(root.is_dir(), 'cases.root', root, what=what)
@@ -135,7 +133,6 @@ def write_nifti(a, affine, path):
 
 # %% ../nbs/library/02_cases.ipynb #f
 def patient_rows(p, names, unit, skip_empty)->list:
-    "Rows of one patient: one, or one for each slice"
     lost = ', '.join(k for k in names if k not in p.images)
     inputs,there = '+'.join(names), few(p.images) or 'no image'
     need(not lost, 'cases.lost', p.folder, lost=lost, there=there, names=inputs)

@@ -26,12 +26,10 @@ def problem(level, file, found, expected, remedy)->dict:
         remedy=remedy)
 
 def known_problem(name, file, /, **words)->dict:
-    "One of the `checks` in `messages.toml`"
     name = f'checks.{name}'
     return problem(MESSAGES[name][0], **known(name, file, **words).parts)
 
 def failure(e, level='error', **more)->dict:
-    "The problem that a `DataError` tells of"
     if e.parts is None: raise e # a missing package is no problem of the data
     return problem(level, **e.parts | more)
 
@@ -76,7 +74,6 @@ FILE_COLUMNS = ('file path is_mask used subject scan slice inputs mask '
     'error shape sha constant codes inside affine').split()
 
 def file_table(rows, root, masks=(), progress=False)->pd.DataFrame:
-    "What is known of every file"
     if isinstance(rows, pd.DataFrame): rows = rows.to_dict('records')
     facts = facts_of([o['image'] for o in rows],
         [*(o['mask'] for o in rows), *masks], progress)
@@ -123,7 +120,6 @@ def too_few_subjects(where, subjects, what='with image and mask'):
 
 # %% ../nbs/library/04_checks.ipynb #f
 def odd_codes(t):
-    "Codes that cannot be believed"
     n,inside = [sum(map(Counter, o), Counter()) for o in (t.codes, t.inside)]
     codes = sorted(n)
     small = codes[0]>=0 and codes[-1]<10

@@ -47,7 +47,6 @@ TYPES = dict(path=Path, float=float,
 COMMANDS = tomllib.loads(asset('commands.toml').replace('LAYOUTS', few(LAYOUTS)))
 
 def add_group(p, group):
-    "Add the flags of one group in `commands.toml`"
     if group=='settings': return add_flags(p)
     if group=='again': p = p.add_mutually_exclusive_group()
     for name,kw in COMMANDS[group].items():
@@ -74,7 +73,6 @@ def results(a)->dict: # Arguments of `compare_variants`
         command=shlex.join(['brainseg', *a.argv]))
 
 def asked(a)->dict: # `Settings` by name
-    "The two variants that the flags of a command stand for"
     from brainseg_fastai.comparison import named_variants
     base,texts = from_flags(a), (o and ' '.join(o) for o in (a.a, a.b))
     return named_variants(a.data, a.layout, *texts, base)

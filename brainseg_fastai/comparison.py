@@ -63,7 +63,6 @@ def differs_in(
 
 # %% ../nbs/2_segmentation_on_full_skull.ipynb #c
 def checked_tables(root, variants, layout, progress=False, **options)->tuple:
-    "The cases of every variant, and what the check says"
 
     units = ['slice' if s.mode=='slice' else 'volume' for s in variants.values()]
     for s,u in zip(variants.values(), units):
@@ -218,7 +217,6 @@ def train_variants(
 
 # %% ../nbs/2_segmentation_on_full_skull.ipynb #i
 def gathered(r, parts)->AttrDict:
-    "Tables of all trainings and a bundle per variant, written to the folder of results"
     n = len(r.variants)
     def both(k, parts=parts[:n]): return pd.concat([o[k] for o in parts], ignore_index=True)
     r.update(scores=both('scores'), all_scores=both('all_scores'),
@@ -298,7 +296,6 @@ def judged(r, margin, facts):
     r.report = compare_report(c.to_dict(), swap=r.swap, **facts)
 
 def summed_up(r, facts):
-    "Sum up the scores of one variant: adds `summary` and `report`"
     r.summary,simulated = summarise_scores(r.scores), r.about['simulated']
     write_json(r.out/'summary.json',
         dict(variant=[*r.variants][0], simulated=simulated,

@@ -37,7 +37,6 @@ def mni_maps():
 
 # %% ../nbs/library/05_demo.ipynb #d
 def load_label():
-    "Where the template's ventricles are"
     f = files('brainseg_fastai')/'assets/ventricles.nii.gz'
     return np.asarray(nib.load(f).dataobj)>0
 
@@ -49,7 +48,6 @@ def outward_flow(label, reach=14.):
     return np.stack(np.gradient(d)) * np.exp(-np.clip(d, 0, None)/reach)
 
 def load_template():
-    "Everything about the template that the simulation needs, computed once"
     t1,gm,wm,csf,origin = mni_maps()
     label,brain = load_label(), t1>0
     tissue = np.stack([csf, gm, wm])
@@ -69,7 +67,6 @@ def sample(vols, pts, origin, step=1.):
             for v in vols])
 
 def smooth_noise(rng, n, sigma, step=4.):
-    "Random fields over the slab that vary smoothly in space"
     shape = [int(s/step) for s in (208,248,100)]
     f = rng.standard_normal((n,*shape), dtype=np.float32)
     f = ndi.gaussian_filter(f, (0,)+(sigma/step,)*3, mode='nearest')
@@ -95,7 +92,6 @@ def draw_subject(i, seed=42):
         rate=r.uniform(.05,.35), n_scans=int(r.choice(4, p=[.15,.3,.3,.25]))+1, z=r.uniform(6.5,21.5))
 
 def draw_scan(s, k):
-    "Draw one visit: where the slice lies, how the machine sees the tissues, how noisy it is"
     r = s['rng']
     return dict(
         scan=f"I{s['first']+9*k:05d}", growth=s['growth']+k*s['rate'],
@@ -194,7 +190,6 @@ def wanted(n_subjects, seed, size):
 def png_name(row, kind): return f"{kind}/{row['subject']}-{row['scan']}-{kind}-{row['slice']}.png"
 
 def is_complete(path, want)->bool:
-    "Does `path` hold the whole cohort that `want` describes?"
     try: got = cohort(path)
     except DataError: return False
     files = [Path(path)/png_name(r, k) for r in got.get('scans', [])

@@ -31,7 +31,6 @@ def outline(mask, outside=False, width=3):
     return binary_dilation(mask==outside, iterations=width) & (mask!=outside)
 
 def marks(layers, size, box=None, fill=0.):
-    "What to paint, and how"
     for mask,colours,outside in layers:
         for c in np.unique(mask[mask>0]).tolist():
             m = Image.fromarray((mask==c).astype(np.uint8)*255)

@@ -45,7 +45,6 @@ def write_mat(
 PLACES = {1: (-.45,.1), 2: (0,-.35), 3: (.3,.05)} # of each type: row and column, from -1 to 1
 
 def draw_slice(label, rng, size=128):
-    "A simulated slice: image, mask, and outline of the tumour"
     (cy,cx),(ry,rx) = PLACES[label]+rng.normal(0, .06, 2), rng.uniform(.12, .24, 2)
     tumour = ellipsoid((size,size), (cy,cx), (ry,rx)) < 1
     head,middle = ellipsoid((size,size), (0,0), (.9,.75)), ellipsoid((size,size), (-.1,0), (.3,.12))
@@ -56,7 +55,6 @@ def draw_slice(label, rng, size=128):
     return (image+rng.normal(0, 60, image.shape)).clip(0), tumour, ((outline+1)*(size-1)/2+1).ravel()
 
 def figshare_standin(folder, n, rng):
-    "Fill a folder with simulated slices, three of each of `n` patients"
     for k in range(3*n):
         image,mask,outline = draw_slice(k//3%3+1, rng)
         write_mat(folder/f'{k+1}.mat', image, mask, f'10{k//3:04d}', k//3%3+1,

@@ -91,14 +91,12 @@ def to_bytes(a, window=None):
     return ((a-lo)*(255/(hi-lo))).clip(0, 255).round().astype(np.uint8)
 
 def otsu(a)->int:
-    "Otsu's threshold"
     n = np.bincount(a.ravel('K'), minlength=256).astype(float)
     w,s = n.cumsum(), (n*np.arange(256)).cumsum()
     between = (s[-1]*w/w[-1]-s)**2/(w*(w[-1]-w)).clip(1)
     return int(between.argmax())
 
 def largest_part(m):
-    "The largest connected part of a mask"
     from scipy import ndimage as ndi
     parts,n = ndi.label(m)
     return m if n<2 else parts==1+np.bincount(parts.ravel())[1:].argmax()
@@ -154,7 +152,6 @@ def load_volume(path):
 
 # %% ../nbs/library/01_images.ipynb #f
 def count_values(a):
-    "Pixels of each value, as a dict"
     if a.dtype.kind in 'iu' and a.size and a.min()>=0 and a.max()<256:
         return {i: n for i,n in enumerate(np.bincount(a.ravel('K')).tolist()) if n}
     return dict(zip(*(o.tolist() for o in np.unique(a, return_counts=True))))

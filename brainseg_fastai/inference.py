@@ -128,7 +128,6 @@ def resampled(a, size):
     return x.numpy().reshape(len(a), *size, *a.shape[n:])
 
 def network_input(frame, pics, fit):
-    "What a network sees of pictures, as in training"
     if fit.at!=fit.own: pics = resampled(pics, fit.at)
     read = ReadImage(frame.rgb, frame.steps)
     x = torch.from_numpy(np.stack([read.channels(a) for a in pics]))

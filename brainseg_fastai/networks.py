@@ -159,7 +159,6 @@ class LightUnet(Module):
         return self.head(torch.cat([self.shuffle(x), image], dim=1))[..., :h, :w]
 
 def light_splitter(m):
-    "Parameter groups of a `LightUnet`: encoder, and the rest"
     return L(m.body, nn.ModuleList([m.ups, m.shuffle, m.head])).map(params)
 
 # %% ../nbs/library/12_networks.ipynb #g

@@ -56,7 +56,6 @@ def evans_index(a, mask, mm, ks):
 
 # %% ../nbs/library/23_prediction.ipynb #c011x
 class Part(NamedTuple):
-    "What of a scan is predicted"
     slices:tuple=(0,) # Axial, from below
     whole:bool=False  # Is all of the model's slab among them?
     skull:bool=False  # Is it in view?

@@ -35,7 +35,6 @@ def colours(variants):
 
 # %% ../nbs/library/21_report.ipynb #c
 class Html(Markup):
-    "Markup that shows itself in a notebook"
     def _repr_html_(self): return str(self)
 
 def is_number(v): return isinstance(v, numbers.Real) and not isinstance(v, bool)

@@ -105,7 +105,6 @@ def scored(scores):
 FORMAT = dict(format='brainseg-bundle', version=2)
 
 def model_card(c):
-    "The card of a network in Markdown, from its config"
     card = jinja2.Template(asset('card.md'), trim_blocks=True, keep_trailing_newline=True)
     return card.render(c, num=num)
 
@@ -300,7 +299,6 @@ def train_run(
 def file_name(text): return re.sub(r'[^\w.=+-]+', '-', text)
 
 def pooled(runs, inputs, out):
-    "Tables of several runs as one; predictions are named from `out` on"
     every = below(pd.concat([o.scores for o in runs], ignore_index=True), out)
     every = every[[*dict.fromkeys(['variant','fold','seed',*CASE,*every])]]
     own = every[every['tested_on']==inputs].drop(columns='tested_on')

@@ -142,7 +142,6 @@ def dicom_affine(heads)->tuple:
     return files, np.diag([-1,-1,1,1]) @ lps
 
 def load_dicom(folder)->tuple:
-    "A DICOM series as a nibabel image, and its files"
     heads = dicom_series(folder)
     files,affine = dicom_affine(heads)
     n = len(files)*heads[files[0]].Rows*heads[files[0]].Columns

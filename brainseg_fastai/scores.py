@@ -52,7 +52,6 @@ def surface_scores(pred, truth, spacing, tolerance=None)->dict:
     return dict(hd95=float(max(far)), nsd=float(nsd))
 
 def score_structure(pred, truth, spacing, tolerance=None)->dict:
-    "Overlap and distances of one structure"
     res = overlap(pred, truth)
     diagonal = float(np.linalg.norm(np.array(pred.shape)*spacing))
     empty = empty_score(not res['n_true'], not res['n_pred'], diagonal)

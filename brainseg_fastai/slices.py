@@ -61,7 +61,6 @@ def incomplete(folder, prefix, names):
 
 # %% ../nbs/library/18_slices.ipynb #e
 def check_subject_rule(subject):
-    "Refuse what is no regular expression with one group"
     try: n = re.compile(subject or '()').groups
     except re.error as e: n = e
     need(n==1, 'slices.rule', 'subject', subject=subject,
@@ -87,7 +86,6 @@ def find_scans(subjects_dir, folders='*', subject=None, names=NAMES)->list:
 
 # %% ../nbs/library/18_slices.ipynb #f
 def load_scan(scan, labels)->dict:
-    "The three volumes of a scan on one grid"
     if scan['error']: raise scan['error']
     ims = [nib.as_closest_canonical(load_volume(scan[k])) for k in KINDS]
     a = ims[0]
@@ -167,7 +165,6 @@ def refuse_bad(errors, n, skip):
     raise DataError('\n  '.join(lines))
 
 def describe(scans, done):
-    "What `cohort.json` says of each scan"
     each = [dict(scan, rows=rows) for scan,rows in zip(scans, done)]
     good = [o for o in each if isinstance(o['rows'], list)]
     def one(o): return dict(

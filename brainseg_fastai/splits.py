@@ -112,7 +112,6 @@ def by_group(assign, subjects, groups)->dict:
 
 # %% ../nbs/library/19_splits.ipynb #f
 def old_fold(old, f, folds):
-    "What an earlier split says of one fold"
     if old is None: return None
     have = sorted(old['fold'].unique())
     need(have==list(range(folds)), 'splits.folds', have=few(have), folds=folds)

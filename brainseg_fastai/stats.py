@@ -67,7 +67,6 @@ def what_would_help(c)->str:
         margin=c.margin)
 
 def verdict_sentence(c)->str:
-    "The verdict of a `Comparison` for people"
     one,two = c.names
     about = 'For this kind of input' if c.what=='input' else 'For data like these'
     if len(c.by_training)==1: about = 'For these two trained models'

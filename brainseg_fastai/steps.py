@@ -290,13 +290,11 @@ def fit(self:Steps,
 # %% ../nbs/library/11_preprocessing.ipynb #n
 @patch
 def state(self:Steps)->dict:
-    "Everything needed to do the same to new images"
     return dict(version=1,
         steps=[plain(dict(name=s.name, **asdict(s))) for s in self.steps])
 
 @patch(cls_method=True)
 def from_state(cls:Steps, d:dict)->Steps:
-    "The pipeline that had this state"
     try: return cls(STEPS[o['name']](**{k: v for k,v in o.items() if k!='name'})
         for o in d['steps'])
     except (KeyError, TypeError, ValueError, AttributeError) as e:

@@ -130,7 +130,6 @@ def experiment_id(client, name, uri):
     return client.create_experiment(name, artifact_location=place)
 
 def log_files(client, run_id, out):
-    "The files of a result folder and of its trainings, without secrets"
     files = [p for p in sorted(out.iterdir()) if p.is_file()
         and not p.name.startswith('.')]
     kept = 'model.safetensors','config.json','curve.csv'
@@ -143,7 +142,6 @@ def log_files(client, run_id, out):
 
 # %% ../nbs/library/24_tracking.ipynb #h
 def log_folder(client, run_id, out, settings):
-    "Everything of a result folder into an open run"
     from mlflow.entities import Metric, Param, RunTag
     now,params,points = time.time(), flat_params(settings), []
     found = [out/o for o in ('comparison.json','summary.json') if (out/o).exists()]

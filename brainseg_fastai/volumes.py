@@ -120,7 +120,6 @@ class VolumeItems:
 # %% ../nbs/library/14_volumes.ipynb #h
 @patch
 def cut(self:VolumeItems, v, seed):
-    "The items of volume `v`, with margins"
     tio,s = torchio(), to_subject(self.cases[v], self.codes, self.steps)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -132,7 +131,6 @@ def cut(self:VolumeItems, v, seed):
 
 @patch
 def items(self:VolumeItems, v, seed):
-    "The items of volume `v`, from memory if they are there"
     if (v,seed) not in self.kept:
         while len(self.kept)>=self.keep: self.kept.popitem(last=False)
         self.kept[v,seed] = self.cut(v, seed)
