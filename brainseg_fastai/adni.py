@@ -16,7 +16,7 @@ from .cases import Layout, case_table, cohort, data_root, one_unit
 from .checks import (
     damaged, duplicates, failure, file_table, known_problem, odd_masks, problem_table,
     too_few_subjects, unequal_sizes)
-from .core import DataError, few, known, need, plural, say
+from .core import *
 from .images import IMAGE_SUFFIXES, is_picture, list_files
 
 # %% ../nbs/library/06_adni.ipynb #b

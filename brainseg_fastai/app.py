@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from .core import DataError, asset, known, need, need_package
+from .core import *
 from .drawing import data_uri, draw_case
 from .prediction import predict_scan, write_prediction
 from .qc import measures

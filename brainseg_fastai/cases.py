@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 
-from .core import DataError, cache_dir, few, in_threads, made_once, need, read_json, write_json
+from .core import *
 from .images import Pixels, list_files, stem_of, volume_facts
 
 # %% ../nbs/library/02_cases.ipynb #b

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from .cases import Layout, choose_inputs, data_root, volume_cases
-from .core import MESSAGES, DataError, few, known, missing, need, plural, say, times
+from .core import *
 from .images import facts_of
 
 # %% ../nbs/library/04_checks.ipynb #b

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 from . import __version__
-from .core import DataError, asset, few, need, plural, say
+from .core import *
 from .settings import add_flags, from_flags
 
 # %% ../nbs/library/26_commands.ipynb #b

@@ -18,7 +18,7 @@ from fastcore.meta import delegates
 from .adni import ADNI, kinds_in
 from .cases import is_simulated, pair_cases
 from .checks import mask_codes, refuse_errors
-from .core import need, plain, read_json, say, write_csv, write_json
+from .core import *
 from .images import data_fingerprint
 from .report import compare_report, train_report
 from .runs import file_name, pool_bundle, portable, train_folds

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MESSAGES', 'DataError', 'asset', 'say', 'known', 'need', 'need_package', 'few', 'plural', 'times', 'missing', 'num',
            'plain', 'digest', 'make_folder', 'beside', 'written', 'written_folder', 'write_text', 'write_json',
-           'write_csv', 'read_json', 'stamp', 'progress', 'in_threads']
+           'write_csv', 'read_json', 'cache_dir', 'made_once', 'stamp', 'progress', 'in_threads']
 
 # %% ../nbs/library/00_core.ipynb #a
 import hashlib, importlib, json, math, numbers, os, shutil, sys, tomllib, uuid

@@ -16,7 +16,7 @@ from PIL import Image
 from scipy import ndimage as ndi
 
 from .cases import cohort
-from .core import DataError, cache_dir, in_threads, made_once, need, write_text
+from .core import *
 
 # %% ../nbs/library/05_demo.ipynb #b
 version = 3      # goes up when a seed gives other pixels or facts

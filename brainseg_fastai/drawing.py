@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageColor
 from scipy.ndimage import binary_dilation
 
-from .core import missing, need
+from .core import *
 from .images import image_size, raw_mask, read_image, to_bytes
 
 # %% ../nbs/library/03_drawing.ipynb #b

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 
-from .core import DataError, few, in_threads, need, need_package, plural, stamp, times
+from .core import *
 from .images import Pixels, list_files
 from .cases import COLUMNS, Layout, case_name, case_table, choose_inputs, data_root, ellipsoid, one_unit
 from .checks import (

@@ -15,9 +15,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
 
-from brainseg_fastai.core import (
-    DataError, cache_dir, digest, few, in_threads, known, missing, need, plain, plural, stamp, times,
-    write_json, written)
+from .core import *
 
 # %% ../nbs/library/01_images.ipynb #b
 IMAGE_SUFFIXES = '.png','.tif','.tiff','.bmp','.jpg','.jpeg'

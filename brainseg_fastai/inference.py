@@ -14,7 +14,7 @@ import numpy as np, torch, torch.nn.functional as F
 from fastai.data.transforms import IntToFloatTensor
 from monai.inferers import sliding_window_inference
 
-from .core import need
+from .core import *
 from .images import image_size, otsu
 from .networks import plain_batch
 from .steps import Steps

@@ -9,7 +9,7 @@ __all__ = ['bootstrap_t', 'subjects_needed']
 from bisect import bisect_left
 import numpy as np
 from scipy.special import stdtr, stdtrit
-from .core import few, need
+from .core import *
 
 # %% ../nbs/library/07_intervals.ipynb #b
 MIN_BOOTSTRAP,MAX_BOOTSTRAP = 5,1000 # outside these, Student's t stands alone

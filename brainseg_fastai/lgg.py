@@ -10,7 +10,7 @@ __all__ = ['CHANNELS', 'LOOKS', 'EXPECTED', 'LABELS', 'LAYOUT', 'draw_slice', 'l
 import numpy as np, pandas as pd
 from PIL import Image
 
-from .core import DataError, few, need, plural
+from .core import *
 from .images import Pixels, list_files
 from .cases import COLUMNS, Layout, case_table, choose_inputs, data_root, ellipsoid, one_unit
 from .checks import (

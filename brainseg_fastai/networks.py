@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from torchvision.models import get_model_weights
 
-from .core import few, known, need, say, times, written
+from .core import *
 from .images import read_mask
 
 # %% ../nbs/library/12_networks.ipynb #b

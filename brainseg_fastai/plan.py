@@ -18,7 +18,7 @@ from fastcore.meta import delegates
 
 from .adni import ADNI
 from .comparison import prepare, trainings
-from .core import plural, say
+from .core import *
 from .images import read_image
 from .inference import model_of, predict
 from .runs import prepare_learner

@@ -18,9 +18,8 @@ from PIL import Image
 from scipy import ndimage as ndi
 
 from . import __version__
-from .core import (
-    DataError, asset, digest, in_threads, make_folder, need, plural, progress as bar, read_json, say, stamp,
-    write_csv, write_json, write_text, written)
+from .core import *
+from .core import progress as bar
 from .images import foreground, is_picture, largest_part, list_files, otsu, stem_of, write_mask
 from .inference import predict
 from .trust import agreement, find_flags, predicted_dice, scan_features

@@ -9,7 +9,7 @@ __all__ = ['qc_page']
 import numpy as np, pandas as pd
 from PIL import Image
 
-from .core import few, missing, need
+from .core import *
 from .drawing import data_uri, draw_case, marks
 from .report import TEXTS, Report, piece
 from .trust import review_list

@@ -15,7 +15,7 @@ import jinja2, numpy as np, pandas as pd
 from fastcore.meta import delegates
 from markupsafe import Markup
 
-from brainseg_fastai.core import DataError, asset, few, missing, need, num, plural, write_text
+from brainseg_fastai.core import *
 from brainseg_fastai.drawing import PRED, TRUTH, case_tile, data_uri, safe_colour
 from brainseg_fastai.scores import PARTS, case_of, summarise_scores
 from brainseg_fastai.stats import found_nothing, units

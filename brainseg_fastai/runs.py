@@ -14,9 +14,7 @@ from safetensors import SafetensorError
 
 from .adni import ADNI
 from .checks import mask_codes
-from .core import (
-    DataError, asset, digest, few, known, need, need_package, num, plain, read_json, say,
-    write_csv, write_json, write_text, written, written_folder)
+from .core import *
 from .drawing import PALETTE
 from .images import data_fingerprint, read_image, read_mask
 from .inference import Frame, Model, training_spacing

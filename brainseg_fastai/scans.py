@@ -18,7 +18,7 @@ from nibabel.affines import from_matvec, obliquity, voxel_sizes
 from nibabel.processing import resample_from_to, resample_to_output
 from scipy import ndimage as ndi
 
-from .core import DataError, digest, in_threads, known, need, need_package, plural, say, times
+from .core import *
 from .images import (
     MOST_VOXELS, Pixels, decode, foreground, is_picture, is_volume, list_files, load_volume,
     otsu, read_image, stem_of, to_bytes, to_native, volume_header)

@@ -10,7 +10,7 @@ import warnings
 import numpy as np, pandas as pd
 from scipy import ndimage as ndi
 from scipy.spatial import KDTree
-from .core import few, need, say
+from .core import *
 from .intervals import bootstrap_t
 
 # %% ../nbs/library/08_scores.ipynb #b

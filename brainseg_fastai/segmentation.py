@@ -16,7 +16,7 @@ from fastai.vision.all import *
 
 from .adni import adni_cases, subject_id
 from .cases import case_name
-from .core import few, need
+from .core import *
 from .images import open_volume, pixels_of, read_image, read_mask, stem_of, write_mask
 from .inference import Frame, Masks, fit_of, model_of, predict, training_field, training_spacing
 from .networks import RESNETS, build_model, class_shares, light_splitter, make_loss

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from fastcore.basics import patch
 from fastcore.docments import docments
 
-from .core import DataError, digest, need
+from .core import *
 
 # %% ../nbs/library/10_settings.ipynb #b
 RECIPES = dict(

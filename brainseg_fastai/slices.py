@@ -10,8 +10,7 @@ import re
 from pathlib import Path
 import nibabel as nib, numpy as np, pandas as pd
 from PIL import Image
-from .core import (
-    DataError, few, in_threads, known, need, plural, say, times, write_csv, write_json, written_folder)
+from .core import *
 from .images import is_volume, load_volume, stem_of, to_bytes
 
 # %% ../nbs/library/18_slices.ipynb #b

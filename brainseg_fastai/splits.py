@@ -11,7 +11,7 @@ from itertools import combinations
 import numpy as np, pandas as pd
 
 from .cases import case_name
-from .core import DataError, few, known, need
+from .core import *
 
 # %% ../nbs/library/19_splits.ipynb #b
 def closest_subset(counts:dict, target:float)->set:

@@ -9,7 +9,7 @@ __all__ = ['Comparison', 'compare_scores']
 from dataclasses import asdict, dataclass
 import numpy as np, pandas as pd
 from scipy.stats import wilcoxon
-from .core import few, need, num, plain, plural, say
+from .core import *
 from .intervals import bootstrap_t, simulate_coverage, subjects_needed
 from .scores import METRICS, case_of, pooled_dice
 

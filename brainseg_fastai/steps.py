@@ -13,7 +13,7 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 from scipy import ndimage as ndi
 
-from .core import few, known, need, need_package, plain
+from .core import *
 from .images import read_image
 
 # %% ../nbs/library/11_preprocessing.ipynb #b

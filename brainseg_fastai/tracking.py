@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 import numpy as np, pandas as pd
 
-from .core import known, missing, need, need_package, read_json, say
+from .core import *
 from .scores import METRICS, summarise_scores
 
 # %% ../nbs/library/24_tracking.ipynb #b

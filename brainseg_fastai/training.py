@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils._pytree import tree_map
 
 from . import __version__
-from .core import stamp, written
+from .core import *
 from .images import pixels_of, read_image, read_mask
 from .networks import channels_last, fast_bf16, plain_batch, save_weights
 

@@ -11,7 +11,7 @@ import hashlib, math, tomllib
 from itertools import count
 import numpy as np, pandas as pd
 from scipy import ndimage as ndi
-from .core import asset, few, missing, need, num, say
+from .core import *
 
 # %% ../nbs/library/16_trust.ipynb #b
 def agreement(

@@ -15,7 +15,7 @@ from fastai.data.load import DataLoader
 from fastai.torch_core import default_device
 from fastcore.basics import patch
 
-from .core import missing, need, need_package
+from .core import *
 from .images import Pixels, image_size, read_image, read_mask
 
 def torchio(): return need_package('torchio', 'volumes')

@@ -1,7 +1,9 @@
-"The rules that keep the house readable: floors, lengths, names. They are measured on the text; nothing is run"
-import ast, json, re, subprocess, sys
+"The rules that keep the house readable: floors, lengths, names. They are measured on the text"
+import ast, builtins, dis, json, re, subprocess, sys
+from importlib import import_module
 from pathlib import Path
 from string import Formatter
+from types import CodeType
 
 import pytest
 
@@ -44,6 +46,19 @@ def test_ruff_finds_nothing():
     r = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--no-cache', '--output-format', 'concise', '.'],
                        cwd=ROOT, capture_output=True, text=True, encoding='utf-8')
     assert r.returncode==0, r.stdout[-3000:]+r.stderr[-1000:]
+
+def names_used(code):
+    "Global names in a code object and in those inside of it"
+    for o in dis.get_instructions(code):
+        if o.opname=='LOAD_GLOBAL': yield o.argval
+    for o in code.co_consts:
+        if isinstance(o, CodeType): yield from names_used(o)
+
+@pytest.mark.parametrize('name', TEXT)
+def test_every_name_that_a_function_uses_exists(name):
+    "Where all names of another module are imported, ruff cannot tell"
+    there = vars(import_module(f'brainseg_fastai.{name}')) | vars(builtins)
+    assert not set(names_used(compile(TEXT[name], name, 'exec')))-set(there)
 
 def test_imports_point_down_only():
     "Imports within functions count as well: a circle is one wherever it is closed"
