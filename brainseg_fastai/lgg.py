@@ -15,7 +15,7 @@ from .images import Pixels, list_files
 from .cases import COLUMNS, Layout, case_table, choose_inputs, data_root, ellipsoid, one_unit
 from .checks import (
     as_problem, damaged, duplicates, file_table, known_problem, no_mask, nothing_here,
-    odd_masks, problem, problem_table, too_few_subjects, unequal_sizes, unknown_labels)
+    odd_masks, problem_table, too_few_subjects, unequal_sizes, unknown_labels)
 
 # %% ../nbs/6_lgg_networks_and_losses.ipynb #b
 CHANNELS = 'pre','flair','post'
@@ -66,11 +66,9 @@ def read_findings(root):
     "The table `data.csv` by patient; empty without that file"
     file = next((p for p in list_files(root, '.csv') if p.name=='data.csv'), None)
     if file is None: return pd.DataFrame()
-    again = 'Download it again or delete it.'
     try: t = pd.read_csv(file)
-    except (OSError, ValueError) as e: raise DataError.of(file, str(e), 'a table', again) from e
-    need('Patient' in t, file, f'the columns {few(t.columns)}', 'a column Patient',
-        again)
+    except (OSError, ValueError) as e: raise known('lgg.table', file, e=e) from e
+    need('Patient' in t, 'lgg.columns', file, columns=few(t.columns))
     t.index = ['_'.join(str(o).split('_')[:3]) for o in t['Patient']]
     return t[~t.index.duplicated()].drop(columns=['Patient', *COLUMNS],
         errors='ignore')
@@ -97,8 +95,7 @@ LABELS = {0:'background', 255:'tumour'}
 def wrong_channels(t):
     for o in t[~t.is_mask & t.error.isna()].itertuples():
         n = o.shape[2] if len(o.shape)>2 else 1
-        if n!=3: yield problem('error', o.file, plural(n, 'channel'),
-            '3 channels: before contrast, FLAIR, after contrast', 'Export it again.')
+        if n!=3: yield known_problem('lgg_channels', o.file, n=plural(n, 'channel'))
 
 def without_mask(rows, root):
     "Slices without a mask, or their folder if none in it has one"
