@@ -182,10 +182,10 @@ def made_once(path, complete, make)->Path:
 
 # %% ../nbs/library/00_core.ipynb #i
 def stamp(path)->tuple:
-    "Absolute path, size and time of change: the key to what was learnt about a file"
+    "Absolute path, size, times and inode: the key to what was learnt about a file, which no copying can keep"
     try: s = os.stat(path)
     except OSError as e: raise known('core.no_file', path, e=e) from e
-    return os.path.abspath(path), s.st_size, s.st_mtime_ns
+    return os.path.abspath(path), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino
 
 def progress(
     xs,         # Things to go through

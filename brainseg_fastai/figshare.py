@@ -107,7 +107,7 @@ def mat_files(root):
     return sorted(files, key=lambda p: (len(p.stem), p.stem))
 
 @lru_cache(maxsize=8192)
-def mat_row(path, size, time): # `stamp` of a file
+def mat_row(path, *when): # `stamp` of a file
     "What a slice says without its pixels, as a row of a case table"
     with open_mat(path) as f: pid,label = (f['cjdata'][k][()]
         for k in ('PID','label'))

@@ -6,7 +6,7 @@
 __all__ = ['predict_scan', 'predict_scans']
 
 # %% ../nbs/library/23_prediction.ipynb #c003x
-import re, tomllib
+import hashlib, os, re, tomllib
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
@@ -218,9 +218,12 @@ def mask_path(name, volume, out):
 # %% ../nbs/library/23_prediction.ipynb #c028x
 PROGRAM = dict(Name='brainseg_fastai', Version=__version__)
 
-def input_stamps(path):
-    files = list_files(path) if Path(path).is_dir() else [Path(path)]
-    return [[f.name, *stamp(f)[1:]] for f in files]
+def content(path):
+    "What tells a scan from all others, wherever it lies: names and bytes of its files"
+    def sha(f):
+        with open(f, 'rb') as o: return hashlib.file_digest(o, 'sha256').hexdigest()
+    path = Path(path)
+    return digest([(f.name, sha(f)) for f in list_files(path)] if path.is_dir() else sha(path), n=64)
 
 def write_prediction(p:Prediction, out, **made)->Path:
     "Write mask, sidecar (with `made`) and a picture for the quality page"
@@ -234,30 +237,56 @@ def write_prediction(p:Prediction, out, **made)->Path:
     write_json(side, dict(
         Sources=[o.name for o in scan.files], SpatialReference='orig',
         GeneratedBy=[PROGRAM], NotAMedicalDevice=True, **made,
-        stamps=input_stamps(scan.path), mask=path.name, name=scan.name,
+        source=os.path.abspath(scan.path), content=content(scan.path), mask=path.name, name=scan.name,
         slices=[ks[0], ks[-1]] if scan.is_volume else None, quality=p.quality,
         predicted=p.predicted, flags=p.flags, notes=p.notes, rows=p.rows))
     return path
 
-def sidecars(out, bundle):
-    "What a bundle predicted into a folder, by file; none without its mask"
+# %% ../nbs/library/23_prediction.ipynb #c029x
+def sidecars(out)->dict:
+    "What was predicted into a folder, by file; none without its mask"
     res = {}
     for f in sorted(out.rglob('*_dseg.json')):
         try: d = read_json(f)
         except DataError: continue
-        if d.get('bundle')==bundle and (f.parent/d['mask']).is_file(): res[f] = d
+        if 'bundle' in d and (f.parent/d['mask']).is_file(): res[f] = d
     return res
 
-def rows_before(jobs, out, made):
-    "Rows by name of what was predicted before with these options"
-    done = {d['name']: d for d in sidecars(out, made['bundle']).values()}
-    now = {n: made | dict(stamps=input_stamps(p)) for p,n in jobs if n in done}
-    return {n: done[n]['rows'] for n,o in now.items()
-        if o.items() <= done[n].items()}
+def named_jobs(paths, done):
+    "Each path with its name: the one that it has in the folder already, or one that no other scan there has"
+    places = {d['source']: d['name'] for d in done}
+    gone = {d['content']: d['name'] for d in done if not os.path.exists(d['source'])} # moved since
+    names = [places.get(os.path.abspath(p)) or gone and gone.get(content(p)) for p in paths]
+    new = [p for p,n in zip(paths, names) if not n]
+    fresh = iter(scan_names(new, {d['name'] for d in done}))
+    return [(p, n or next(fresh)) for p,n in zip(paths, names)]
+
+def rows_before(jobs, out, done, made):
+    "Rows by name of what was predicted before with these options, from the same bytes"
+    res = {}
+    for path,name in jobs:
+        d = next((d for d in done if d['name']==name), None)
+        if not d or not (out/'qc'/f'{name}.png').is_file(): continue
+        now = made | dict(content=content(path), source=os.path.abspath(path))
+        if now.items() <= d.items(): res[name] = d['rows']
+    return res
+
+def before(paths, out, made, overwrite)->tuple:
+    "Each path with its name, and rows by name; None: to be predicted"
+    if out: make_folder(out)
+    done = [*sidecars(out).values()] if out else []
+    need({d['bundle'] for d in done} <= {made['bundle']}, 'prediction.other_model', out)
+    jobs = named_jobs(paths, done)
+    rows = {n: None for _,n in jobs}
+    return jobs, rows | (rows_before(jobs, out, done, made) if done and not overwrite else {})
 
 # %% ../nbs/library/23_prediction.ipynb #c030x
 def qc_row(d, labels, out):
-    with Image.open(out/'qc'/f"{d['name']}.png") as im: image,mask = map(np.array, im.split())
+    try:
+        with Image.open(out/'qc'/f"{d['name']}.png") as im: image,mask = map(np.array, im.split())
+    except OSError:
+        image = mask = np.zeros((64,64), np.uint8)
+        d = d | dict(notes=[*d['notes'], say('prediction.no_picture')])
     shown = {f"{r['label']}: "*(len(labels)>1)+k: v
         for r in d['rows'] for k,v in measures(r).items()}
     colours,names = ({i: o[k] for i,o in enumerate(labels, 1)}
@@ -266,10 +295,10 @@ def qc_row(d, labels, out):
         colours=colours, names=names)
 
 def write_tables(out, labels, bundle):
-    "volumes.csv, qc.html and label names, of all that a bundle predicted"
-    done = sidecars(out, bundle)
+    "volumes.csv, qc.html and label names, of all that was predicted"
+    done = sidecars(out)
     if not done: return
-    rows = [r | dict(mask=(f.parent/d['mask']).relative_to(out).as_posix())
+    rows = [r | dict(mask=(f.parent/d['mask']).relative_to(out).as_posix(), source=d['source'])
         for f,d in done.items() for r in d['rows']]
     write_csv(out/'volumes.csv', pd.DataFrame(rows))
     write_labels(labels, out)
@@ -321,13 +350,10 @@ def predict_scans(
     model = bundle if hasattr(bundle, 'net') else load_bundle(bundle)
     c,failed,out = model.config, [], out and Path(out)
     need(c, 'prediction.no_config')
-    paths = find_scans_to_predict(scans, c['channels'], c['inputs_all'])
+    paths = find_scans_to_predict(scans, c['channels'], c['inputs_all'], out)
     options = checked_options(c, paths, spacing, slab, flips)
     made = dict(bundle=digest(c['sha256']), options=options)
-    rows = dict.fromkeys(scan_names(paths))
-    jobs = list(zip(paths, rows))
-    if out: make_folder(out)
-    if out and not overwrite: rows |= rows_before(jobs, out, made)
+    jobs,rows = before(paths, out, made, overwrite)
     todo = [o for o in jobs if rows[o[1]] is None]
     for (path,name),p in bar(predict_each(model, todo, **options), len(todo), progress):
         said = p if isinstance(p, str) or not out else attempt(write_prediction, p, out, **made)

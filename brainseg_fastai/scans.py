@@ -244,45 +244,56 @@ def read_scan(path, spacing=None, channels=(), packed=(), name=None)->Scan:
     raise known('scans.ending', path, ending=path.suffix or '(none)')
 
 # %% ../nbs/library/17_scans.ipynb #j
-NO_SCAN = re.compile(r'.*[_-](d?seg|mask|segmentation|labels?)', re.I)
-NO_SCANS = {'func','dwi','fmap','perf','derivatives','mask'} # folders
+NO_SCAN = re.compile(r'.*[_-](d?seg|(brain)?mask|probseg|segmentation|labels?)|.*segTRI.*|'
+    r'(.*\+)?aseg.*|(.*\.)?ribbon|wm(parc|\.seg.*)?|filled', re.I)
+NO_SCANS = {'func','dwi','fmap','perf','derivatives','mask','surf','label'} # folders
 
 def scans_among(files, channels, all_inputs)->list:
     folder = files[0].parent
+    if folder.name=='mri':
+        there = {stem_of(p): p for p in files if is_volume(p)}
+        wanted = ('brain','brainmask') if channels==('brain',) else ('T1','orig')
+        if mine := [there[o] for o in wanted if o in there]: return mine[:1]
     found = sequence_files(files, all_inputs or channels)
     wanted = [found[c] for c in channels if c in found]
     if len(channels)>1 and wanted: return [folder]
     if len(channels)==1 and len(found)>1: return wanted
     res = [p for p in files if (is_volume(p) or is_picture(p))
         and not NO_SCAN.fullmatch(stem_of(p))]
-    return res + [folder]*any(map(is_dicom, files))
+    t1 = [p for p in res if stem_of(p).endswith('_T1w')] # of a BIDS folder
+    return (t1 or res) + [folder]*any(map(is_dicom, files))
 
-def scans_below(root, channels, all_inputs)->list:
+def scans_below(root, channels, all_inputs, out=None)->list:
     own = root/'+'.join(channels) # of a data folder with brain, orig and mask
     if own!=root and own.is_dir() and (root/'mask').is_dir(): root = own
-    folders = {}
-    for p in list_files(root):
+    folders,files = {}, list_files(root)
+    ours = {p.parent for p in files if p.name=='volumes.csv' and (p.parent/'qc.html').is_file()} | {out and Path(out)}
+    for p in files:
         above = p.relative_to(root).parts[:-1]
-        if not NO_SCANS & set(above): folders.setdefault(p.parent, []).append(p)
+        inner = p.parents[1].name=='mri' and p.parent.name in ('orig','transforms','tmp') # of FreeSurfer
+        if not (inner or NO_SCANS & set(above) or ours & set(p.parents)): folders.setdefault(p.parent, []).append(p)
     return sum([scans_among(o, channels, all_inputs) for o in folders.values()], [])
 
-def find_scans_to_predict(paths, channels=(), all_inputs=())->list:
-    "All scans in files and folders, in order and each once"
+def find_scans_to_predict(paths, channels=(), all_inputs=(), out=None)->list:
+    "All scans in files and folders, in order and each once; results, those in `out` among them, are none"
     res = {}
     for p in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
         need(p.exists(), 'scans.no_path', p)
-        found = scans_below(p, tuple(channels), all_inputs) if p.is_dir() else [p]
+        found = scans_below(p, tuple(channels), all_inputs, out) if p.is_dir() else [p]
         need(found, 'scans.no_scans', p)
         res |= {os.path.abspath(o): o for o in found}
     return list(res.values())
 
 # %% ../nbs/library/17_scans.ipynb #k
-def scan_names(paths)->list:
-    "The name of each file, with those of its folders where two would be the same"
+def scan_names(paths, taken=())->list:
+    "The name of each file, or of its FreeSurfer subject, with those of its folders where another has the same"
     paths = [Path(p) for p in paths]
-    names = [stem_of(p) for p in paths]
+    def own(p):
+        free = p.parent.name=='mri' and stem_of(p) in ('T1','orig','brain','brainmask')
+        return p.parent.parent.name if free else stem_of(p)
+    names = [own(p.absolute()) for p in paths]
     for up in range(4):
-        n = Counter(names)
+        n = Counter([*names, *taken])
         for i,p in enumerate(paths):
             if n[names[i]]==1: continue
             if up==3: names[i] += f'-{digest(os.path.abspath(p), n=6)}'

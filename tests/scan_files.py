@@ -21,7 +21,9 @@ def head_volume(n=170):
 
 def save(path, a, affine=None, axes=None):
     "A volume as a file, in another order of axes if one is given"
-    im = nib.Nifti1Image(a, np.eye(4) if affine is None else affine)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = nib.MGHImage if path.suffix in ('.mgz','.mgh') else nib.Nifti1Image
+    im = kind(a, np.eye(4) if affine is None else affine)
     if axes: im = im.as_reoriented(ornt_transform(io_orientation(im.affine), axcodes2ornt(axes)))
     nib.save(im, path)
     return path
