@@ -120,6 +120,9 @@ def too_few_subjects(where, subjects, what='with image and mask'):
 
 # %% ../nbs/library/04_checks.ipynb #f
 def odd_codes(t):
+    for file,o in zip(t.file, t.codes):
+        negative = few(c for c in o if c<0)
+        if negative: yield known_problem('negative_codes', file, codes=negative)
     n,inside = [sum(map(Counter, o), Counter()) for o in (t.codes, t.inside)]
     codes = sorted(n)
     small = codes[0]>=0 and codes[-1]<10

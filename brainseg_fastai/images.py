@@ -41,6 +41,14 @@ def list_files(folder, suffixes='')->list:
     return sorted(walk(folder), key=Path.as_posix)
 
 # %% ../nbs/library/01_images.ipynb #c
+def palette_codes(a, im):
+    "Codes of a mask with a palette: its greys, where all that are used are grey and no two alike; else the indices"
+    used = np.unique(a)
+    rgb = np.reshape(im.getpalette('RGB'), (-1,3))
+    if used[-1]>=len(rgb) or np.ptp(rgb[used], axis=1).any(): return a
+    grey = rgb[:,0].astype(np.uint8)
+    return grey[a] if len({*grey[used]})==len(used) else a
+
 def decode(path, mask=False, keep=False):
     "The values of a picture file; with `keep` all of its channels"
     try:
@@ -50,11 +58,15 @@ def decode(path, mask=False, keep=False):
             if colour or mode=='P' and not mask: im = im.convert('RGB')
             elif mode in ('LA','La') and not keep: im = im.convert('L')
             a = np.array(im)
+            if mode=='P' and mask: a = palette_codes(a, im)
+            tags = getattr(im, 'tag_v2', {})
+            if a.dtype==np.uint16 and tags.get(262)==0: a = 2**tags[258][0]-1-a # TIFF: white is 0
     except Exception as e: # a decoder may raise anything
         raise known('images.picture', path, why=e) from e
     need(pages==1, 'images.pages', path, n=pages)
     return a.astype(np.uint8) if a.dtype==bool else a
 
+# %% ../nbs/library/01_images.ipynb #c1rp
 def read_picture(path, channels=None, mask=False):
     "Grey levels of a picture, or codes of a mask, in the file's own range"
     if channels is not None:
@@ -73,10 +85,16 @@ def read_picture(path, channels=None, mask=False):
     return a
 
 # %% ../nbs/library/01_images.ipynb #d
+def is_whole(a, within=0)->bool:
+    "Are all values whole numbers?"
+    return a.dtype.kind!='f' or bool((abs(a-np.round(a))<=within).all())
+
 def window_of(a):
-    "Grey levels of a scan that become 0 and 255"
+    "Grey levels of a scan that become 0 and 255: whole numbers from 0 to 255 stay, however they are stored"
     some = a[a!=0]
-    return np.percentile(some, [.1,99.9]) if some.size else (0,1)
+    if not some.size: return 0,1
+    if a.min()>=0 and a.max()<=255 and is_whole(a): return 0,255
+    return np.percentile(some, [.1,99.9])
 
 
 
@@ -111,17 +129,46 @@ def foreground(
 # %% ../nbs/library/01_images.ipynb #e
 MOST_VOXELS = 1024**3
 
+SMALLEST,LARGEST = .05,20 # sides of a voxel, mm
+
+def is_placed(im)->bool:
+    "Does the header say where voxels lie?"
+    h = im.header
+    return 'sform_code' not in h or bool(h['sform_code'] or h['qform_code'])
+
+def in_mm(im):
+    "An image with its affine in mm, whatever the header's unit; as it is stored where nobody knows how it lies"
+    if 'sform_code' not in im.header: return im
+    mm,placed = dict(meter=1e3, micron=1e-3).get(im.header.get_xyzt_units()[0], 1), is_placed(im)
+    zooms = (*im.header.get_zooms(), 1, 1)[:3]
+    affine = np.diag([mm,mm,mm,1.]) @ (im.affine if placed else np.diag([*zooms, 1]))
+    if np.array_equal(affine, im.affine): return im
+    im = type(im)(im.dataobj, affine, im.header)
+    im.header.set_xyzt_units('mm')
+    if not placed: im.header['sform_code'] = im.header['qform_code'] = 0
+    return im
+
 def volume_header(path):
-    "nibabel image of one volume of real numbers; its voxels are not read yet"
+    "nibabel image of one volume of real numbers, with its affine in mm; its voxels are not read yet"
     import nibabel as nib
-    try: im = nib.load(os.fspath(path))
+    try:
+        if has_suffix(path, 'gz'):
+            with open(path, 'rb') as f: plain_nifti = f.read(4) in (b'\x5c\1\0\0',b'\0\0\1\x5c')
+            need(not plain_nifti, 'images.not_packed', path)
+        raw = nib.load(os.fspath(path))
+        im = in_mm(raw)
+    except DataError: raise
     except Exception as e: raise known('images.volume', path, why=e) from e
     shape,dtype,affine = im.shape, im.get_data_dtype(), im.affine
-    single = len(shape)>2 and {*shape[3:]}<={1} and 0 not in shape
+    single = len(shape)>1 and {*shape[3:]}<={1} and 0 not in shape
     need(single, 'images.dimensions', path, shape=times(shape))
     need(dtype.kind in 'iuf', 'images.type', path, dtype=dtype)
     placed = np.isfinite(affine).all() and abs(np.linalg.det(affine[:3,:3]))>1e-12
     need(placed, 'images.affine', path)
+    mm = nib.affines.voxel_sizes(affine)
+    unit = raw.header.get_xyzt_units()[0] if 'sform_code' in raw.header else 'mm'
+    need(SMALLEST<=mm.min() and mm.max()<=LARGEST, 'images.spacing', path,
+        mm=times(mm.round(5)), unit=unit, lo=SMALLEST, hi=LARGEST)
     return im
 
 def load_volume(path):
@@ -137,14 +184,14 @@ def load_volume(path):
             most = claim + int(getattr(im.dataobj, 'offset', 0)) + 2**24 # MGH: more after the voxels
             with gzip.open(path) as f: data = f.read(most+1)
             if len(data)>most: raise ValueError('much more data than the header says')
-            im = type(im).from_bytes(data)
-        a = np.asanyarray(im.dataobj)
+            a = np.asanyarray(type(im).from_bytes(data).dataobj)
+        else: a = np.asanyarray(im.dataobj)
     except Exception as e: raise known('images.volume', path, why=e) from e
     if a.dtype.kind=='f':
         if a.dtype.itemsize>4: a = a.astype(np.float32)
         bad = (~np.isfinite(a)).sum()
         need(not bad, 'images.nan', path, n=bad)
-    res = type(im)(a.reshape(a.shape[:3]), im.affine, im.header)
+    res = type(im)(a.reshape((*a.shape, 1)[:3]), im.affine, im.header)
     res.set_data_dtype(a.dtype)
     return res
 
@@ -179,7 +226,7 @@ def by_stamp(maxsize):
     return deco
 
 # %% ../nbs/library/01_images.ipynb #g
-def in_cache(path, suffix): return cache_dir()/'volumes'/(digest(2, stamp(path), n=24)+suffix)
+def in_cache(path, suffix): return cache_dir()/'volumes'/(digest(3, stamp(path), n=24)+suffix)
 def sha_of(*parts): return hashlib.sha256(b''.join(parts)).hexdigest()
 
 def sha_of_picture(a):
@@ -192,12 +239,13 @@ def sha_of_picture(a):
 def measure_volume(path):
     import nibabel as nib
     im = nib.as_closest_canonical(load_volume(path))
-    a = np.asanyarray(im.dataobj)
-    whole = a.dtype.kind!='f' or (a==np.round(a)).all()
+    a,slope = np.asanyarray(im.dataobj), getattr(volume_header(path).dataobj, 'slope', 1)
+    whole = is_whole(a, min(max(1e-3, abs(slope)/2), .01)) # whole numbers saved through floats are some
+    if whole and a.dtype.kind=='f': a = np.round(a)
     codes,inside = code_counts(a) if whole else (None,None)
     small = whole and a.min()>=-2**15 and a.max()<2**15
     flat = np.asfortranarray(a, '<i2' if small else '<f4').ravel('K') # alike for all types
-    mm = [round(float(o), 4) for o in im.header.get_zooms()[:3]]
+    mm = nib.affines.voxel_sizes(im.affine).round(4).tolist()
     return dict(shape=a.shape, spacing=mm, affine=im.affine, window=window_of(a),
         slices=a.any((0,1)).nonzero()[0], constant=bool((a==a.flat[0]).all()),
         codes=codes, inside=inside,
@@ -218,8 +266,9 @@ def open_volume(path):
     "nibabel image in RAS+ orientation, memory-mapped and read-only; a damaged one raises"
     import nibabel as nib
     volume_facts(path)
-    data,flat = volume_header(path).dataobj, path
-    if not has_suffix(path, '.nii') or (data.slope, data.inter)!=(1,0): # compressed or scaled
+    im,flat = volume_header(path), path
+    data,as_is = im.dataobj, im.ndim>2 and np.array_equal(im.affine, nib.load(path).affine)
+    if not has_suffix(path, '.nii') or (data.slope, data.inter)!=(1,0) or not as_is: # compressed, scaled, moved
         flat = in_cache(path, '.nii')
         if not flat.is_file():
             im = load_volume(path)
@@ -261,8 +310,7 @@ class Pixels:
         "What becomes 0 and 255: of a picture all that fits in 8 bits stays"
         if is_volume(self): return volume_facts(self)['window']
         lo,hi = min(a.min(), 0), a.max()
-        fits = hi-lo <= (0 if a.dtype.kind=='f' else 255)
-        return lo, lo+255 if fits else hi
+        return lo, lo+255 if hi-lo<=255*is_whole(a) else hi
 
 def pixels_of(x): return x if isinstance(x, Pixels) else Pixels(x)
 
@@ -313,7 +361,7 @@ def to_native(mask, affine, shape):
     import nibabel.orientations as o
     back = o.ornt_transform(o.axcodes2ornt('RAS'), o.io_orientation(affine))
     res = o.apply_orientation(mask, back)
-    fits = res.shape==tuple(shape[:3]) and res.size==np.prod(shape) # perhaps a last axis of length 1
+    fits = res.shape==(*shape, 1)[:3] and res.size==np.prod(shape) # perhaps a last axis of length 1
     need(fits, 'images.fit', mask=times(mask.shape), shape=times(shape))
     return np.ascontiguousarray(res.reshape(shape))
 
@@ -336,7 +384,8 @@ def write_mask(
         import nibabel as nib
         if not hasattr(like, 'affine'): like = volume_header(like)
         a = to_native(a, like.affine, like.shape)
-        im = nib.Nifti1Image(a, like.affine, like.header, dtype=a.dtype)
+        affine = like.affine if is_placed(like) else None # nobody knows where it lies
+        im = nib.Nifti1Image(a, affine, like.header, dtype=a.dtype)
         im.header.set_slope_inter(1, 0)
         im.header['cal_max'] = im.header['cal_min'] = 0
         im.header['descrip'] = b'brainseg_fastai'

@@ -10,6 +10,7 @@ import os, re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import nibabel as nib, numpy as np
@@ -20,7 +21,7 @@ from scipy import ndimage as ndi
 
 from .core import *
 from .images import (
-    MOST_VOXELS, Pixels, decode, foreground, is_picture, is_volume, list_files, load_volume,
+    MOST_VOXELS, Pixels, decode, foreground, is_picture, is_placed, is_volume, list_files, load_volume,
     otsu, read_image, stem_of, to_bytes, to_native, volume_header)
 from .cases import cohort
 
@@ -82,17 +83,24 @@ def to_native(self:Scan, mask):
 # %% ../nbs/library/17_scans.ipynb #d
 def is_dicom(path):
     try:
-        with open(path, 'rb') as f: return f.read(132)[128:]==b'DICM'
+        with open(path, 'rb') as f: head = f.read(132)
     except OSError: return False
+    bare = head[:2]==b'\x08\0' and head[3:4]==b'\0' # without a preamble: begins with a tag of the group 0008
+    return head[128:]==b'DICM' or bare
 
 def read_dicom(path, pixels=True):
     "Grey levels (columns, rows) of a DICOM file, or only its header"
     pydicom = need_package('pydicom', 'dicom')
     try:
-        d = pydicom.dcmread(path, stop_before_pixels=not pixels)
+        d = pydicom.dcmread(path, stop_before_pixels=not pixels, force=True)
         if not pixels: return d
-        a = d.pixel_array.T*np.float32(d.get('RescaleSlope', 1))
-        return a + np.float32(d.get('RescaleIntercept', 0))
+        if not d.file_meta.get('TransferSyntaxUID'): # it had no preamble
+            kinds = pydicom.uid.ExplicitVRLittleEndian, pydicom.uid.ImplicitVRLittleEndian
+            d.file_meta.TransferSyntaxUID = kinds[bool(d.original_encoding[0])]
+        a = d.pixel_array.T.astype(np.float32)
+        inverse = d.get('PhotometricInterpretation')=='MONOCHROME1' or d.get('PresentationLUTShape')=='INVERSE'
+        if inverse: a = (-1 if d.PixelRepresentation else 2**d.BitsStored-1)-a # white is the lowest
+        return a*np.float32(d.get('RescaleSlope', 1)) + np.float32(d.get('RescaleIntercept', 0))
     except Exception as e: raise known('scans.dicom', path, kind=type(e).__name__,
         e=e) from e
 
@@ -184,6 +192,12 @@ def turned_upright(a, affine)->tuple:
     return [o[box] for o in a], ups[0].slicer[box].affine
 
 # %% ../nbs/library/17_scans.ipynb #h
+def forms_apart(h)->float:
+    "How far, in mm, sform and qform of a header place a corner from each other"
+    if 'sform_code' not in h or not (h['sform_code'] and h['qform_code']): return 0.
+    corners = np.array([*product(*((0, n-1) for n in (*h.get_data_shape(), 1, 1)[:3]), [1])]).T
+    return float(np.linalg.norm((h.get_sform()-h.get_qform())[:3] @ corners, axis=0).max())
+
 def read_volume_scan(path, name, channels)->Scan:
     "A `Scan` from a volume, the volumes of a case folder, or a DICOM series"
     files,notes,upright = volume_files(path, channels), [], None
@@ -196,9 +210,10 @@ def read_volume_scan(path, name, channels)->Scan:
         same = im.shape==first.shape and np.allclose(im.affine, first.affine, atol=1e-3)
         need(same, 'scans.grid', f, shape=times(im.shape), want=times(first.shape),
             first=files[0].name)
-    h = like.header
-    oriented = 'sform_code' not in h or bool(h['sform_code'] or h['qform_code'])
+    oriented = is_placed(like)
     if not oriented: notes.append(say('scans.no_up'))
+    apart = forms_apart(like.header)
+    if apart>1: notes.append(say('scans.two_forms', mm=apart))
     ims = [nib.as_closest_canonical(o) for o in ims]
     a,affine = [to_bytes(np.asanyarray(o.dataobj)) for o in ims], ims[0].affine
     tilt = np.degrees(obliquity(affine)).max()
