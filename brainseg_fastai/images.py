@@ -86,7 +86,6 @@ def read_picture(path, channels=None, mask=False):
 
 # %% ../nbs/library/01_images.ipynb #d
 def is_whole(a, within=0)->bool:
-    "Are all values whole numbers?"
     return a.dtype.kind!='f' or bool((abs(a-np.round(a))<=within).all())
 
 def window_of(a):

@@ -177,3 +177,17 @@ def test_dicom_without_preamble(tmp_path):
         bare.save_as(f, implicit_vr=True, little_endian=True, enforce_file_format=False)
         assert f.read_bytes()[128:132]!=b'DICM'
     assert (read_scan(d).image==one).all()
+
+@pytest.mark.parametrize('kind', ['JPEGLosslessProcess14_1', 'JPEGLSLossless', 'JPEG2000Lossless'])
+def test_compressed_dicom(tmp_path, kind):
+    "Scanners and archives send lossless JPEG"
+    gdcm = pytest.importorskip('gdcm', reason='the extra dicom is not installed')
+    a = draw_volume().astype(np.uint16)
+    one = read_scan(write_dicom(tmp_path/'a', a, RescaleSlope=1, RescaleIntercept=0)).image
+    d = write_dicom(tmp_path/'b', a, RescaleSlope=1, RescaleIntercept=0)
+    for f in d.iterdir():
+        r = gdcm.ImageReader(); r.SetFileName(str(f)); assert r.Read()
+        c = gdcm.ImageChangeTransferSyntax()
+        c.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, kind))); c.SetInput(r.GetImage()); assert c.Change()
+        w = gdcm.ImageWriter(); w.SetFileName(str(f)); w.SetFile(r.GetFile()); w.SetImage(c.GetOutput()); assert w.Write()
+    assert (read_scan(d).image==one).all()
