@@ -93,7 +93,7 @@ def data_folder(default, layout)->Path:
     return root/default if (root/default).is_dir() else root
 
 # %% ../nbs/library/02_cases.ipynb #e
-Patient = namedtuple('Patient', 'subject folder images mask', defaults=[None]) # images by input
+Patient = namedtuple('Patient', 'subject folder images mask scan', defaults=[None,'-']) # images by input
 
 def data_root(root, what):
     root = Path(root).expanduser().resolve()
@@ -142,7 +142,7 @@ def patient_rows(p, names, unit, skip_empty)->list:
     ks = f['slices'] if skip_empty else range(f['shape'][2])
     rows = [(f'z{k:03d}', k, (y,x)) for k in ks]
     if unit=='volume': rows = [('', None, (x,y,z))]
-    return [dict(subject=p.subject, scan='-', slice=name, inputs=inputs,
+    return [dict(subject=p.subject, scan=p.scan, slice=name, inputs=inputs,
         image=Pixels(files, k), mask=p.mask and Pixels(p.mask, k),
         spacing=mm) for name,k,mm in rows]
 

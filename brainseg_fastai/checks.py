@@ -214,7 +214,7 @@ def patient_problems(patients, names, choices, root):
             words = dict(lost=', '.join(lost), there=few(p.images) or 'no image')
             yield known_problem('lost_channel', where, file=file, **words)
         if not p.mask: yield no_mask(where, p.folder/p.subject, root)
-        one = first.setdefault(p.subject, where)
+        one = first.setdefault((p.subject, p.scan), where)
         if one!=where: yield known_problem('second_folder', where,
             subject=p.subject, one=one)
 
@@ -223,7 +223,7 @@ def check_volumes(root, inputs=None, progress=False, *, find, choices, what, lab
     root,names = data_root(root, what), choose_inputs(inputs, choices)
     patients = find(root)
     if not patients: return nothing_here(root, what)
-    rows = [dict(subject=p.subject, scan='-', slice='', inputs=k, image=f,
+    rows = [dict(subject=p.subject, scan=p.scan, slice='', inputs=k, image=f,
             mask=p.mask)
         for p in patients for k,f in p.images.items()]
     t = file_table(rows, root, [p.mask for p in patients], progress)

@@ -15,13 +15,14 @@ from .core import *
 from .settings import add_flags, from_flags
 
 # %% ../nbs/library/26_commands.ipynb #b
-LAYOUTS = dict(adni='ADNI', figshare='LAYOUT', brats='LAYOUT', ibsr='LAYOUT',
-    lgg='LAYOUT')
+LAYOUTS = dict(adni='adni.ADNI', figshare='figshare.LAYOUT', brats='brats.LAYOUT',
+    brats2023='brats.NEWER', ibsr='ibsr.LAYOUT', lgg='lgg.LAYOUT') # module and value
 
 def find_layout(name:str):
-    "The layout of this name, from the module of this name"
-    need(name in LAYOUTS, 'cli.layout', 'layout', name=name, layouts=few(LAYOUTS))
-    return getattr(import_module(f'brainseg_fastai.{name}'), LAYOUTS[name])
+    "The layout of this name"
+    need(name in LAYOUTS, 'cli.layout', 'layout', name=name, layouts=', '.join(LAYOUTS))
+    module,_,value = LAYOUTS[name].partition('.')
+    return getattr(import_module(f'brainseg_fastai.{module}'), value)
 
 # %% ../nbs/library/26_commands.ipynb #c
 def reader(read, ok, expected):
@@ -36,7 +37,7 @@ def reader(read, ok, expected):
 def numbers(text): return tuple(map(float, text.split(',')))
 
 TYPES = dict(path=Path, float=float,
-    layout=reader(find_layout, bool, f'one of {few(LAYOUTS)}'),
+    layout=reader(find_layout, bool, f'one of {", ".join(LAYOUTS)}'),
     count=reader(int, lambda n: n>0, 'a whole number from 1 up'),
     above=reader(float, lambda x: 0<x<1e6, 'a number above 0'),
     port=reader(int, lambda n: 0<n<2**16, 'a port from 1 to 65535'),
@@ -44,7 +45,7 @@ TYPES = dict(path=Path, float=float,
         say('cli.mm')),
     slab=reader(numbers, lambda o: len(o)==2 and 0<=o[0]<=o[1]<1000, say('cli.slab')))
 
-COMMANDS = tomllib.loads(asset('commands.toml').replace('LAYOUTS', few(LAYOUTS)))
+COMMANDS = tomllib.loads(asset('commands.toml').replace('LAYOUTS', ', '.join(LAYOUTS)))
 
 def add_group(p, group):
     if group=='settings': return add_flags(p)

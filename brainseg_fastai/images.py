@@ -127,7 +127,6 @@ def foreground(
 
 # %% ../nbs/library/01_images.ipynb #e
 MOST_VOXELS = 1024**3
-
 SMALLEST,LARGEST = .05,20 # sides of a voxel, mm
 
 def is_placed(im)->bool:
@@ -147,6 +146,7 @@ def in_mm(im):
     if not placed: im.header['sform_code'] = im.header['qform_code'] = 0
     return im
 
+# %% ../nbs/library/01_images.ipynb #cdbb03b
 def volume_header(path):
     "nibabel image of one volume of real numbers, with its affine in mm; its voxels are not read yet"
     import nibabel as nib
@@ -170,6 +170,7 @@ def volume_header(path):
         mm=times(mm.round(5)), unit=unit, lo=SMALLEST, hi=LARGEST)
     return im
 
+# %% ../nbs/library/01_images.ipynb #cdbc733
 def load_volume(path):
     "nibabel image of a volume in the file's own frame, with its voxels in memory"
     im = volume_header(path)

@@ -122,7 +122,8 @@ def test_lines_have_air():
 
 def test_the_library_stays_light():
     "It has come down from 509,000 characters to 357,000; what a capability adds to that is added here, in the open"
-    assert sum(map(len, TEXT.values())) <= 357_000 + 2_500 + 4_000 # scans known by their bytes and places; what pixels mean
+    added = 2_500 + 4_000 + 1_200 # scans known by place and bytes; what pixels mean; BraTS 2023
+    assert sum(map(len, TEXT.values())) <= 357_000+added
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda p: p.stem)
 def test_exported_code_is_explained(notebook):

@@ -191,3 +191,19 @@ def test_compressed_dicom(tmp_path, kind):
         c.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, kind))); c.SetInput(r.GetImage()); assert c.Change()
         w = gdcm.ImageWriter(); w.SetFileName(str(f)); w.SetFile(r.GetFile()); w.SetImage(c.GetOutput()); assert w.Write()
     assert (read_scan(d).image==one).all()
+
+# ---------------------------------------------------------------- names and labels of BraTS
+
+def test_brats_since_2023(tmp_path):
+    "Other names of the sequences, label 3 instead of 4, and visits of one subject"
+    from brainseg_fastai.brats import NEWER
+    from brainseg_fastai.cli import find_layout
+    NEWER.standin(tmp_path, 4, np.random.default_rng(0))
+    d = tmp_path/'MICCAI_BraTS2020_TrainingData'
+    for f in (d/'BraTS-GLI-00001-000').iterdir():
+        p = d/'BraTS-GLI-00000-001'/f.name.replace('00001-000', '00000-001')
+        p.parent.mkdir(exist_ok=True); p.write_bytes(f.read_bytes()+b'') # a second visit of the first subject
+    t = NEWER.cases(tmp_path, unit='volume')
+    assert find_layout('brats2023') is NEWER and t[['subject','scan']].values.tolist()[:2]==[['BraTS-GLI-00000','000'],['BraTS-GLI-00000','001']]
+    assert mask_codes(t['mask'])==(0,1,2,3) and t.inputs.unique().tolist()==['t2f+t1n+t1c+t2w']
+    assert 'the same pixels' in NEWER.check(tmp_path).found.to_string() # of the copy
