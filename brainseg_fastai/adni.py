@@ -9,12 +9,13 @@ __all__ = ['ADNI', 'adni_cases', 'check_cases', 'adni_standin', 'adni_demo']
 import re
 from functools import partial
 from pathlib import Path
+from unicodedata import normalize
 
 import pandas as pd
 
 from .cases import Layout, case_table, cohort, data_root, one_unit
 from .checks import (
-    damaged, duplicates, failure, file_table, known_problem, odd_masks, problem_table,
+    damaged, dead_links, duplicates, failure, file_table, known_problem, odd_masks, problem_table,
     too_few_subjects, unequal_sizes)
 from .core import *
 from .images import IMAGE_SUFFIXES, is_picture, list_files
@@ -41,7 +42,7 @@ def swap_kind(stem, kind, to=''):
 
 def stem_in(path, folder=''):
     rel = Path(path).as_posix()[len(Path(folder).as_posix()) if folder else 0:]
-    return rel.lstrip('/').removesuffix(Path(path).suffix)
+    return normalize('NFC', rel.lstrip('/').removesuffix(Path(path).suffix)) # letters have two forms
 
 def scan_and_slice(stem, kind, subject):
     if parts := adni_parts(stem, kind): return parts[1:]
@@ -53,8 +54,7 @@ def scan_and_slice(stem, kind, subject):
 # %% ../nbs/library/06_adni.ipynb #c
 def csv_rule(file, kinds):
     "Subjects from a CSV file with the columns `image` and `subject`, whatever kind a row names"
-    try: t = pd.read_csv(file, dtype=str, encoding='utf-8-sig',
-        keep_default_na=False)
+    try: t = read_table(file, dtype=str)
     except (OSError, ValueError) as e: raise known('adni.csv', file, e=e) from e
     columns = ', '.join(t.columns)
     need({'image','subject'}<={*t}, 'adni.columns', file, columns=columns)
@@ -84,7 +84,7 @@ def subject_rule(subject, kinds)->tuple:
     def by_grammar(rel, kind): return (adni_parts(Path(rel).stem, kind) or [None])[0]
     if subject is None: how,rule = 'grammar', by_grammar
     elif s=='folder': how,rule = 'by_folder', lambda rel,kind: Path(rel).parent.name or None
-    elif s.lower().endswith('.csv'): how,rule = 'by_row', csv_rule(s, kinds)
+    elif s.lower().endswith(('.csv','.tsv')): how,rule = 'by_row', csv_rule(s, kinds)
     else: how,rule = 'by_name', regex_rule(s)
     return rule, partial(say, f'adni.{how}', subject=s)
 
@@ -185,6 +185,18 @@ def odd_rows(rows, root, kinds, expected):
         if o['mask']: name = 'no_partner' if lost else None
         if name: yield known_problem(name, f, lost=lost)
 
+# %% ../nbs/library/06_adni.ipynb #c60ca0f
+def odd_subjects(rows, kinds, subject):
+    "Subjects that a rule cannot well mean: one folder name in several places, or each image its own"
+    for k in kinds if subject is not None else ():
+        mine = [o for o in rows if o['inputs']==k and o['subject']]
+        places = {}
+        for o in mine if str(subject)=='folder' else (): places.setdefault(o['subject'], set()).add(o['image'].parent)
+        twice = [s for s,p in places.items() if len(p)>1]
+        if twice: yield known_problem('same_leaf', k, names=few(twice, 3))
+        if len({o['subject'] for o in mine})==len(mine)>5:
+            yield known_problem('all_different', k, n=len(mine), names=few((o['subject'] for o in mine), 3))
+
 def few_subjects(rows, kinds):
     subjects = [{o['subject'] for o in rows if o['inputs']==k and o['mask']}-{None}
         for k in kinds]
@@ -225,7 +237,8 @@ def check_cases(
         *odd_rows(rows, root, kinds, expected),
         *(known_problem('bare_mask', f, kinds=either) for f in bare),
         *damaged(t), *unequal_sizes(t), *odd_masks(t), *duplicates(t),
-        *few_subjects(rows, kinds), *other_files(root, kinds),
+        *few_subjects(rows, kinds), *odd_subjects(rows, kinds, subject),
+        *other_files(root, kinds), *dead_links(root),
         *(known_problem('no_kind', k) for k in images if k not in usual)])
 
 # %% ../nbs/library/06_adni.ipynb #i

@@ -84,14 +84,28 @@ def finish(r, *lines):
     print(*lines, say('cli.done', out=r.out, tables=tables, bundles=bundles),
         sep='\n')
 
+# %% ../nbs/library/26_commands.ipynb #c31ce0f
+def print_subjects(a):
+    "Who is in a folder, if that can be told"
+    from brainseg_fastai.adni import kinds_in
+    kinds = kinds_in(a.data) if a.layout.crossed else []
+    try: t = a.layout.cases(a.data, *kinds[:1], **options(a))
+    except DataError: return # the check says why
+    people = t['subject'].unique()
+    print(f'{plural(len(people), "subject")} ({few(people, 3)}), {plural(len(t), "image")}')
+
 def check(a):
     "Is a folder fit for training? Exit code 1 if not"
     from brainseg_fastai.checks import format_problems
     problems = a.layout.check(a.data, progress=watched(), **options(a))
+    print_subjects(a)
     print(format_problems(problems))
     return int((problems['level']=='error').any())
 
 # %% ../nbs/library/26_commands.ipynb #e
+#| exporti
+
+# %% ../nbs/library/26_commands.ipynb #cc92c4d
 def compare(a):
     "Train on skull-stripped and on full-skull slices, or any two settings, and compare on unseen subjects"
     from brainseg_fastai.comparison import compare_variants
@@ -127,6 +141,7 @@ def plan(a):
     "How long compare, or train with --inputs, would take here, and how much memory. Nothing is written"
     from brainseg_fastai.plan import advice, plan_variants
     variants = {a.inputs: from_flags(a)} if a.inputs and not (a.a or a.b) else asked(a)
+    print_subjects(a)
     if watched(): print('Measuring a few batches …', file=sys.stderr)
     t = plan_variants(a.data, variants, control=a.control, **training(a))
     print('\n'.join(advice(t, a.minutes, a.memory)))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MESSAGES', 'DataError', 'asset', 'say', 'known', 'need', 'need_package', 'few', 'plural', 'times', 'missing', 'num',
            'plain', 'digest', 'make_folder', 'beside', 'written', 'written_folder', 'write_text', 'write_json',
-           'write_csv', 'read_json', 'cache_dir', 'made_once', 'stamp', 'progress', 'in_threads']
+           'write_csv', 'read_json', 'read_table', 'cache_dir', 'made_once', 'stamp', 'progress', 'in_threads']
 
 # %% ../nbs/library/00_core.ipynb #a
 import hashlib, importlib, json, math, numbers, os, shutil, sys, tomllib, uuid
@@ -157,6 +157,13 @@ def read_json(path, what='a JSON object', remedy='Correct or delete the file.')-
     return d
 
 # %% ../nbs/library/00_core.ipynb #h
+def read_table(path, **how):
+    "A CSV or TSV file as a pandas table, whatever separates its columns"
+    import pandas as pd
+    with open(path, encoding='utf-8-sig') as f: first = f.readline()
+    return pd.read_csv(path, sep=max(',;\t', key=first.count), skipinitialspace=True,
+        encoding='utf-8-sig', keep_default_na=False, **how)
+
 def cache_dir()->Path:
     "The folder for things that can be made again: BRAINSEG_CACHE, else XDG_CACHE_HOME, else the system's"
     e = os.environ

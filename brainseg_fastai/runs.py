@@ -16,7 +16,7 @@ from .adni import ADNI
 from .checks import mask_codes
 from .core import *
 from .drawing import PALETTE
-from .images import data_fingerprint, read_image, read_mask
+from .images import data_fingerprint, facts_of, read_image, read_mask
 from .inference import Frame, Model, training_spacing
 from .networks import (
     build_model, channels_last, class_weights, load_weights, save_weights)
@@ -211,6 +211,9 @@ def claimed(folder, key):
     return (folder/'config.json').exists()
 
 def train(cases, s, codes, folder, progress):
+    masks = cases['mask'][cases['split']=='train']
+    some = any(set(d['codes'])-{codes[0]} for d in facts_of((), masks, strict=True).values())
+    if not some: warnings.warn(say('runs.nothing_to_find', n=len(masks)))
     set_seed(s.seed, reproducible=True)
     learn = prepare_learner(cases, s, codes)
     best = folder/'best.safetensors' if s.pick=='best' else None

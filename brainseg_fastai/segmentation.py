@@ -86,6 +86,7 @@ class SubjectSplitter:
 
     def split(self, items)->np.ndarray: # 'train', 'valid' or 'test' for each item
         subjects = subjects_of(items)
+        if self.previous is not None: read_split(self.previous, subjects)
         parts = self.assign(subjects)
         return np.array([parts[s] for s in subjects])
 
@@ -112,7 +113,8 @@ def split_cases(
     stratify=None       # Column of which every part gets its share, such as the type of tumour
 )->pd.DataFrame: # Split table: image, subject, split, fold
     "Who is trained, validated and tested on, by subject"
-    old,subjects = None if previous is None else read_split(previous), cases['subject']
+    subjects = cases['subject']
+    old = None if previous is None else read_split(previous, subjects)
     if folds is None and old is not None: folds = int(old['fold'].max())+1
     groups = dict.fromkeys(subjects, 0)
     if stratify: groups = cases.groupby('subject')[stratify].agg(lambda o: o.mode().iloc[0]).to_dict()

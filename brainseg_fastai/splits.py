@@ -6,6 +6,7 @@
 __all__ = ['assert_apart', 'read_split', 'with_split', 'split_table', 'same_split', 'image_split']
 
 # %% ../nbs/library/19_splits.ipynb #a
+import warnings
 from itertools import combinations
 
 import numpy as np, pandas as pd
@@ -46,17 +47,21 @@ def assert_apart(split):
     sides = split.groupby(by)['split'].nunique()
     assert (sides==1).all(), f'subjects on two sides of the split: {few(sides[sides>1].index)}'
 
-def read_split(split)->pd.DataFrame:
-    "A split made earlier, checked"
+def read_split(split, subjects=None)->pd.DataFrame:
+    "A split made earlier, checked; one of none of the `subjects` is refused, and new ones are told"
     name = 'split table' if isinstance(split, pd.DataFrame) else str(split)
     if not isinstance(split, pd.DataFrame):
-        try: split = pd.read_csv(split, dtype={'subject':str},
-            keep_default_na=False, encoding='utf-8-sig')
+        try: split = read_table(split, dtype={'subject':str})
         except (OSError, ValueError) as e: raise known('splits.csv', file=split, e=e) from e
     bad = {'subject','split'}-set(split.columns) or set(split['split'])-{'train','valid','test'}
     need(not bad, 'splits.columns', name=name, bad=few(sorted(bad)))
     try: assert_apart(split)
     except AssertionError as e: raise known('splits.two_sides', name=name, e=e) from e
+    if subjects is not None:
+        told,here = sorted(set(split['subject'])), sorted(set(subjects))
+        new = sorted(set(here)-set(told))
+        need(len(new)<len(here), 'splits.foreign', name, told=few(told, 3), here=few(here, 3))
+        if new: warnings.warn(say('splits.new', n=len(new), all=len(here), new=few(new, 3)))
     return split if 'fold' in split else split.assign(fold=0)
 
 # %% ../nbs/library/19_splits.ipynb #d
