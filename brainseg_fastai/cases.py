@@ -63,8 +63,18 @@ class Layout:
 def cohort(root)->dict:
     "What the folder's `cohort.json` says, if it has one"
     f = Path(root)/'cohort.json'
-    return read_json(f) if f.is_file() else {}
+    if not f.is_file(): return {}
+    d = read_json(f)
+    scans = d.get('scans', [])
+    need(isinstance(scans, list) and all(isinstance(o, dict) for o in scans), 'cases.scans', f)
+    for o in [d, *scans]:
+        for k in ('spacing','below_top'):
+            vs = o[k].values() if isinstance(o.get(k), dict) else [o.get(k)]
+            for v in vs: need(v is None or isinstance(v, (int,float)), 'cases.fact', f, k=k, v=v)
+            need(k!='spacing' or all(v is None or 0<v<100 for v in vs), 'cases.fact', f, k=k, v=few(vs))
+    return d
 
+# %% ../nbs/library/02_cases.ipynb #c603141
 def is_simulated(root)->bool:
     "True if the folder's `cohort.json` says that the images are simulated"
     return cohort(root).get('simulated') is True

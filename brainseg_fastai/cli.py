@@ -6,7 +6,7 @@
 __all__ = ['parser', 'say_warning', 'stopped', 'main']
 
 # %% ../nbs/library/26_commands.ipynb #a
-import argparse, shlex, sys, tomllib, warnings
+import argparse, os, shlex, sys, tomllib, warnings
 from importlib import import_module
 from pathlib import Path
 
@@ -40,6 +40,8 @@ TYPES = dict(path=Path, float=float,
     layout=reader(find_layout, bool, f'one of {", ".join(LAYOUTS)}'),
     count=reader(int, lambda n: n>0, 'a whole number from 1 up'),
     above=reader(float, lambda x: 0<x<1e6, 'a number above 0'),
+    threads=reader(int, lambda n: 0<n<=4*(os.cpu_count() or 1), f'at most {4*(os.cpu_count() or 1)} here'),
+    margin=reader(float, lambda x: 0<=x<=1, 'a number from 0 to 1'),
     port=reader(int, lambda n: 0<n<2**16, 'a port from 1 to 65535'),
     mm=reader(numbers, lambda o: len(o)<3 and 0<min(o) and max(o)<1000,
         say('cli.mm')),
@@ -101,9 +103,6 @@ def check(a):
     print_subjects(a)
     print(format_problems(problems))
     return int((problems['level']=='error').any())
-
-# %% ../nbs/library/26_commands.ipynb #e
-#| exporti
 
 # %% ../nbs/library/26_commands.ipynb #cc92c4d
 def compare(a):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MESSAGES', 'DataError', 'asset', 'say', 'known', 'need', 'need_package', 'few', 'plural', 'times', 'missing', 'num',
            'plain', 'digest', 'make_folder', 'beside', 'written', 'written_folder', 'write_text', 'write_json',
-           'write_csv', 'read_json', 'read_table', 'cache_dir', 'made_once', 'stamp', 'progress', 'in_threads']
+           'write_csv', 'read_json', 'signed', 'is_as_signed', 'read_table', 'cache_dir', 'made_once', 'stamp',
+           'progress', 'in_threads']
 
 # %% ../nbs/library/00_core.ipynb #a
 import hashlib, importlib, json, math, numbers, os, shutil, sys, tomllib, uuid
@@ -154,9 +155,18 @@ def read_json(path, what='a JSON object', remedy='Correct or delete the file.')-
     try: d = json.loads(Path(path).read_text(encoding='utf-8'))
     except (OSError, ValueError) as e: raise DataError.of(path, f'broken JSON ({e})', what, remedy) from e
     need(isinstance(d, dict), path, type(d).__name__, what, remedy)
+    need(d==plain(d), path, 'numbers that are not finite', what, remedy)
     return d
 
 # %% ../nbs/library/00_core.ipynb #h
+def signed(d)->dict:
+    "`d` as plain values, with a digest of them; `is_as_signed` tells whether anything was changed since"
+    d = plain(d)
+    return d | dict(check=digest(d))
+
+def is_as_signed(d)->bool:
+    return isinstance(d, dict) and d==signed({k: v for k,v in d.items() if k!='check'})
+
 def read_table(path, **how):
     "A CSV or TSV file as a pandas table, whatever separates its columns"
     import pandas as pd

@@ -255,12 +255,22 @@ def measure_volume(path):
 def volume_facts(path):
     "Shape, spacing, affine, window, slices with something in them, codes, hash; in RAS+"
     f = in_cache(path, '.json')
-    try: return json.loads(f.read_text())
-    except (OSError, ValueError): d = plain(measure_volume(path))
+    with suppress(OSError, ValueError): # none, or damaged
+        d = json.loads(f.read_text())
+        if is_as_signed(d): return d
+    d = signed(measure_volume(path))
     with suppress(OSError): write_json(f, d) # no room: found out again next time
     return d
 
 # %% ../nbs/library/01_images.ipynb #h
+def is_sound(path)->bool:
+    "Is an uncompressed volume there, to its last voxel?"
+    import nibabel as nib
+    try:
+        o = nib.load(path).dataobj
+        return os.path.getsize(path)==o.offset+math.prod(o.shape)*o.dtype.itemsize
+    except Exception: return False
+
 @by_stamp(maxsize=16)
 def open_volume(path):
     "nibabel image in RAS+ orientation, memory-mapped and read-only; a damaged one raises"
@@ -270,7 +280,7 @@ def open_volume(path):
     data,as_is = im.dataobj, im.ndim>2 and np.array_equal(im.affine, nib.load(path).affine)
     if not has_suffix(path, '.nii') or (data.slope, data.inter)!=(1,0) or not as_is: # compressed, scaled, moved
         flat = in_cache(path, '.nii')
-        if not flat.is_file():
+        if not is_sound(flat):
             im = load_volume(path)
             im = nib.Nifti1Image(im.dataobj, im.affine, dtype=im.get_data_dtype())
             try:

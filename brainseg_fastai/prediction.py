@@ -234,12 +234,12 @@ def write_prediction(p:Prediction, out, **made)->Path:
     write_mask(scan.canonical(p.mask), path, p.codes, scan.like)
     with written(Path(out)/'qc'/f'{scan.name}.png') as tmp:
         Image.fromarray(np.stack(p.middle(), -1).astype(np.uint8)).save(tmp)
-    write_json(side, dict(
+    write_json(side, signed(dict(
         Sources=[o.name for o in scan.files], SpatialReference='orig',
         GeneratedBy=[PROGRAM], NotAMedicalDevice=True, **made,
         source=os.path.abspath(scan.path), content=content(scan.path), mask=path.name, name=scan.name,
         slices=[ks[0], ks[-1]] if scan.is_volume else None, quality=p.quality,
-        predicted=p.predicted, flags=p.flags, notes=p.notes, rows=p.rows))
+        predicted=p.predicted, flags=p.flags, notes=p.notes, rows=p.rows)))
     return path
 
 # %% ../nbs/library/23_prediction.ipynb #c029x
@@ -249,7 +249,7 @@ def sidecars(out)->dict:
     for f in sorted(out.rglob('*_dseg.json')):
         try: d = read_json(f)
         except DataError: continue
-        if 'bundle' in d and (f.parent/d['mask']).is_file(): res[f] = d
+        if is_as_signed(d) and (f.parent/d['mask']).is_file(): res[f] = d
     return res
 
 def named_jobs(paths, done):

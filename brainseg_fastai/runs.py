@@ -107,9 +107,9 @@ def model_card(c):
     return card.render(c, num=num)
 
 def hashes(folder, config):
-    weights = (folder/'model.safetensors').read_bytes()
     said = digest({k: v for k,v in config.items() if k!='sha256'}, n=64)
-    return {'model.safetensors': hashlib.sha256(weights).hexdigest(), 'config': said}
+    files = [folder/o for o in ('model.safetensors','scores.csv','curve.csv')]
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()} | dict(config=said)
 
 def write_config(folder, config):
     config = plain(config)
@@ -124,9 +124,9 @@ def read_config(path):
         need((path/o).is_file(), 'runs.no_bundle', path, file=o)
     c = read_json(path/'config.json', 'the config of a bundle', 'Copy the bundle again.')
     for k,v in FORMAT.items(): need(c.get(k)==v, 'runs.format', path, k=k, v=c.get(k), want=v)
-    told = c.get('sha256')
-    for k,v in hashes(path, c).items():
-        need(isinstance(told, dict) and told.get(k)==v, 'runs.changed', path, k=k)
+    told,own = c.get('sha256'), hashes(path, c)
+    for k in {'model.safetensors': 0, 'config': 0, **(told if isinstance(told, dict) else {})}:
+        need(isinstance(told, dict) and told.get(k)==own.get(k), 'runs.changed', path, k=k)
     return c
 
 def pool_bundle(run, path, scores, **more):

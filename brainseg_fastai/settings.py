@@ -107,10 +107,12 @@ def read_value(name, text):
     ns = [int(o) if o.isascii() and o.isdigit() else -1 for o in text.split(',')]
     n,what = (3,'three whole numbers, such as 64,64,64') if kind is tuple else (1,'a whole number from 1 up')
     ok(len(ns)==n and min(ns)>=(name!='seed'), what)
+    ok(max(ns)<=MOST.get(name, 10**6), f'at most {MOST.get(name, 10**6):,}')
     ok(name!='size' or ns[0]>=64 and ns[0]%32==0,
        'a multiple of 32 from 64 up, such as 256')
     return tuple(ns) if kind is tuple else ns[0]
 
+MOST = dict(seed=2**31-1, size=4096, patch=1024, bs=4096, depth=10, width=1024) # what no machine has room for
 BOOLS = dict(true=True, yes=True, false=False, no=False) | {'1': True, '0': False}
 
 def value_text(v):

@@ -237,6 +237,8 @@ def make_steps(
     "A preprocessing pipeline from its specification"
     if isinstance(spec, Steps): return Steps(spec.steps)
     parts = spec.split(',') if isinstance(spec, str) else [spec] if isinstance(spec, Step) else spec or []
+    need(not isinstance(spec, str) or not spec or any(map(str.strip, parts)), 'steps.name', 'steps',
+        name=spec, steps=', '.join(STEPS))
     return Steps(o if isinstance(o, Step) else parse_step(str(o)) for o in parts
         if str(o).strip())
 

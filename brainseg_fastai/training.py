@@ -209,12 +209,16 @@ def before_fit(self:Checkpoint):
     self.began = time.time() - (self.curve[-1]['seconds'] if self.curve else 0)
     if self.state is None: return
     s,smooth = self.state, self.recorder.smooth_loss
-    self.learn.model.load_state_dict(s['model'])
-    self.learn.opt.load_state_dict(s['opt'])
-    smooth.count,smooth.val = s['smooth'][0], tensor(s['smooth'][1])
-    set_random_states(**s['random'])
-    self.dls.train.rng.setstate(s['loader'])
+    try:
+        self.learn.model.load_state_dict(s['model'])
+        self.learn.opt.load_state_dict(s['opt'])
+        smooth.count,smooth.val = s['smooth'][0], tensor(s['smooth'][1])
+        set_random_states(**s['random'])
+        self.dls.train.rng.setstate(s['loader'])
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
+        raise known('training.checkpoint', self.path, kind=type(e).__name__) from e
 
+# %% ../nbs/library/13_training.ipynb #c6bec7a
 @patch
 def after_epoch(self:Checkpoint):
     if self.epoch<self.start_epoch: return
