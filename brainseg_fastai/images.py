@@ -171,9 +171,9 @@ def volume_header(path):
     return im
 
 # %% ../nbs/library/01_images.ipynb #cdbc733
-def load_volume(path):
-    "nibabel image of a volume in the file's own frame, with its voxels in memory"
-    im = volume_header(path)
+def load_volume(path, header=None):
+    "nibabel image of a volume in the file's own frame, with its voxels in memory; `header`: if it was read already"
+    im = header or volume_header(path)
     packed,size = has_suffix(path, 'gz'), os.path.getsize(path)
     n = math.prod(map(int, im.shape))
     claim = n*im.get_data_dtype().itemsize
@@ -238,8 +238,9 @@ def sha_of_picture(a):
 
 def measure_volume(path):
     import nibabel as nib
-    im = nib.as_closest_canonical(load_volume(path))
-    a,slope = np.asanyarray(im.dataobj), getattr(volume_header(path).dataobj, 'slope', 1)
+    header = volume_header(path)
+    im = nib.as_closest_canonical(load_volume(path, header))
+    a,slope = np.asanyarray(im.dataobj), getattr(header.dataobj, 'slope', 1)
     whole = is_whole(a, min(max(1e-3, abs(slope)/2), .01)) # whole numbers saved through floats are some
     if whole and a.dtype.kind=='f': a = np.round(a)
     codes,inside = code_counts(a) if whole else (None,None)
