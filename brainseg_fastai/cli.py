@@ -6,7 +6,7 @@
 __all__ = ['parser', 'say_warning', 'stopped', 'main']
 
 # %% ../nbs/library/26_commands.ipynb #a
-import argparse, os, shlex, sys, tomllib, warnings
+import argparse, os, shlex, signal, sys, threading, tomllib, warnings
 from importlib import import_module
 from pathlib import Path
 
@@ -209,10 +209,9 @@ def say_warning(message, category, *args, **kwargs):
 def stopped(a):
     "Say after Ctrl+C how to go on"
     again = [o for o in a.argv if o not in ('--overwrite','--resume')]
-    if a.command!='predict': again.append('--resume')
+    if 'again' in COMMANDS['commands'][a.command]: again.append('--resume')
     go_on = f' To go on: brainseg {shlex.join(again)}'
-    print('\nStopped.' + go_on*(a.command not in ('check','app','plan')),
-        file=sys.stderr)
+    print('\nStopped.' + go_on*hasattr(a, 'out'), file=sys.stderr)
 
 def main(argv=None)->int: # Exit code
     "The command `brainseg`"
@@ -221,6 +220,7 @@ def main(argv=None)->int: # Exit code
     argv = sys.argv[1:] if argv is None else list(argv)
     a = parser().parse_args(argv)
     a.argv = argv
+    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = say_warning

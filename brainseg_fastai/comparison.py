@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FEW', 'named_variants', 'differs_in', 'prepare', 'result_folder', 'trainings', 'announcer', 'train_variants',
-           'swap_table', 'shown', 'compare_variants', 'compare_inputs', 'train_input']
+           'trained', 'swap_table', 'shown', 'compare_variants', 'reported', 'compare_inputs', 'train_input']
 
 # %% ../nbs/2_segmentation_on_full_skull.ipynb #a
-import re, shutil, time
+import re, time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -117,7 +117,8 @@ def prepare(
     return r
 
 # %% ../nbs/2_segmentation_on_full_skull.ipynb #e
-RESULTS = ('settings.json','split.csv','scores.csv','curves.csv','swap.csv','external.csv',
+# and settings.json, by which the folder is known
+RESULTS = ('split.csv','scores.csv','curves.csv','swap.csv','external.csv',
     'control.csv','comparison.json','summary.json','report.html','runs','bundles')
 
 def check_out(out, again=False):
@@ -126,7 +127,7 @@ def check_out(out, again=False):
     def ok(good, found, remedy=''): need(good, 'comparison.out', out, found=found,
         remedy=remedy)
     ok(not out.is_file(), 'a file')
-    if not out.exists() or not any(out.iterdir()): return
+    if is_free(out): return
     ok((out/'settings.json').exists(), 'a folder with other things in it')
     ok(again, 'an earlier run',
        ', go on with it (--resume) or replace it (--overwrite)')
@@ -141,10 +142,8 @@ def result_folder(
     "Make the folder, or take over an earlier one as asked"
     check_out(out, overwrite or resume)
     out,asked,mine = Path(out), plain(asked), Path(out)/'settings.json'
-    for o in RESULTS*overwrite:
-        if (out/o).is_dir(): shutil.rmtree(out/o)
-        else: (out/o).unlink(missing_ok=True)
-    old = read_json(mine) if mine.exists() else asked
+    for o in RESULTS*overwrite: remove(out/o)
+    old = read_json(mine) if mine.exists() and not overwrite else asked
     changes = [f'{k}: {old.get(k)}, now {v}' for k,v in asked.items()
         if old.get(k)!=v]
     need(not changes, 'comparison.changed', out, changes=', '.join(changes[:3]))
@@ -199,6 +198,9 @@ def train_variants(
 )->AttrDict: # Also out, asked, scores, all_scores, curves, runs, control
     "Prepare, train and score every variant on the same split"
     check_out(out, overwrite or resume)
+    with locked(out): return trained(root, out, variants, repeats, control, overwrite, resume, **kwargs)
+
+def trained(root, out, variants, repeats, control, overwrite, resume, **kwargs):
     r = prepare(root, variants, **kwargs)
     jobs = trainings(r, repeats, control)
     external = kwargs.get('external') and Path(kwargs['external']).resolve().name
@@ -270,6 +272,10 @@ def compare_variants(
     "Train both variants, compare them on the same test subjects, and report a verdict"
     need(len(variants)<3, 'comparison.many', names=', '.join(variants))
     if track: check_track(track, out)
+    check_out(out, kwargs.get('overwrite') or kwargs.get('resume'))
+    with locked(out): return reported(root, out, variants, margin, track, command, **kwargs)
+
+def reported(root, out, variants, margin, track, command, **kwargs):
     began,r = time.time(), train_variants(root, out, variants, **kwargs)
     facts = shown(r, command=command,
         wall_time=f'{(time.time()-began)/60:.1f} min (this call)')

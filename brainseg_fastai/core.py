@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['MESSAGES', 'DataError', 'asset', 'say', 'known', 'need', 'need_package', 'few', 'plural', 'times', 'missing', 'num',
-           'plain', 'digest', 'make_folder', 'beside', 'written', 'written_folder', 'write_text', 'write_json',
-           'write_csv', 'read_json', 'signed', 'is_as_signed', 'read_table', 'cache_dir', 'made_once', 'stamp',
-           'progress', 'in_threads']
+           'plain', 'digest', 'make_folder', 'beside', 'is_ours', 'is_free', 'remove', 'is_full', 'written', 'locked',
+           'written_folder', 'write_text', 'write_json', 'write_csv', 'read_json', 'signed', 'is_as_signed',
+           'read_table', 'cache_dir', 'made_once', 'stamp', 'progress', 'in_threads']
 
 # %% ../nbs/library/00_core.ipynb #a
-import hashlib, importlib, json, math, numbers, os, shutil, sys, tomllib, uuid
+import glob, hashlib, importlib, json, math, numbers, os, re, shutil, sys, tomllib, uuid
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
 
@@ -116,27 +116,77 @@ def beside(path):
     make_folder(path.parent)
     return path.with_name(f'.{uuid.uuid4().hex[:12]}-{path.name}')
 
+# %% ../nbs/library/00_core.ipynb #cc43104
+def is_ours(path)->bool:
+    "Is it a name of `beside`, or a lock? They stay when a program is killed"
+    return bool(re.fullmatch(r'\.([0-9a-f]{12}-.+|brainseg\.lock)', Path(path).name))
+
+def is_free(path)->bool:
+    "Is there nothing but what a killed program left?"
+    path = Path(path)
+    return not path.exists() or path.is_dir() and all(map(is_ours, path.iterdir()))
+
+def remove(path):
+    "Delete a file or folder; when that is interrupted, nothing is left under its name"
+    path = Path(path)
+    if not path.exists(): return
+    tmp = beside(path)
+    path.rename(tmp)
+    if tmp.is_dir(): shutil.rmtree(tmp)
+    else: tmp.unlink()
+
+def is_full(e, folder)->bool:
+    "Does an error mean that the disk is full?"
+    return 'No space left' in str(e) or shutil.disk_usage(folder).free<2**20
+
+# %% ../nbs/library/00_core.ipynb #ccdb25a
 @contextmanager
 def written(
     path # File to write
 ):       # A temporary path with the same ending
-    "Write to the path that is given; it becomes `path` only when the block ends without an error"
+    "Write to the path that is given; it becomes `path` when the block ends without an error and all is on the disk"
     path = Path(path)
     tmp = beside(path)
     try:
         yield tmp
+        with open(tmp, 'rb+') as f: os.fsync(f.fileno())
         tmp.replace(path)
+    except Exception as e:
+        if is_full(e, path.parent): raise known('core.full', path, e=e) from e
+        raise
     finally: tmp.unlink(missing_ok=True)
 
+# %% ../nbs/library/00_core.ipynb #c6ba21d
+@contextmanager
+def locked(folder):
+    "For one process at a time: what a killed one left is removed, and an empty folder in the end"
+    from filelock import FileLock, Timeout
+    folder = Path(folder)
+    make_folder(folder)
+    lock = FileLock(folder/'.brainseg.lock', timeout=0, is_singleton=True)
+    try: lock.acquire()
+    except Timeout as e: raise known('core.locked', folder) from e
+    try:
+        for p in [*folder.rglob('.*')] if lock.lock_counter==1 else ():
+            if is_ours(p) and p!=Path(lock.lock_file): shutil.rmtree(p) if p.is_dir() else p.unlink(missing_ok=True)
+        yield folder
+    finally:
+        if lock.lock_counter==1: Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+        with suppress(OSError): folder.rmdir()
+
+# %% ../nbs/library/00_core.ipynb #c273423
 @contextmanager
 def written_folder(path, replace=False):
     "As `written`, for a whole folder"
     path = Path(path)
+    for old in path.parent.glob(f'.*-{glob.escape(path.name)}') if path.parent.is_dir() else ():
+        if not is_ours(old): continue
+        with suppress(DataError), locked(old): shutil.rmtree(old, ignore_errors=True) # nobody works on it
     tmp = beside(path)
-    tmp.mkdir()
     try:
-        yield tmp
-        if path.exists(): shutil.rmtree(path) if replace else path.rmdir()
+        with locked(tmp): yield tmp
+        if path.exists(): remove(path) if replace or is_free(path) else path.rmdir()
         tmp.rename(path)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
@@ -189,8 +239,7 @@ def made_once(path, complete, make)->Path:
     "A folder that is made on first use; another process that makes the same at the same time does no harm"
     path = Path(path).expanduser()
     if complete(path): return path
-    need(not path.exists() or path.is_dir() and not any(path.iterdir()),
-        'core.not_the_data', path)
+    need(is_free(path), 'core.not_the_data', path)
     try:
         with written_folder(path) as tmp: make(tmp)
     except OSError:

@@ -133,7 +133,7 @@ def pool_bundle(run, path, scores, **more):
     "Bundle of one run with the scores of all, and `more` of its config set anew"
     path = Path(path)
     ours = (path/'config.json').exists()
-    need(ours or not path.exists() or not any(path.iterdir()), 'runs.other_files', path)
+    need(ours or is_free(path), 'runs.other_files', path)
     with written_folder(path, replace=ours) as tmp:
         shutil.copy(run.folder/'model.safetensors', tmp)
         write_config(tmp, run.config | scored(scores) | more)
@@ -204,9 +204,9 @@ def claimed(folder, key):
     "Is this run complete? Else its folder is made ready"
     mine = folder/'key.json'
     same = mine.exists() and key.encode() in mine.read_bytes()
-    if not same and folder.exists() and any(folder.iterdir()):
+    if not same and not is_free(folder):
         need(mine.exists(), 'runs.not_mine', folder=folder)
-        shutil.rmtree(folder)
+        remove(folder)
     if not same: write_json(mine, dict(key=key))
     return (folder/'config.json').exists()
 
@@ -262,8 +262,7 @@ def key_of(cases, s, codes, how, tests):
     "The name of a run: all that decides its result"
     seen = [(k, data_fingerprint(t), [*map(str, t['spacing'])])
         for k,t in tests.items()]
-    return s.key(codes, *how.values(), torch.get_num_threads(),
-        data_fingerprint(cases),
+    return s.key(codes, *how.values(), data_fingerprint(cases),
         [*zip(cases['subject'], cases['split'])], seen)
 
 def train_run(
@@ -292,6 +291,7 @@ def train_run(
             quality=k==inputs, **how).assign(tested_on=k) for k,t in tests.items()]
         scores = pd.concat(scores, ignore_index=True)
         finish(folder, learn, cases, curve, scores, layout, about)
+    for o in 'checkpoint.pt','best.safetensors': (folder/o).unlink(missing_ok=True)
     used = [scored_cases(t, layout.per).assign(tested_on=k)
         for k,t in tests.items()]
     return Run(folder, pd.concat(used))

@@ -206,8 +206,7 @@ def make_slices(
 )->pd.DataFrame:    # A row per slice, as in slices.csv
     "Slices in the layout of `adni_cases` from volumes with labels"
     out,rule = Path(out).expanduser(),checked_rule(rule, height, n, gap)
-    need(not out.exists() or out.is_dir() and not any(out.iterdir()), 'slices.out',
-        out)
+    need(is_free(out), 'slices.out', out)
     labels = [int(o) for o in labels
         or [*ventricles, *(choroid_plexus if choroid else ())]]
     scans = find_scans(subjects_dir, folders, subject, names)
