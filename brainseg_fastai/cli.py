@@ -67,8 +67,7 @@ def training(a)->dict: # Arguments of `compare_variants` and `plan_variants`
     if a.threads:
         import torch
         torch.set_num_threads(a.threads)
-    return dict(layout=a.layout, folds=a.folds, repeats=a.repeats, previous=a.split,
-        progress=watched(), **options(a))
+    return dict(layout=a.layout, folds=a.folds, repeats=a.repeats, previous=a.split, **options(a))
 
 def results(a)->dict: # Arguments of `compare_variants`
     return dict(external=a.external, resume=a.resume, overwrite=a.overwrite,

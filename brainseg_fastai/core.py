@@ -6,7 +6,7 @@
 __all__ = ['MESSAGES', 'DataError', 'asset', 'say', 'known', 'need', 'need_package', 'few', 'plural', 'times', 'missing', 'num',
            'plain', 'digest', 'make_folder', 'beside', 'is_ours', 'is_free', 'remove', 'is_full', 'written', 'locked',
            'written_folder', 'write_text', 'write_json', 'write_csv', 'read_json', 'signed', 'is_as_signed',
-           'read_table', 'cache_dir', 'made_once', 'stamp', 'progress', 'in_threads']
+           'read_table', 'cache_dir', 'made_once', 'stamp', 'somebody_looks', 'progress', 'in_threads']
 
 # %% ../nbs/library/00_core.ipynb #a
 import glob, hashlib, importlib, json, math, numbers, os, re, shutil, sys, tomllib, uuid
@@ -253,6 +253,10 @@ def stamp(path)->tuple:
     except OSError as e: raise known('core.no_file', path, e=e) from e
     return os.path.abspath(path), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino
 
+def somebody_looks()->bool:
+    "Is the output a terminal or a notebook, not a file?"
+    return sys.stdout.isatty() or 'ipykernel' in sys.modules
+
 def progress(
     xs,         # Things to go through
     total=None, # How many there are
@@ -260,7 +264,7 @@ def progress(
 ):
     "Go through `xs` and show how many are done and how much time is left"
     total = len(xs) if total is None else total
-    if show is True:
+    if show is True and somebody_looks():
         from fastprogress.fastprogress import progress_bar
         yield from progress_bar(xs, total=total, leave=False)
         return

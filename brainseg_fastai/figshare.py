@@ -69,7 +69,15 @@ def open_mat(path):
     "Open a MATLAB file with h5py; whatever is wrong with it becomes a `DataError`"
     h5py = need_package('h5py', 'mat')
     try:
-        with h5py.File(path) as f: yield f
+        with h5py.File(path) as f:
+            outside = []
+            def look(name, o):
+                link = isinstance(o, (h5py.SoftLink, h5py.ExternalLink))
+                if link or getattr(o, 'external', None): outside.append(name)
+            f.visititems_links(look)
+            if not outside: f.visititems(look)
+            need(not outside, 'figshare.outside', path, name=few(outside))
+            yield f
     except DataError: raise
     except Exception as e: raise known('figshare.file', path, kind=type(e).__name__, e=e) from e
 

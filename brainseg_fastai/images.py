@@ -41,6 +41,8 @@ def list_files(folder, suffixes='')->list:
     return sorted(walk(folder), key=Path.as_posix)
 
 # %% ../nbs/library/01_images.ipynb #c
+MOST_PIXELS = 8192**2
+
 def palette_codes(a, im):
     "Codes of a mask with a palette: its greys, where all that are used are grey and no two alike; else the indices"
     used = np.unique(a)
@@ -53,6 +55,7 @@ def decode(path, mask=False, keep=False):
     "The values of a picture file; with `keep` all of its channels"
     try:
         with Image.open(path) as im:
+            need(math.prod(im.size)<=MOST_PIXELS, 'images.large', path, size=times(im.size))
             pages,mode = getattr(im, 'n_frames', 1), im.mode
             colour = mode in ('CMYK','YCbCr') or mode=='RGBA' and not keep
             if colour or mode=='P' and not mask: im = im.convert('RGB')
@@ -61,6 +64,7 @@ def decode(path, mask=False, keep=False):
             if mode=='P' and mask: a = palette_codes(a, im)
             tags = getattr(im, 'tag_v2', {})
             if a.dtype==np.uint16 and tags.get(262)==0: a = 2**tags[258][0]-1-a # TIFF: white is 0
+    except DataError: raise
     except Exception as e: # a decoder may raise anything
         raise known('images.picture', path, why=e) from e
     need(pages==1, 'images.pages', path, n=pages)

@@ -60,6 +60,7 @@ class Part(NamedTuple):
     whole:bool=False  # Is all of the model's slab among them?
     skull:bool=False  # Is it in view?
     notes:tuple=()
+    flags:tuple=()
 
 def slab_of(c, slab):
     "mm below the top of the brain where a model may be used; None: everywhere"
@@ -68,11 +69,15 @@ def slab_of(c, slab):
     need(0<=lo<=hi, 'prediction.slab', lo=lo, hi=hi)
     return [lo,hi]
 
+CUT_OFF = 500. # mm² of head in the last slice: the scan ends within it
+
 def part_of_volume(scan, c, slab):
-    slab,n = slab_of(c, slab), scan.extent[2]
+    given,slab,n = slab is not None, slab_of(c, slab), scan.extent[2]
     need(slab or c['whole'], 'prediction.which_slices', scan.path)
     need(scan.grey.any(), 'prediction.empty', scan.path)
     top,skull = top_of_brain(scan.grey, scan.spacing)
+    end = foreground(scan.grey[:,:,-1]).sum() if scan.grey[:,:,-1].any() else 0
+    cut = end*scan.spacing[0]*scan.spacing[1]>CUT_OFF and top+(SCALP_AND_SKULL/scan.spacing[2])*skull>=n-1.5
     if not slab: return Part(range(n), True, skull)
     ks,whole = slab_slices(top, n, scan.spacing[2], slab)
     lo,hi = slab
@@ -80,7 +85,7 @@ def part_of_volume(scan, c, slab):
     notes = [say('prediction.slices', first=ks[0], last=ks[-1], n=n-1, lo=lo, hi=hi)]
     if skull: notes.append(say('prediction.top', mm=SCALP_AND_SKULL))
     if not whole: notes.append(say('prediction.short'))
-    return Part(tuple(ks.tolist()), whole, skull, notes)
+    return Part(tuple(ks.tolist()), whole, skull, notes, (say('prediction.cut_off'),)*bool(cut and not given))
 
 # %% ../nbs/library/23_prediction.ipynb #c013x
 def measure(scan, m, label, part, whole):
@@ -152,7 +157,7 @@ def assess(model, scan, masks, part):
     dice = predicted_dice(c['calibration'], quality)
     seen = scan.image, scan.spacing, 3
     if sliced: seen = scan.pictures([ks[len(ks)//2]])[0], scan.pixel, 2
-    flags = find_flags(scan_features(*seen), c['reference'])
+    flags = [*part.flags, *find_flags(scan_features(*seen), c['reference'])]
     if not plain.any(): flags.append(say('prediction.nothing'))
     if volume and sliced: mask = scan.volume(mask, ks)
     if not scan.spacing: notes.append(say('prediction.pixels'))

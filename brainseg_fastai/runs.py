@@ -27,7 +27,7 @@ from .settings import RECIPES, Settings
 from .splits import with_split
 from .stats import found_nothing
 from .steps import Steps, make_steps
-from .training import Checkpoint, augmentation, environment, fit_recipe
+from .training import Checkpoint, EpochLines, augmentation, environment, fit_recipe
 from .trust import calibrate, fit_reference, scan_features
 from .volumes import volume_dls
 
@@ -218,9 +218,10 @@ def train(cases, s, codes, folder, progress):
     learn = prepare_learner(cases, s, codes)
     best = folder/'best.safetensors' if s.pick=='best' else None
     ck = Checkpoint(folder/'checkpoint.pt', best=best)
-    if not progress:
+    if not progress or not somebody_looks():
         learn.remove_cb(ProgressCallback)
         learn.logger = noop
+        if progress: learn.add_cb(EpochLines(s.epochs))
     try: fit_recipe(learn, s, ck)
     except KeyboardInterrupt:
         start = ck.path if ck.path.exists() else 'the beginning'

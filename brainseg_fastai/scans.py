@@ -251,7 +251,7 @@ def read_scan(path, spacing=None, channels=(), packed=(), name=None)->Scan:
     "Read a scan and turn it to the frame that models know"
     path,channels = Path(path), tuple(channels)
     name = name or stem_of(path)
-    need(path.exists(), 'scans.no_file', path)
+    need(path.is_file() or path.is_dir(), 'scans.no_file', path)
     if path.is_dir() or is_volume(path): return read_volume_scan(path, name, channels)
     if is_picture(path): return read_picture_scan(path, name, channels,
         tuple(packed), spacing)
@@ -293,7 +293,7 @@ def find_scans_to_predict(paths, channels=(), all_inputs=(), out=None)->list:
     "All scans in files and folders, in order and each once; results, those in `out` among them, are none"
     res = {}
     for p in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
-        need(p.exists(), 'scans.no_path', p)
+        need(p.is_file() or p.is_dir(), 'scans.no_path', p) # a pipe would never end
         found = scans_below(p, tuple(channels), all_inputs, out) if p.is_dir() else [p]
         need(found, 'scans.no_scans', p)
         res |= {os.path.abspath(o): o for o in found}
@@ -349,7 +349,7 @@ def top_of_brain(a, mm)->tuple:
     "The highest axial slice of the brain, and whether the scan shows the skull"
     need(a.any(), 'scans.empty')
     if has_skull(a, mm): return top_of_head(a, mm)-SCALP_AND_SKULL/mm[2], True
-    return top_slice(a>0, mm[0]*mm[1]), False
+    return top_slice(a>1, mm[0]*mm[1]), False # FreeSurfer's editors set to 1 what they take out
 
 def slab_slices(top, n, mm, slab)->tuple:
     "Slices within the slab, to half a slice, and whether they reach over all of it"

@@ -175,6 +175,16 @@ class FastBatches(Callback):
         self.learn.xb,self.learn.yb = (plain_batch(x),), tuple(y)
 
 # %% ../nbs/library/13_training.ipynb #j
+class EpochLines(Callback):
+    "A line for each epoch with the time left, for logs"
+    order = 70 # after `Checkpoint`
+    def __init__(self, n): self.n,self.began,self.done = n,time.time(),0
+    def after_epoch(self):
+        self.done += 1
+        minutes = (time.time()-self.began)/self.done*(self.n-self.epoch-1)/60
+        dice = self.recorder.values[-1][-1]
+        print(say('training.epoch', epoch=self.epoch+1, n=self.n, dice=dice, minutes=minutes), flush=True)
+
 def plain_state(o):
     "Nested dicts, lists and tuples with tensors and Python's own numbers"
     def one(x):

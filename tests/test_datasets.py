@@ -98,7 +98,7 @@ def test_hint_for_missing_package(monkeypatch):
 
 def test_listing_decodes_each_volume_once(brats, monkeypatch):
     calls,load = [],I.load_volume
-    monkeypatch.setattr(I, 'load_volume', lambda p: calls.append(p) or load(p))
+    monkeypatch.setattr(I, 'load_volume', lambda p, *a: calls.append(p) or load(p, *a))
     monkeypatch.setenv('BRAINSEG_CACHE', str(brats.parent/'cache'))
     t = brats_cases(brats); assert len(calls)==6 and len(t)==156 # the first sequence of each patient
     check(brats, 'brats'); data_fingerprint(t); mask_codes(t['mask'])
