@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from unicodedata import normalize
 
-import pandas as pd
+import pandas as pd, regex
 
 from .cases import Layout, case_table, cohort, data_root, one_unit
 from .checks import (
@@ -72,11 +72,14 @@ def csv_rule(file, kinds):
     return lambda rel,kind: subjects.get(key(rel, [kind])) or None
 
 def regex_rule(pattern):
-    try: r = re.compile(pattern)
-    except re.error as e: raise known('adni.regex', '--subject', pattern=pattern,
+    try: r = regex.compile(pattern)
+    except regex.error as e: raise known('adni.regex', '--subject', pattern=pattern,
         e=e) from e
     need(r.groups==1, 'adni.groups', '--subject', pattern=pattern, n=r.groups)
-    return lambda rel,kind: (r.findall(rel) or [None])[0] or None
+    def find(rel, kind):
+        try: return (r.findall(rel, timeout=1) or [None])[0] or None
+        except TimeoutError as e: raise known('adni.slow', '--subject', pattern=pattern, rel=rel) from e
+    return find
 
 def subject_rule(subject, kinds)->tuple:
     "How to find the subject of an image, and what was expected"

@@ -8,7 +8,7 @@ __all__ = ['make_slices']
 # %% ../nbs/library/18_slices.ipynb #a
 import re
 from pathlib import Path
-import nibabel as nib, numpy as np, pandas as pd
+import nibabel as nib, numpy as np, pandas as pd, regex
 from PIL import Image
 from .core import *
 from .images import is_volume, load_volume, stem_of, to_bytes
@@ -33,7 +33,8 @@ def scan_of(name, subject=None)->tuple:
     def clean(s): return re.sub(r'[^\w.+]+', '_', s).strip('_.')
     scan,_,base = name.partition('.long.')
     usual = re.match(r'(\d{3}_S_\d{4,5}(?!\d)|sub-[A-Za-z0-9]+)', name) # ADNI, BIDS
-    m = re.search(subject, name) if subject else usual
+    try: m = regex.search(subject, name, timeout=1) if subject else usual
+    except TimeoutError as e: raise known('adni.slow', '--subject', pattern=subject, rel=name) from e
     person = m[1] if m else '' if subject else base or name
     need(person and clean(person), 'slices.no_subject', name,
         rule=subject or 'anything')
@@ -60,8 +61,8 @@ def incomplete(folder, prefix, names):
 
 # %% ../nbs/library/18_slices.ipynb #e
 def check_subject_rule(subject):
-    try: n = re.compile(subject or '()').groups
-    except re.error as e: n = e
+    try: n = regex.compile(subject or '()').groups
+    except regex.error as e: n = e
     need(n==1, 'slices.rule', 'subject', subject=subject,
         n=f'{n} groups' if isinstance(n, int) else n)
 

@@ -118,6 +118,17 @@ def test_two_processes_on_one_folder(tmp_path):
     with locked(tmp_path/'out') as d: assert [o.name for o in d.iterdir()]==['.brainseg.lock']
     assert not (tmp_path/'out').exists()
 
+def test_another_number_of_threads_does_not_undo_a_training(tmp_path, data):
+    import torch
+    def command(n): return ['train', data, '--inputs', 'brain', '--out', tmp_path/'out', *SMALL[:-1], n]
+    was = torch.get_num_threads()
+    try:
+        assert run(command(1))==0
+        before = {p: p.stat().st_mtime_ns for p in (tmp_path/'out/runs').rglob('*') if p.is_file()}
+        assert run([*command(2), '--resume'])==0
+        assert before=={p: p.stat().st_mtime_ns for p in (tmp_path/'out/runs').rglob('*') if p.is_file()}
+    finally: torch.set_num_threads(was)
+
 # ---------------------------------------------------------------- full
 
 def test_a_full_disk_is_one_message(tmp_path, monkeypatch):

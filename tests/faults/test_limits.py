@@ -49,6 +49,31 @@ def test_a_pipe_does_not_hang(tmp_path):
     for f in (read_scan, lambda p: predict_scan(rule(), p)):
         with pytest.raises(DataError, match='a.nii'): f(tmp_path/'a.nii')
 
+def test_an_expression_that_never_ends_is_stopped(tmp_path, capsys):
+    root = make_folder(tmp_path/'d', 3, 1)
+    for k in ('brain','mask'): (root/k/f'{"a"*40}-I1-{k}-ax3.png').write_bytes(next((root/k).iterdir()).read_bytes())
+    assert main(['check', str(root), '--subject', '^((?:a|aa)+)$'])==2 and 'does not come to an end' in capsys.readouterr().err
+    for n in ('T1','brainmask','aseg'): save(tmp_path/f'fs/{"a"*40}!/mri/{n}.nii', draw_volume())
+    assert main(['slices', str(tmp_path/'fs'), '--subject', '^((?:a|aa)+)$', '--out', str(tmp_path/'o')])==2
+
+@pytest.mark.parametrize('what', ['check','slices'])
+def test_a_gzip_that_unpacks_to_gigabytes(tmp_path, what, capsys):
+    "A few kilobytes that claim a volume which no machine has room for"
+    import gzip
+    import nibabel as nib
+    h = nib.Nifti1Header(); h.set_data_shape((1000,1000,3000)); h.set_data_dtype(np.int16); h['vox_offset'] = 352; h['magic'] = b'n+1'; h.set_sform(np.eye(4), 1)
+    data = gzip.compress(h.binaryblock+bytes(10**6))
+    if what=='check':
+        root = tiny('brats', tmp_path/'d', 3); f = sorted(root.rglob('*_t1.nii.gz'))[0]
+        argv = ['check', root, '--layout', 'brats']
+    else:
+        for n in ('T1','brainmask','aseg'): save(tmp_path/f'fs/a/mri/{n}.nii.gz', draw_volume())
+        f = tmp_path/'fs/a/mri/T1.nii.gz'
+        argv = ['slices', tmp_path/'fs', '--out', tmp_path/'o']
+    f.write_bytes(data)
+    assert main([*map(str, argv)])>0
+    assert '1000×1000×3000' in ''.join(capsys.readouterr()) and not (tmp_path/'o').exists()
+
 # ---------------------------------------------------------------- heads that end early
 
 @pytest.mark.parametrize('mm', [0, 5, 15, 25])
