@@ -180,10 +180,11 @@ class EpochLines(Callback):
     order = 70 # after `Checkpoint`
     def __init__(self, n): self.n,self.began,self.done = n,time.time(),0
     def after_epoch(self):
-        if not self.recorder.values: return # of epochs before an interruption
+        values = [o for o in self.recorder.values if len(o)]
+        if not values: return # an epoch of before an interruption
         self.done += 1
         minutes = (time.time()-self.began)/self.done*(self.n-self.epoch-1)/60
-        dice = self.recorder.values[-1][-1]
+        dice = values[-1][-1]
         print(say('training.epoch', epoch=self.epoch+1, n=self.n, dice=dice, minutes=minutes), flush=True)
 
 def plain_state(o):
