@@ -137,7 +137,7 @@ def remove(path):
 
 def is_full(e, folder)->bool:
     "Does an error mean that the disk is full?"
-    return 'No space left' in str(e) or shutil.disk_usage(folder).free<2**20
+    return 'No space left' in str(e) or folder.is_dir() and shutil.disk_usage(folder).free<2**20
 
 # %% ../nbs/library/00_core.ipynb #ccdb25a
 @contextmanager

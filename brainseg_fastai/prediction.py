@@ -262,16 +262,16 @@ def named_jobs(paths, done):
     "Each path with its name: the one that it has in the folder already, or one that no other scan there has"
     places = {d['source']: d['name'] for d in done}
     gone = {d['content']: d['name'] for d in done if not os.path.exists(d['source'])} # moved since
-    names = [places.get(os.path.abspath(p)) or gone and gone.get(content(p)) for p in paths]
+    names = [places.get(os.path.abspath(p)) or gone and gone.pop(content(p), None) for p in paths]
     new = [p for p,n in zip(paths, names) if not n]
     fresh = iter(scan_names(new, {d['name'] for d in done}))
     return [(p, n or next(fresh)) for p,n in zip(paths, names)]
 
 def rows_before(jobs, out, done, made):
     "Rows by name of what was predicted before with these options, from the same bytes"
-    res = {}
+    res,by_name = {}, {d['name']: d for d in done}
     for path,name in jobs:
-        d = next((d for d in done if d['name']==name), None)
+        d = by_name.get(name)
         if not d or not (out/'qc'/f'{name}.png').is_file(): continue
         now = made | dict(content=content(path), source=os.path.abspath(path))
         if now.items() <= d.items(): res[name] = d['rows']

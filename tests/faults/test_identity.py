@@ -1,5 +1,5 @@
 "Which scan is this? A mask, a row and a name belong to one scan, whatever two files have in common"
-import os
+import os, shutil
 from pathlib import Path
 
 import nibabel as nib, numpy as np, pandas as pd, pytest
@@ -59,6 +59,16 @@ def test_a_scan_that_was_replaced_is_predicted_anew(twins, tmp_path):
     assert predict_scans(rule(), a, out, progress=False).area_px.item()==two!=one
     agrees(out, 1)
 
+def test_scans_that_were_moved_keep_their_names(twins, tmp_path):
+    "Also two of the same bytes: each has a mask and a row of its own"
+    out = tmp_path/'out'
+    predict_scans(rule(), twins[0], out, progress=False)
+    (tmp_path/'new').mkdir()
+    moved = [tmp_path/'new/T1.nii', tmp_path/'new/copy.nii']
+    shutil.copy(twins[0], moved[1]); twins[0].rename(moved[0])
+    t = predict_scans(rule(), moved, out, progress=False)
+    assert t['name'].tolist()==['T1','copy'] and len(agrees(out, 2))==2
+
 def test_images_named_by_uids_keep_apart(tmp_path):
     from brainseg_fastai.segmentation import save_prediction
     from types import SimpleNamespace as Case
@@ -82,6 +92,16 @@ def test_a_lost_picture_or_mask_is_made_again(twins, tmp_path):
     assert len([*(out/'qc').glob('*.png')])==2
     next(out.glob('*_dseg.nii.gz')).unlink()
     predict_scans(rule(), twins, out, progress=False)
+    agrees(out, 2)
+
+def test_another_flag_and_a_deleted_scan_leave_a_table_that_is_right(twins, tmp_path):
+    out = tmp_path/'out'
+    predict_scans(rule(), twins, out, progress=False)
+    t = predict_scans(rule(), twins[0], out, slab=(5,8), progress=False) # one of them with another flag
+    table = agrees(out, 2).set_index('name')
+    assert table.loc[t['name'].item(), 'area_px']==t.area_px.item() and table.loc[t['name'].item(), 'slices']==t.slices.item()
+    twins[1].unlink() # its mask stays, and so does its row
+    predict_scans(rule(), twins[0].parent, out, progress=False)
     agrees(out, 2)
 
 def test_results_are_no_scans(twins, tmp_path, monkeypatch):

@@ -212,6 +212,31 @@ def test_facts_and_volumes_in_the_cache(tmp_path, monkeypatch):
             volume_facts.cache_clear(); open_volume.cache_clear()
             assert (read_image(p)==a).all() and volume_facts(p)==facts, what
 
+# ---------------------------------------------------------------- what check passes, training accepts
+
+@pytest.mark.parametrize('seed', range(4))
+def test_what_the_check_passes_can_be_trained_on(tmp_path, seed, capsys):
+    "Folders with something odd in them: either the check has an error, or a training comes to its end"
+    rng = np.random.default_rng(seed)
+    root = make_folder(tmp_path/'d', 5, 1, mask_value=int(rng.choice([1,2,255])))
+    files = sorted(root.rglob('*.png'))
+    for f in rng.choice(files, 3, replace=False):
+        a = np.array(Image.open(f))
+        how = rng.integers(6)
+        if how==0: f.unlink()
+        elif how==1: Image.fromarray(a*0).save(f)
+        elif how==2: Image.fromarray(np.stack([a]*3, -1)).save(f)
+        elif how==3: Image.fromarray(a.astype(np.uint16)*7).save(f)
+        elif how==4: Image.fromarray(a[:40]).save(f)
+        else: Image.fromarray(a).quantize(4).save(f)
+    code = main(['check', str(root)])
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        trained = main(['train', str(root), '--inputs', 'brain', '--out', str(tmp_path/'o'), '--size', '64', '--epochs', '1', '--folds', '1'])
+    out,err = capsys.readouterr()
+    assert trained==0 if code==0 else trained in (0,2)
+    assert 'Traceback' not in out+err
+
 # ---------------------------------------------------------------- arguments
 
 @pytest.mark.parametrize('flags', [['--seed','-1'], ['--seed','1'+'0'*30], ['--size','1'+'0'*9], ['--epochs','9'*12], ['--margin','nan'], ['--margin','-1'],
