@@ -113,7 +113,7 @@ def test_save_is_whole_or_not_at_all(page, tmp_path, monkeypatch):
     assert f.read_text(encoding='utf-8')==page.html
     def full_disk(self, *a, **k): open(self,'w').close(); raise OSError('No space left on device')
     monkeypatch.setattr(Path, 'write_text', full_disk)
-    with pytest.raises(OSError): Q.qc_page([]).save(f)
+    with pytest.raises(DataError, match='no room'): Q.qc_page([]).save(f)
     assert f.read_text(encoding='utf-8')==page.html and [o.name for o in f.parent.iterdir()]==['qc.html']
 
 def test_the_frame_in_a_notebook_holds_the_whole_page(page):

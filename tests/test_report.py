@@ -168,7 +168,7 @@ def test_save_is_atomic(tmp_path, monkeypatch):
     assert R.Report('a', R.Html('one')).save(f)==f and 'one' in f.read_text(encoding='utf-8')
     def full_disk(self, *a, **k): open(self,'w').close(); raise OSError('No space left on device')
     monkeypatch.setattr(Path, 'write_text', full_disk)
-    with pytest.raises(OSError): R.Report('a', R.Html('two')).save(f)
+    with pytest.raises(DataError, match='no room'): R.Report('a', R.Html('two')).save(f)
     assert 'one' in f.read_text(encoding='utf-8') and [p.name for p in f.parent.iterdir()]==['report.html']
 
 def test_split_table_counts():
