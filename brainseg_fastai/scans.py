@@ -88,19 +88,38 @@ def is_dicom(path):
     bare = head[:2]==b'\x08\0' and head[3:4]==b'\0' # without a preamble: begins with a tag of the group 0008
     return head[128:]==b'DICM' or bare
 
+def frames_of(d)->list:
+    "The header of each frame; of an enhanced file with what it tells of that frame alone"
+    if 'PerFrameFunctionalGroupsSequence' not in d: return [d]
+    pydicom,res = need_package('pydicom', 'dicom'), []
+    shared = d.get('SharedFunctionalGroupsSequence') or []
+    for frame in d.PerFrameFunctionalGroupsSequence:
+        h = pydicom.Dataset()
+        h.update(d)
+        for o in (*shared, frame):
+            for group in o: h.update(group.value[0] if group.VR=='SQ' and group.value else {})
+        h.NumberOfFrames = 1
+        res.append(h)
+    return res
+
+# %% ../nbs/library/17_scans.ipynb #d2
 def read_dicom(path, pixels=True):
-    "Grey levels (columns, rows) of a DICOM file, or only its header"
+    "Grey levels (columns, rows, frames) of a DICOM file, or only the headers of its frames"
     pydicom = need_package('pydicom', 'dicom')
     try:
         d = pydicom.dcmread(path, stop_before_pixels=not pixels, force=True)
-        if not pixels: return d
+        heads = frames_of(d)
+        if not pixels: return heads
         if not d.file_meta.get('TransferSyntaxUID'): # it had no preamble
             kinds = pydicom.uid.ExplicitVRLittleEndian, pydicom.uid.ImplicitVRLittleEndian
             d.file_meta.TransferSyntaxUID = kinds[bool(d.original_encoding[0])]
-        a = d.pixel_array.T.astype(np.float32)
+        a = d.pixel_array.astype(np.float32).reshape(len(heads), d.Rows, d.Columns)
         inverse = d.get('PhotometricInterpretation')=='MONOCHROME1' or d.get('PresentationLUTShape')=='INVERSE'
         if inverse: a = (-1 if d.PixelRepresentation else 2**d.BitsStored-1)-a # white is the lowest
-        return a*np.float32(d.get('RescaleSlope', 1)) + np.float32(d.get('RescaleIntercept', 0))
+        for o,h in zip(a, heads):
+            o *= np.float32(h.get('RescaleSlope', 1))
+            o += np.float32(h.get('RescaleIntercept', 0))
+        return a.T
     except Exception as e: raise known('scans.dicom', path, kind=type(e).__name__,
         e=e) from e
 
@@ -111,13 +130,13 @@ def files_in(folder): return [p for p in list_files(folder)
 
 # %% ../nbs/library/17_scans.ipynb #e
 def dicom_series(folder)->dict:
-    "Headers of the one DICOM series in a folder, by file"
-    heads = {p: read_dicom(p, False) for p in files_in(folder) if is_dicom(p)}
-    heads = {p: h for p,h in heads.items() if 'Rows' in h}
+    "Headers of the one DICOM series in a folder, by file and frame"
+    files = [p for p in files_in(folder) if is_dicom(p)]
+    heads = {(p,i): h for p in files for i,h in enumerate(read_dicom(p, False)) if 'Rows' in h}
     n = len({h.get('SeriesInstanceUID') for h in heads.values()})
     need(n==1, 'scans.one_series', folder, n=n or 'no')
     grid = None
-    for p,h in heads.items():
+    for (p,_),h in heads.items():
         wrong = [f'no {o}' for o in PLACE if o not in h]
         if h.get('NumberOfFrames', 1)!=1: wrong.append('several frames')
         if h.get('SamplesPerPixel', 1)!=1: wrong.append('colours')
@@ -130,31 +149,33 @@ def dicom_series(folder)->dict:
 
 # %% ../nbs/library/17_scans.ipynb #f
 def dicom_affine(heads)->tuple:
-    "Files of a series from bottom to top, and where they lie in space"
-    files,h = list(heads), next(iter(heads.values()))
+    "Frames of a series from bottom to top, and where they lie in space"
+    frames,h = list(heads), next(iter(heads.values()))
     right,down = np.reshape(h.ImageOrientationPatient, (2,3)).astype(float)
     normal = np.cross(right, down)
     at = np.array([o.ImagePositionPatient for o in heads.values()], float)
     order = np.argsort(at@normal)
-    files,at = [files[i] for i in order], at[order]
+    frames,at = [frames[i] for i in order], at[order]
     step = normal*float(h.get('SliceThickness') or 1)
-    if len(files)>1:
+    if len(frames)>1:
         gaps = np.diff(at@normal)
         lo,hi = gaps.min(), gaps.max()
         found = f'slices {lo:g} to {hi:g} mm apart' if lo>=1e-3 else 'two images at one place'
-        need(lo>=1e-3 and hi-lo<=.1*np.median(gaps), 'scans.gaps', files[0].parent,
+        need(lo>=1e-3 and hi-lo<=.1*np.median(gaps), 'scans.gaps', frames[0][0].parent,
             found=found)
         step = (at[-1]-at[0])/len(gaps)
     dy,dx = map(float, h.PixelSpacing)
     lps = from_matvec(np.stack([right*dx, down*dy, step], 1), at[0])
-    return files, np.diag([-1,-1,1,1]) @ lps
+    return frames, np.diag([-1,-1,1,1]) @ lps
 
 def load_dicom(folder)->tuple:
     heads = dicom_series(folder)
-    files,affine = dicom_affine(heads)
-    n = len(files)*heads[files[0]].Rows*heads[files[0]].Columns
+    frames,affine = dicom_affine(heads)
+    n = len(frames)*heads[frames[0]].Rows*heads[frames[0]].Columns
     need(n<=MOST_VOXELS, 'scans.large', folder, n=n, most=MOST_VOXELS)
-    a = np.stack(in_threads(read_dicom, files), -1)
+    files = list(dict.fromkeys(p for p,_ in frames))
+    read = dict(zip(files, in_threads(read_dicom, files)))
+    a = np.stack([read[p][:,:,i] for p,i in frames], -1)
     need(np.isfinite(a).all(), 'scans.nan', folder)
     im = nib.Nifti1Image(a, affine)
     im.header.set_qform(affine, 1)

@@ -57,3 +57,22 @@ def write_dicom(folder, a, spacing=(1.,1.,1.), origin=(0.,0.,0.), skip=(), uid='
             if v is not None: setattr(ds, name, v)
         ds.save_as(folder/names.format(int(order[k])), enforce_file_format=True)
     return folder
+
+def write_enhanced_dicom(folder, a, spacing=(1.,1.,1.), origin=(0.,0.,0.), places=None):
+    "The same slices as the frames of one enhanced file, shuffled; `places` along the third axis, mm"
+    pydicom = pytest.importorskip('pydicom')
+    folder.mkdir(parents=True, exist_ok=True)
+    def part(**tags):
+        ds = pydicom.Dataset()
+        for k,v in tags.items(): setattr(ds, k, v)
+        return ds
+    ks = np.random.default_rng(0).permutation(a.shape[2])
+    at = spacing[2]*np.arange(a.shape[2]) if places is None else places
+    shared = part(PixelMeasuresSequence=[part(PixelSpacing=[spacing[1],spacing[0]], SliceThickness=spacing[2])],
+        PlaneOrientationSequence=[part(ImageOrientationPatient=[1,0,0,0,1,0])],
+        PixelValueTransformationSequence=[part(RescaleSlope=2, RescaleIntercept=-10, RescaleType='US')])
+    frames = [part(PlanePositionSequence=[part(ImagePositionPatient=[origin[0],origin[1],origin[2]+at[k]])]) for k in ks]
+    write_dicom(folder, a[:,:,:1], spacing, names='frames', RescaleSlope=None, RescaleIntercept=None, PixelSpacing=None,
+        ImageOrientationPatient=None, ImagePositionPatient=None, NumberOfFrames=len(ks), SharedFunctionalGroupsSequence=[shared],
+        PerFrameFunctionalGroupsSequence=frames, PixelData=np.ascontiguousarray(a[:,:,ks].T, '<u2').tobytes())
+    return folder

@@ -11,7 +11,7 @@ from brainseg_fastai.core import DataError
 from brainseg_fastai.scans import (dark_rim, find_scans_to_predict, has_skull, read_scan, scan_names, slab_slices,
                                    top_of_brain)
 from helpers import dataset
-from scan_files import AXES, draw_volume, head_volume, huge_header, save, write_dicom
+from scan_files import AXES, draw_volume, head_volume, huge_header, save, write_dicom, write_enhanced_dicom, write_enhanced_dicom
 
 @settings(max_examples=12, deadline=None)
 @given(axes=AXES)
@@ -105,6 +105,14 @@ def test_a_dicom_series_is_the_volume_that_it_was(tmp_path):
     assert np.allclose(p.like.affine, aff) and p.like.shape==a.shape and (p.image==q.image).all()
     assert (p.to_native(p.image)==q.to_native(q.image)).all() and len(p.files)==40
     assert find_scans_to_predict(tmp_path)==[tmp_path/'same.nii.gz', d] and scan_names([d])==['series']
+
+def test_one_dicom_file_of_many_frames_is_that_volume_too(tmp_path):
+    a,how = draw_volume(dtype=np.uint16)+5, ((1.,1.2,1.5), (-20.,10.,5.))
+    p,q = (read_scan(f(tmp_path/f.__name__, a, *how)) for f in (write_enhanced_dicom, write_dicom))
+    assert np.allclose(p.like.affine, q.like.affine) and (p.image==q.image).all() and p.spacing==q.spacing
+    assert [o.name for o in p.files]==['frames']
+    twice = write_enhanced_dicom(tmp_path/'echoes', a, places=[*range(20)]*2) # two echoes, or two times
+    with pytest.raises(DataError, match='two images at one place'): read_scan(twice)
 
 def test_a_dicom_series_with_a_gap_or_a_stranger(tmp_path):
     a = draw_volume((20,22,12), dtype=np.uint16)
