@@ -24,16 +24,16 @@ z_lo,z_hi = -24,58 # slab of the template that slices reach, MNI mm
 brain_top = 81   # highest plane with 100 mm² of brain, MNI mm
 Template = namedtuple('Template', 'maps flow origin') # maps: csf, gm, wm, detail, brain, ventricles
 
-def mni_maps():
+def mni_maps(lo=z_lo, hi=z_hi):
     "T1, grey matter, white matter and CSF of the MNI152 template, float32, and the place of voxel (0,0,0)"
     from nilearn import datasets as D
     loaders = D.load_mni152_template, D.load_mni152_gm_template, D.load_mni152_wm_template
     ims = [f(resolution=1) for f in loaders]
     x,y,z = ims[0].affine[:3,3]
-    slab = slice(int(z_lo-z), int(z_hi-z))
+    slab = slice(int(lo-z), int(hi-z))
     t1,gm,wm = [o.get_fdata(dtype=np.float32)[...,slab] for o in ims]
     csf = np.where(t1>0, np.clip(1-gm-wm, 0, 1), 0).astype(np.float32)
-    return t1,gm,wm,csf,np.array([x, y, z_lo])
+    return t1,gm,wm,csf,np.array([x, y, lo])
 
 # %% ../nbs/library/05_demo.ipynb #d
 def load_label():
@@ -47,13 +47,18 @@ def outward_flow(label, reach=14.):
     d = ndi.gaussian_filter(d.astype(np.float32), 1.2)
     return np.stack(np.gradient(d)) * np.exp(-np.clip(d, 0, None)/reach)
 
+def unexplained(t1, tissue):
+    "What three tissues leave of the template's T1: deep grey matter"
+    brain = t1>0
+    few = tissue[:,brain][:,::50].T.astype(float), t1[brain][::50].astype(float)
+    mu = np.linalg.lstsq(*few, rcond=None)[0]
+    return np.where(brain, t1-np.tensordot(mu, tissue, 1), 0)
+
 def load_template():
     t1,gm,wm,csf,origin = mni_maps()
     label,brain = load_label(), t1>0
     tissue = np.stack([csf, gm, wm])
-    few = tissue[:,brain][:,::50].T.astype(float), t1[brain][::50].astype(float)
-    mu = np.linalg.lstsq(*few, rcond=None)[0]
-    detail = np.where(brain, t1-np.tensordot(mu, tissue, 1), 0) # not explained by three tissues: deep grey matter
+    detail = unexplained(t1, tissue)
     soft = ndi.gaussian_filter(label.astype(np.float32), .6)
     maps = np.concatenate([tissue, np.stack([detail, brain, soft])])
     return Template(maps.astype(np.float32),

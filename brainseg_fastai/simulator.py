@@ -13,7 +13,7 @@ import numpy as np, torch, torch.nn.functional as F
 from scipy import ndimage as ndi
 
 from brainseg_fastai.core import *
-from brainseg_fastai.demo import load_label, z_lo
+from brainseg_fastai.demo import load_label, mni_maps, outward_flow, unexplained, z_lo
 
 # %% ../nbs/library/27_simulator.ipynb #sim07
 @dataclass(frozen=True)
@@ -103,14 +103,10 @@ def ventricles(shape, origin):
 # %% ../nbs/library/27_simulator.ipynb #sim15
 FADE = 14. # mm over which the push of growing ventricles fades
 
-def tissue_maps(t1, gm, wm):
+def tissue_maps(t1, gm, wm, csf):
     "Fluid, grey, white, the rest, and the brain, from 0 to 1"
-    brain = t1>0
-    tissue = np.stack([np.where(brain, np.clip(1-gm-wm, 0, 1), 0), gm, wm])
-    few = tissue[:,brain][:,::50].T.astype(float), t1[brain][::50].astype(float)
-    mu = np.linalg.lstsq(*few, rcond=None)[0]
-    rest = np.where(brain, t1-np.tensordot(mu, tissue, 1), 0)
-    return np.stack([*tissue, rest, ndi.gaussian_filter(brain.astype(np.float32), .6)])
+    tissue,brain = np.stack([csf, gm, wm]), (t1>0).astype(np.float32)
+    return np.stack([*tissue, unexplained(t1, tissue), ndi.gaussian_filter(brain, .6)])
 
 def hull_of(brain, origin, mm=2.5):
     "Distance from the brain's hull, without its fissures, on a grid that holds the head"
@@ -124,15 +120,10 @@ def hull_of(brain, origin, mm=2.5):
 @lru_cache(maxsize=1)
 def load_head()->dict:
     "The template as `Lattice`s: maps, push (away from the ventricles) and hull"
-    from nilearn import datasets as D
-    loaders = D.load_mni152_template, D.load_mni152_gm_template, D.load_mni152_wm_template
-    ims = [f(resolution=1) for f in loaders]
-    t1,gm,wm = [o.get_fdata(dtype=np.float32) for o in ims]
-    origin = ims[0].affine[:3,3]
-    walls = distance(ventricles(t1.shape, origin))
-    d = ndi.gaussian_filter(walls, 1.2)
-    push = np.stack(np.gradient(d))*np.exp(-np.clip(d, 0, None)/FADE)
-    maps = np.concatenate([tissue_maps(t1, gm, wm), walls[None]])
+    t1,gm,wm,csf,origin = mni_maps(-72, 117) # all of it
+    label = ventricles(t1.shape, origin)
+    push = outward_flow(label, FADE)
+    maps = np.concatenate([tissue_maps(t1, gm, wm, csf), distance(label)[None]])
     return dict(maps=Lattice(maps[None], origin, 1.), push=Lattice(push[None,:,::2,::2,::2], origin, 2.),
         hull=hull_of(t1>0, origin))
 

@@ -11,7 +11,7 @@ from brainseg_fastai.core import DataError
 from brainseg_fastai.scans import (dark_rim, find_scans_to_predict, has_skull, read_scan, scan_names, slab_slices,
                                    top_of_brain)
 from helpers import dataset
-from scan_files import AXES, draw_volume, head_volume, huge_header, save, write_dicom, write_enhanced_dicom, write_enhanced_dicom
+from scan_files import AXES, draw_volume, head_volume, huge_header, save, write_dicom, write_enhanced_dicom
 
 @settings(max_examples=12, deadline=None)
 @given(axes=AXES)
