@@ -385,17 +385,23 @@ def fitted(a, size):
     right = size-len(a)-left
     return F.pad(a, (left,right,left,right))
 
-def scanned(g, sig, h, k, brain, mm, r):
-    "What a scanner shows of a signal: uint8"
+# %% ../nbs/library/27_simulator.ipynb #sim51
+def received(sig, h, k, brain, mm, r):
+    "Signal behind strip, coil and resolution, and what the strip keeps"
     n,size = len(sig), sig.shape[-1]
     keep = kept_by_strip(h, k, brain, r)
     sig = sig.clamp(min=0)*k['bias'].exp()*keep
     each = [h[o].expand(n).tolist() for o in ('blur','coarse')]
-    a = torch.stack([fitted(resolved(o, b, c, m), size) for o,b,c,m in zip(sig, *each, mm.tolist())])
-    top = torch.quantile(a.flatten(1)[:,::7], .99, dim=1).clamp(min=1e-3)
+    a = [fitted(resolved(o, b, c, m), size) for o,b,c,m in zip(sig, *each, mm.tolist())]
+    return torch.stack(a), keep
+
+def brightest(a): return torch.quantile(a.flatten(1)[:,::7], .99, dim=1).clamp(min=1e-3)
+
+def scanned(g, a, keep, top, h, r):
+    "What a scanner shows of a signal whose brightest parts are `top`: uint8"
     noise,gamma,strip = of(h, 'noise', 'gamma', 'strip')
     a = a/top[:,None,None]
-    one,other = noise*torch.randn(2, n, size, size, generator=g)
+    one,other = noise*torch.randn(2, *a.shape, generator=g)
     a = torch.hypot(a+one, other)*(keep | (strip<r.whole_share))
     return (255/1.3*a.clamp(0, 1.3)**gamma).clamp(0, 255).round().byte()
 
@@ -433,7 +439,8 @@ def simulated_slices(
     r,g = ranges or HeadRanges(), torch.Generator().manual_seed(seed)
     h,p = draw(g, n, r), draw_planes(g, n, r, axes)
     k,(sig,share,brain) = thick_signal(h, p, size)
-    images,masks = scanned(g, sig, h, k, brain, p['mm'], r), share>.5
+    a,keep = received(sig, h, k, brain, p['mm'], r)
+    images,masks = scanned(g, a, keep, brightest(a), h, r), share>.5
     cut_off(g, images, masks, r.cut_share)
     mirrored = chance(g, .5, n)[:,None,None] & (p['axis']<2)[:,None,None]
     images,masks = (torch.where(mirrored, o.flip(-1), o) for o in (images, masks))
@@ -451,10 +458,14 @@ def simulated_head(
     need(size>=64 and size%2==0, 'simulator.size', n=1, size=size)
     r,g = ranges or HeadRanges(), torch.Generator().manual_seed(seed)
     h,images,masks = draw(g, 1, r), [], []
-    for zs in torch.arange(*map(float, heights)).split(16):
+    def at(zs):
         n = len(zs)
         p = dict(axis=torch.zeros(n, dtype=int), at=zs, mm=torch.ones(n), centre=CENTRE.expand(n, 3))
         k,(sig,share,brain) = thick_signal(h, p, size)
-        images.append(scanned(g, sig, h, k, brain, p['mm'], r))
-        masks.append(share>.5)
+        return *received(sig, h, k, brain, p['mm'], r), share>.5
+    top = brightest(at(CENTRE[2:])[0]) # one for all slices
+    for zs in torch.arange(*map(float, heights)).split(16):
+        a,keep,mask = at(zs)
+        images.append(scanned(g, a, keep, top, h, r))
+        masks.append(mask)
     return tuple(np.ascontiguousarray(np.rot90(torch.cat(o).movedim(0, -1).numpy(), -1)) for o in (images, masks))

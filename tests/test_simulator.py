@@ -34,6 +34,12 @@ def test_ventricles_lie_in_the_brain_and_are_dark_in_a_t1_head():
     assert mask[~brain].sum()<.001*mask.sum() and inner.any()
     assert image[inner].mean()<.6*image[brain & ~mask].mean()
 
+def test_slices_of_a_head_share_one_scale():
+    "Beside the brain there is no more noise above it than within it"
+    image,_ = simulated_head(1, 192, (0,100), replace(plain, whole_share=1., exact_share=0., noise=(.05,.05)))
+    corner = image[:9,:9].astype(float).mean((0,1))
+    assert corner[-10:].mean()<1.3*corner[:10].mean()
+
 def test_skulls_are_on_or_off():
     whole,brain = (simulated_head(2, 192, (20,40), replace(plain, whole_share=o, exact_share=1.-o))[0] for o in (1.,0.))
     assert (whole>0).sum()>1.15*(brain>0).sum() and (whole>0)[brain>9].all()
