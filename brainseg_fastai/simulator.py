@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np, torch, torch.nn.functional as F
+from matplotlib.path import Path
 from scipy import ndimage as ndi
 
 from brainseg_fastai.core import *
@@ -22,12 +23,13 @@ class HeadRanges:
     has. The starting points are those of Billot et al. 2023; where they differ, the comment says why"""
     growth:tuple=(-1.5,12.)     # mm that the ventricles' walls move outwards; hydrocephalus goes far beyond health
     regions_sd:float=.35        # log factor of growth: left against right, frontal, occipital, temporal, third
+    regions_mm:float=.8         # what the same regions have beside it, standard deviation
     turn_sd:tuple=(14.,7.,7.)   # degrees about the axes to the right, front and top; scans are nodded more than turned
     scale_sd:float=.06          # of a head's size
     bend:tuple=(1.,5.)          # mm, smooth over 40 mm
     crumple:tuple=(.3,2.2)      # mm, smooth over 14 mm
     atrophy:tuple=(.5,2.6)      # weight of the fluid in sulci against that of the template
-    t1_share:float=.5           # of the heads have fluid < grey < white matter; the others any order
+    t1_share:float=.7           # of the heads have fluid < grey < white matter; the others any order
     choroid_share:float=.6      # show choroid plexus, which is no ventricle
     cap_share:float=.4          # have caps or bands around the ventricles
     lesion_share:float=.25      # have lesions in white matter
@@ -44,13 +46,14 @@ class HeadRanges:
     exact_share:float=.4        # are stripped along the brain, or its hull; the rest badly
     strip:tuple=(-3.,10.)       # mm outside the brain's hull where a bad strip cuts
     cut_share:float=.12         # have an end of the view cut off
+    upside_down:float=.2        # of the axial slices are; pictures do not say where the front is
 
 # %% ../nbs/library/27_simulator.ipynb #sim09
 class Lattice:
     "Values (N or 1,C,X,Y,Z) at regular places in the head, read at points in mm; by the nearest edge outside"
     def __init__(self, values, origin, mm, smooth=False):
         self.values,self.mm,self.smooth = torch.as_tensor(values, dtype=torch.float32), mm, smooth
-        self.origin = torch.as_tensor(np.asarray(origin), dtype=torch.float32)
+        self.origin = torch.as_tensor(origin, dtype=torch.float32)
 
     def __call__(self, points): # (N,H,W,3) to (N,C,H,W)
         q,n = (points-self.origin)/self.mm, len(points)
@@ -80,25 +83,36 @@ def random_field(g, n, channels, mm):
 def smooth(values, mm, points): return Lattice(values, BOX[0]-mm, mm, True)(points)
 
 # %% ../nbs/library/27_simulator.ipynb #sim13
-HORN = [(34,-44,2), (36,-36,-6), (36,-26,-13), (33,-16,-18), (29,-9,-21)] # way of the right lower horn, MNI mm
-HORN_MM = 1.2 # its radius
+# MNI mm; an average of many heads has lost what is thin
+LOWER = [(34,-44,2), (37,-37,-5), (39,-28,-12), (38,-19,-18), (35,-11,-21), (30,-8.5,-18), (26,-10,-14)] # right horn
+HIND = [(30,-57,6), (28,-63,5), (25,-69,4.5), (21,-76,4.5), (19,-80,4)] # right horn
+HORN_MM = 1.2 # their radius
+THIRD = [(-1,7), (-10,11), (-18,10), (-25,6), (-28,3), (-27,-1), (-20,-3), (-13,-6), (-8,-11), (-3,-14), (0,-14), (1,-8),
+    (2,-3), (-1,1)] # outline of the third ventricle in the middle plane, front and top
+THIRD_MM = 1.2 # from its middle to its wall
 
 def distance(inside, mm=1.):
     "mm from the walls, negative inside"
     far = ndi.distance_transform_edt
     return np.where(inside, mm/2-far(inside, sampling=mm), far(~inside, sampling=mm)-mm/2).astype(np.float32)
 
+def horns(shape, origin):
+    res = np.ones(shape, bool)
+    for way in map(np.array, (LOWER, HIND)):
+        line = np.transpose([np.interp(np.linspace(0, 1, 99), np.linspace(0, 1, len(way)), o) for o in way.T])
+        for side in (-1,1): res[tuple((line*[side,1,1]-origin).round().astype(int).T)] = False
+    return ndi.distance_transform_edt(res)<HORN_MM
+
 def ventricles(shape, origin):
     "Lateral and third ventricles of the template"
     res,label = np.zeros(shape, bool), load_label()
     k = int(z_lo-origin[2])
     res[:,:,k:k+label.shape[2]] = label
-    way = np.transpose([np.interp(np.linspace(0, 4, 80), range(5), o) for o in zip(*HORN)])
-    tube = np.ones(shape, bool)
-    for side in (-1,1):
-        at = (way*[side,1,1]-origin).round().astype(int)
-        tube[tuple(at.T)] = False
-    return res | (ndi.distance_transform_edt(tube)<HORN_MM)
+    x,y,z = (np.arange(n)+o for n,o in zip(shape, origin))
+    res &= ~((abs(x)<8)[:,None,None] & (abs(y+13)<17)[:,None] & (z<4)) # cisterns as well
+    inside = Path(THIRD).contains_points(np.stack(np.meshgrid(y, z, indexing='ij'), -1).reshape(-1, 2))
+    third = (abs(x)<=THIRD_MM)[:,None,None] & inside.reshape(len(y), -1)
+    return res | third | horns(shape, origin)
 
 # %% ../nbs/library/27_simulator.ipynb #sim15
 FADE = 14. # mm over which the push of growing ventricles fades
@@ -129,13 +143,13 @@ def load_head()->dict:
 
 # %% ../nbs/library/27_simulator.ipynb #sim18
 def draw_shape(g, n, r)->dict:
-    usual = uniform(g, (r.growth[0], max(r.growth[0], r.growth[1]/3)), n) # of two in three
-    some = torch.where(chance(g, .65, n), usual, uniform(g, r.growth, n))
+    usual = uniform(g, (r.growth[0], max(r.growth[0], r.growth[1]/4)), n) # of two in three
+    some = torch.where(chance(g, .8, n), usual, uniform(g, r.growth, n))
     size = torch.tensor([.97,.96,.98])*(1+normal(g, r.scale_sd*.7, n, 1))
     bend,crumple = (uniform(g, o, n, 1, 1, 1, 1) for o in (r.bend, r.crumple))
     return dict(
         growth=torch.where(some>0, FADE*(some.clamp(min=0)/FADE).expm1(), some),
-        regions=normal(g, r.regions_sd, n, 5).clamp(-.9, .7),
+        regions=normal(g, r.regions_sd, n, 5).clamp(-.9, .7), local=normal(g, r.regions_mm, n, 5),
         turn=torch.tensor(r.turn_sd)*normal(g, 1, n, 3),
         scale=size*(1+normal(g, r.scale_sd*.7, n, 3)),
         shear=normal(g, .02, n, 3),
@@ -160,6 +174,7 @@ TISSUES = ('ventricle','csf','grey','white','choroid','cap','lesion',
     'dura','bone','marrow','muscle','fat','skin','air','eye')
 AROUND = dict(dura=(.2,.8), bone=(.02,.15), marrow=(.1,1), muscle=(.3,.8), fat=(.7,1.7), skin=(.3,1.1), air=(0,.06),
     eye=(.05,.4)) # T1, white matter is 1
+SHARE = .3 # of a pixel that is ventricle if the pixel is
 CONTRAST = .15 # the least between ventricles and brain
 
 def t1_means(g, n):
@@ -203,7 +218,7 @@ CENTRE = torch.tensor([0.,-18.,12.]) # of a head, MNI mm
 def draw_planes(g, n, r, axes=(.6,.2,.2))->dict:
     i = torch.multinomial(torch.tensor(axes), n, True, generator=g)
     lo,hi = NEAR[i].T
-    at = lo+(hi-lo)*torch.where(chance(g, .12, n), uniform(g, (-.4,1.4), n), uniform(g, (0,1), n))
+    at = lo+(hi-lo)*torch.where(chance(g, .25, n), uniform(g, (-.45,1.5), n), uniform(g, (0,1), n))
     usual = uniform(g, (.9,1.15), n).clamp(*r.spacing)
     mm = torch.where(chance(g, .6, n), usual, uniform(g, r.spacing, n))
     centre = CENTRE+normal(g, 8, n, 3)
@@ -242,9 +257,8 @@ def growth_at(h, q):
     low,beside = torch.sigmoid(-(z+3)/3), torch.sigmoid((x.abs()-15)/3)
     third = torch.exp(-(x/9)**2)*torch.sigmoid((6-z)/3)
     where = .6*torch.tanh(x/8), torch.sigmoid(y/6), torch.sigmoid(-(y+38)/6)*(1-low), low*beside, third
-    factors = h['regions'].T[...,None,None]
-    by = sum(f*w for f,w in zip(factors, where)).exp()
-    return h['growth'][:,None,None]*by*(1-.45*third) # the thalami hold the third ventricle
+    by,more = (sum(f*w for f,w in zip(h[o].T[...,None,None], where)) for o in ('regions','local'))
+    return h['growth'][:,None,None]*by.exp()*(1-.6*third)+more # the thalami hold the third ventricle
 
 def in_template(h, x, steps=4):
     "Where in the template points of the upright head come from"
@@ -334,7 +348,7 @@ def shell_signal(h, k, d):
 def face_signal(h, k):
     m,tex,patch = means(h), k['texture'], k['patches']
     x,y,z = k['head']
-    which = torch.stack([.4+tex[0], .1+tex[1], tex[2]+.5*patch[2]-.2, tex[3]-.1, patch[3]-.3])
+    which = torch.stack([.4+tex[0], .1+tex[1], torch.maximum(tex[2], 1.3*patch[2])-.3, tex[3]-.1, patch[3]-.3])
     share = torch.softmax(8*which, 0)
     sig = sum(a*m[o] for a,o in zip(share, ('muscle','fat','air','bone','skin')))
     eye = ((x.abs()-32)**2+(y-60)**2+(z+36)**2).sqrt()
@@ -416,14 +430,18 @@ def cut_off(g, images, masks, share):
 
 def draw(g, n, r): return draw_shape(g, n, r) | draw_scan(g, n, r)
 
+def those(h, which): return {k: o[which] if len(o)>1 else o for k,o in h.items()}
+
 def thick_signal(h, p, size):
     "Signal, ventricles and brain of slices; thick ones are the mean of three planes"
     k = look(h, p, size)
     res = signal(h, k)
-    if not (h['slab']>0).any(): return k, res
-    away = h['slab']/3
-    some = [signal(h, look(h, p, size, o)) for o in (-away,away)]
-    return k, [sum(o)/3 for o in zip(res, *some)]
+    thick = (h['slab']>0).expand(len(p['at']))
+    if thick.any():
+        ht,pt = those(h, thick), those(p, thick)
+        sides = [signal(ht, look(ht, pt, size, ht['slab']*o)) for o in (-1/3,1/3)]
+        for mid,a,b in zip(res, *sides): mid[thick] = (mid[thick]+a+b)/3
+    return k, res
 
 # %% ../nbs/library/27_simulator.ipynb #sim41
 @torch.inference_mode()
@@ -440,10 +458,12 @@ def simulated_slices(
     h,p = draw(g, n, r), draw_planes(g, n, r, axes)
     k,(sig,share,brain) = thick_signal(h, p, size)
     a,keep = received(sig, h, k, brain, p['mm'], r)
-    images,masks = scanned(g, a, keep, brightest(a), h, r), share>.5
+    images,masks = scanned(g, a, keep, brightest(a), h, r), share>SHARE
     cut_off(g, images, masks, r.cut_share)
     mirrored = chance(g, .5, n)[:,None,None] & (p['axis']<2)[:,None,None]
-    images,masks = (torch.where(mirrored, o.flip(-1), o) for o in (images, masks))
+    turned = chance(g, r.upside_down, n)[:,None,None] & (p['axis']==0)[:,None,None]
+    for which,side in ((mirrored,-1), (turned,-2)):
+        images,masks = (torch.where(which, o.flip(side), o) for o in (images, masks))
     return images.numpy(), masks.numpy()
 
 # %% ../nbs/library/27_simulator.ipynb #sim44
@@ -462,7 +482,7 @@ def simulated_head(
         n = len(zs)
         p = dict(axis=torch.zeros(n, dtype=int), at=zs, mm=torch.ones(n), centre=CENTRE.expand(n, 3))
         k,(sig,share,brain) = thick_signal(h, p, size)
-        return *received(sig, h, k, brain, p['mm'], r), share>.5
+        return *received(sig, h, k, brain, p['mm'], r), share>SHARE
     top = brightest(at(CENTRE[2:])[0]) # one for all slices
     for zs in torch.arange(*map(float, heights)).split(16):
         a,keep,mask = at(zs)
