@@ -170,6 +170,12 @@ def predict(a):
         file=sys.stderr)
     return int(bool(failed))
 
+def pretrain(a):
+    "Make the model of ventricles that ships with the package: from simulated heads, the same for a seed. Goes on where it stopped"
+    from brainseg_fastai.ready import pretrain
+    out = pretrain(a.out, a.batches, a.seed, progress=watched())
+    print(f'{out}: brainseg predict {shlex.quote(str(out))} SCANS --out DIR')
+
 def app(a):
     "Open a page on this machine to try a model with"
     from brainseg_fastai.app import launch_app

@@ -251,7 +251,7 @@ def shown(
     last = r.runs[-1].config
     info = dict(r.asked, **about, design=FEW if r.few else 'as asked for',
         epochs_trained=sorted({o.settings.epochs for o in r.runs}),
-        encoder_weights='ImageNet' if last['imagenet'] else 'random',
+        start_weights=last['start'],
         environment=last['versions'], training_longer=training_longer(r.curves),
         definitions={'Empty masks': EMPTY_POLICY, 'Surface tolerance': TOLERANCE_POLICY})
     external = swap_table(r.all_scores.query('tested_on=="external"')).drop(columns='tested_on')

@@ -120,6 +120,14 @@ def largest_part(m):
     parts,n = ndi.label(m)
     return m if n<2 else parts==1+np.bincount(parts.ravel())[1:].argmax()
 
+def large_parts(m, share=.05):
+    "Parts of at least this share of the largest"
+    from scipy import ndimage as ndi
+    parts,n = ndi.label(m)
+    size = np.bincount(parts.ravel(), minlength=n+1)
+    size[0] = 0
+    return (size>=share*max(1, size.max()))[parts]
+
 def foreground(
     a,       # uint8, a picture (H,W) or a volume (X,Y,Z)
     factor=1 # Times Otsu's threshold; .5 takes in faint skin

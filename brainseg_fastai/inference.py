@@ -13,12 +13,13 @@ from typing import NamedTuple
 import numpy as np, torch, torch.nn.functional as F
 from fastai.data.transforms import IntToFloatTensor
 from monai.inferers import sliding_window_inference
+from scipy import ndimage as ndi
 
 from .core import *
-from .images import image_size, otsu
+from .images import foreground, image_size, large_parts, otsu
 from .networks import plain_batch
 from .steps import Steps
-from .training import ReadImage, SquarePad, TensorScan, normaliser
+from .training import ImageZScore, ReadImage, SquarePad, TensorScan, normaliser
 from .volumes import middle, network_volume, widened
 
 # %% ../nbs/library/15_inference.ipynb #c005x
@@ -33,6 +34,10 @@ class Frame:
     patch:tuple=None    # Voxels of a patch
     spacing:tuple=None  # mm along the axes of training images (median)
     field:int=None      # Side of the square that a training slice fills (median)
+    axes:bool=False     # Is a volume seen slice by slice along each of its axes?
+
+    @property
+    def sliced(self): return self.mode=='slice' and not self.axes
 
     def ratio(self, spacing, n):
         "Size of a pixel along `n` axes over that in training; 1 if unknown"
@@ -70,9 +75,9 @@ def model_of(learn):
 
 class Masks(NamedTuple):
     "Classes, uint8; the last is None without mirror images"
-    mask:np.ndarray     # By image and mirror image together
-    plain:np.ndarray    # By the image alone
-    mirrored:np.ndarray # By the mirror image alone, mirrored back
+    mask:np.ndarray     # By image and mirror image together, or along all axes
+    plain:np.ndarray    # By the image alone, or by axial slices
+    mirrored:np.ndarray # By the mirror image alone, mirrored back, or by the other slices
 
     def each(self):
         "Those of each picture of a stack"
@@ -165,12 +170,14 @@ def predict_slices(model, pics, fit, flips):
     return Masks(*(None if o[0] is None else np.stack(o) for o in zip(*res)))
 
 # %% ../nbs/library/15_inference.ipynb #c015x
-def volume_input(frame, a, spacing):
+def at_spacing(frame, a, spacing):
+    "A volume at the spacing of the training"
     ratio = frame.ratio(spacing, 3)
-    if (abs(ratio-1)>.05).any():
-        size = [max(1, round(o*r)) for o,r in zip(a.shape, ratio)]
-        a = resampled(a[None], size)[0].astype(np.float32)
-    return network_volume(a, frame.steps)
+    size = [max(1, round(o*r)) for o,r in zip(a.shape, ratio)]
+    return resampled(a[None], size)[0] if (abs(ratio-1)>.05).any() else a
+
+def volume_input(frame, a, spacing):
+    return network_volume(at_spacing(frame, a, spacing).astype(np.float32), frame.steps)
 
 def window_scores(model, x, overlap=.5):
     inner,patch = x.shape[1:], model.frame.patch
@@ -189,6 +196,44 @@ def predict_volume(model, a, spacing, flips):
     need(n==want, 'inference.classes', n=n, want=want)
     return Masks(*both_ways(*(resized(o[None], a.shape[:3])[0] for o in scores)))
 
+# %% ../nbs/library/15_inference.ipynb #c016a
+PLANES = (2,1,0), (1,2,0), (0,2,1) # axes of a volume (X,Y,Z) in axial, coronal and sagittal pictures, top down
+
+def plane_scores(model, v, order):
+    "Scores (K,X,Y,Z) of a volume (X,Y,Z) by its pictures of one orientation"
+    pics = v.permute(order).flip(1)
+    res = pics.new_zeros(len(pics), len(model.codes), *pics.shape[1:])
+    res[:,0] = 9. # air
+    for ks in (pics>0).flatten(1).any(1).nonzero()[:,0].split(8):
+        res[ks] = model.scores(ImageZScore().encodes(TensorScan(pics[ks,None]))).cpu()
+    return res.flip(2).movedim(1, 0).permute(0, *(1+order.index(i) for i in range(3)))
+
+# %% ../nbs/library/15_inference.ipynb #c016b
+def content_box(a, margin=8):
+    "Where in a volume the head is"
+    m = foreground(a, .5)
+    ends = [np.flatnonzero(m.any(tuple({0,1,2}-{i})))[[0,-1]] for i in range(3)]
+    return tuple(slice(max(0, lo-margin), hi+margin+1) for lo,hi in ends)
+
+NEAR = 8 # voxels around a mask within which the views must agree
+
+def predict_axes(model, a, spacing):
+    x = at_spacing(model.frame, a, spacing)
+    box = content_box(x)
+    v = torch.from_numpy(x[box].astype(np.float32))
+    inner,size = v.shape, [-(-max(n, 96)//32)*32 for n in v.shape]
+    v = widened(v[None], size, 0)[0]
+    each = [plane_scores(model, v, o)[:, *middle(size, inner)] for o in PLANES]
+    def classes(scores):
+        full = scores.new_zeros(len(scores), *x.shape)
+        full[0] = 9.
+        full[:, *box] = scores
+        return resized(full[None], a.shape)[0].argmax(0).byte().numpy()
+    mask = classes(sum(each)/3)
+    mask *= large_parts(mask>0)
+    near = ndi.distance_transform_edt(mask==0)<=NEAR if mask.any() else True
+    return Masks(mask, classes(each[0])*near, classes((each[1]+each[2])/2)*near)
+
 # %% ../nbs/library/15_inference.ipynb #c017x
 @torch.inference_mode()
 def predict(
@@ -196,7 +241,7 @@ def predict(
     image,        # Pictures (N,H,W[,C]), or a volume (X,Y,Z[,C]); uint8
     spacing=None, # mm along the axes of a picture or volume; None: not known
     flips=True,   # Predict the mirror image as well? Twice the time
-    volume=False, # Are the pictures slices of a volume?
+    volume=False, # Are the pictures slices of a volume? Or a volume, seen along its axes
     fit=None      # `Fit` of the pictures, if it is known already
 )->Masks:
     "What a network takes each pixel for"
@@ -204,6 +249,7 @@ def predict(
     model.net.eval()
     try:
         if frame.mode!='slice': return predict_volume(model, image, spacing, flips)
+        if frame.axes and volume: return predict_axes(model, image, spacing)
         fit = fit or fit_of(image, spacing, frame, volume)
         return predict_slices(model, image, fit, flips)
     finally: model.net.train(was)

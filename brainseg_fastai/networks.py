@@ -8,6 +8,7 @@ __all__ = ['build_model', 'class_counts', 'class_shares', 'class_weights']
 # %% ../nbs/library/12_networks.ipynb #a
 import urllib.request
 from copy import deepcopy
+from importlib.resources import files
 from typing import NamedTuple
 
 import numpy as np, pandas as pd, torch
@@ -89,6 +90,11 @@ def imagenet_weights(arch)->bool:
         return False
     return True
 
+def ready_weights(net):
+    "Give a light network the weights of the model that ships, where they fit: other classes have another last layer"
+    have,own = load_file(str(files('brainseg_fastai')/'assets/ventricles/model.safetensors')), net.state_dict()
+    net.load_state_dict({k: v for k,v in have.items() if v.shape==own[k].shape}, strict=False)
+
 def efficientnet(arch, n_in, n_out, pretrained):
     "MONAI's light U-Net decoder on an EfficientNet encoder"
     name = arch.replace('_', '-')
@@ -168,11 +174,12 @@ def build_model(
     n_out,      # Classes with the background
     shape=None, # What the network sees at once; None: as the settings say
     shares=None # Share of the pixels that each class has, see `LightUnet`
-)->nn.Module: # `pretrained` tells whether it starts from ImageNet weights
+)->nn.Module: # `pretrained` tells what it starts from: 'ready', 'ImageNet' or nothing
     "The network that the settings ask for"
     size = check_size(s.arch, shape or s.shape or 128, s.dims, s.depth, s.width)
     a,light = ARCHS[s.arch], s.recipe=='light'
-    have = not a.make and s.pretrained and imagenet_weights(s.arch)
+    ready = s.pretrained and s.start=='ready' and light and s.arch=='resnet18' and n_in==1
+    have = not a.make and not ready and s.pretrained and imagenet_weights(s.arch)
     if a.make:
         half,most = [2]*(s.depth or a.depth or 0), 512 if s.dims==2 else 320
         maps = [min((s.width or a.width)*2**i, most) for i in range(len(half)+1)]
@@ -182,9 +189,10 @@ def build_model(
         net = create_unet_model(getattr(models, s.arch), n_out, size,
             pretrained=have, n_in=n_in, **more)
         if light: net = LightUnet(net[0], n_out, shares)
+        if ready: ready_weights(net)
     else: net = efficientnet(s.arch, n_in, n_out, have)
     if not s.resnet: net = InBf16(net)
-    net.pretrained = have
+    net.pretrained = 'ready' if ready else 'ImageNet' if have else ''
     return net
 
 # %% ../nbs/library/12_networks.ipynb #h

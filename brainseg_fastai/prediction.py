@@ -9,6 +9,7 @@ __all__ = ['predict_scan', 'predict_scans', 'predicted']
 import hashlib, os, re, tomllib
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -61,6 +62,19 @@ class Part(NamedTuple):
     skull:bool=False  # Is it in view?
     notes:tuple=()
     flags:tuple=()
+    other:np.ndarray=None # Ventricles by the ready model
+
+@lru_cache(maxsize=1)
+def ready_model(): return load_bundle('ventricles', 'cpu')
+
+def second_opinion(model, scan):
+    "Ventricles by the ready model, for a model of them in axial slices; None for others, and where it cannot tell"
+    c,ready = model.config, ready_model
+    if not model.frame.sliced or [o['name'] for o in c['labels']]!=['ventricles'] or len(c['channels'])>1: return None
+    if not scan.is_volume: return predict(ready(), scan.pictures(), scan.pixel, False).mask[0]>0
+    m,one,other = predict(ready(), scan.grey, scan.spacing, volume=True)
+    sure = m.any() and agreement(one, other)>=ready().config['calibration']['quality'][0]
+    return m>0 if sure else None
 
 def slab_of(c, slab):
     "mm below the top of the brain where a model may be used; None: everywhere"
@@ -70,8 +84,15 @@ def slab_of(c, slab):
     return [lo,hi]
 
 CUT_OFF = 500. # mm² of head in the last slice: the scan ends within it
+ABOVE = 51. # mm from the top of the ventricles to that of the brain, in the template
+LEAST_MM2 = 20. # of ventricles in their highest slice
 
-def part_of_volume(scan, c, slab):
+def top_above(m, mm):
+    "The top of the brain (slices), counted from that of the ventricles in a mask (X,Y,Z)"
+    return np.flatnonzero(m.sum((0,1))*mm[0]*mm[1]>=LEAST_MM2).max(initial=-1)+ABOVE/mm[2]
+
+def part_of_volume(scan, model, slab):
+    c = model.config
     given,slab,n = slab is not None, slab_of(c, slab), scan.extent[2]
     need(slab or c['whole'], 'prediction.which_slices', scan.path)
     need(scan.grey.any(), 'prediction.empty', scan.path)
@@ -79,13 +100,18 @@ def part_of_volume(scan, c, slab):
     end = foreground(scan.grey[:,:,-1]).sum() if scan.grey[:,:,-1].any() else 0
     cut = end*scan.spacing[0]*scan.spacing[1]>CUT_OFF and top+(SCALP_AND_SKULL/scan.spacing[2])*skull>=n-1.5
     if not slab: return Part(range(n), True, skull)
+    other = second_opinion(model, scan)
+    found = other is not None and not given
+    if found: top = top_above(other, scan.spacing)
     ks,whole = slab_slices(top, n, scan.spacing[2], slab)
     lo,hi = slab
     need(len(ks), 'prediction.no_slice', scan.path, lo=lo, hi=hi)
     notes = [say('prediction.slices', first=ks[0], last=ks[-1], n=n-1, lo=lo, hi=hi)]
-    if skull: notes.append(say('prediction.top', mm=SCALP_AND_SKULL))
+    if found: notes.append(say('prediction.by_ventricles', mm=ABOVE))
+    elif skull: notes.append(say('prediction.top', mm=SCALP_AND_SKULL))
     if not whole: notes.append(say('prediction.short'))
-    return Part(tuple(ks.tolist()), whole, skull, notes, (say('prediction.cut_off'),)*bool(cut and not given))
+    flag = (say('prediction.cut_off'),)*bool(cut and not given and not found)
+    return Part(tuple(ks.tolist()), whole, skull, notes, flag, other)
 
 # %% ../nbs/library/23_prediction.ipynb #c013x
 def measure(scan, m, label, part, whole):
@@ -105,7 +131,9 @@ def measure(scan, m, label, part, whole):
         n = int(ndi.binary_fill_holes(grey[:,:,k]>0).sum())
         if n: res.update(brain_mm2=n*mm2, ventricle_brain_ratio=px/n)
     elif volume and scan.oriented:
-        res['evans_index'] = evans_index(grey, m, mm, part.slices)
+        some = np.flatnonzero(sizes) # of the whole ventricles the upper half, for the lower horns reach forward too
+        ks = range(some.mean().astype(int), some[-1]+1) if whole and px else part.slices
+        res['evans_index'] = evans_index(grey, m, mm, ks)
     return res
 
 # %% ../nbs/library/23_prediction.ipynb #c015x
@@ -149,17 +177,45 @@ def read_for(model, path, spacing=None, name=None):
     return scan
 
 # %% ../nbs/library/23_prediction.ipynb #c017x
+def looks(model, scan, mask, ks):
+    "`scan_features` of what is compared with training images"
+    if model.frame.mode!='slice': return scan_features(scan.image, scan.spacing, 3)
+    k = ks[len(ks)//2]
+    if model.frame.axes and mask.any(): k = int((mask>0).reshape(-1, len(ks)).sum(0).argmax())
+    return scan_features(scan.pictures([k])[0], scan.pixel, 2)
+
+OTHER = .7 # agreement with the ready model below which a mask is doubted
+USUAL_ML = 3, 250 # of ventricles, from small healthy ones to hydrocephalus
+
+def calibration_of(model, scan):
+    "Of pictures or of volumes"
+    c = model.config
+    return c['calibration' if scan.is_volume or not model.frame.axes else 'pictures'] or {}
+
+def doubts(model, scan, mask, part, quality):
+    "Reasons in the mask itself not to trust it"
+    res = []
+    if not mask.any(): return [say('prediction.nothing')]
+    least = calibration_of(model, scan).get('quality', [0])[0]
+    if quality<least: res.append(say('prediction.disagree', quality=quality, least=least))
+    if model.frame.axes and scan.is_volume:
+        ml = (mask>0).sum()*np.prod(scan.spacing)/1000
+        if not USUAL_ML[0]<=ml<=USUAL_ML[1]:
+            res.append(say('prediction.unusual', ml=ml, least=USUAL_ML[0], most=USUAL_ML[1]))
+    if part.other is not None:
+        here = (...,list(part.slices)) if scan.is_volume else ...
+        alike = agreement(mask[here]>0, part.other[here])
+        if alike<OTHER: res.append(say('prediction.other', alike=alike))
+    return res
+
 def assess(model, scan, masks, part):
     c,notes,ks = model.config, [*scan.notes, *part.notes], part.slices
-    sliced,volume = model.frame.mode=='slice', scan.is_volume
-    (mask,plain,mirrored),quality = masks, np.nan
+    (mask,plain,mirrored),quality,volume = masks, np.nan, scan.is_volume
     if mirrored is not None: quality = agreement(plain, mirrored, len(model.codes))
-    dice = predicted_dice(c['calibration'], quality)
-    seen = scan.image, scan.spacing, 3
-    if sliced: seen = scan.pictures([ks[len(ks)//2]])[0], scan.pixel, 2
-    flags = [*part.flags, *find_flags(scan_features(*seen), c['reference'])]
-    if not plain.any(): flags.append(say('prediction.nothing'))
-    if volume and sliced: mask = scan.volume(mask, ks)
+    if volume and model.frame.sliced: mask = scan.volume(mask, ks)
+    flags = [*part.flags, *find_flags(looks(model, scan, mask, ks), c['reference']),
+        *doubts(model, scan, mask, part, quality)]
+    dice = predicted_dice(calibration_of(model, scan), quality, flags)
     if not scan.spacing: notes.append(say('prediction.pixels'))
     if volume and not c['whole']: notes.append(say('prediction.no_ml'))
     whole = volume and part.whole and c['whole']
@@ -177,8 +233,8 @@ def predict_pictures(model, scans, flips=True):
     for (_,mm),ids in groupby(range(len(scans)), kind).items():
         pics = np.stack([scans[i].image for i in ids])
         for i,masks in zip(ids, predict(model, pics, mm, flips).each()):
-            skull = has_skull(scans[i].grey, mm or model.frame.spacing or 1.)
-            res[i] = assess(model, scans[i], masks, Part(skull=skull))
+            skull = has_skull(scans[i].grey, mm or np.resize(model.frame.spacing or 1., 2))
+            res[i] = assess(model, scans[i], masks, Part(skull=skull, other=second_opinion(model, scans[i])))
     return [res[i] for i in range(len(scans))]
 
 # %% ../nbs/library/23_prediction.ipynb #c016x
@@ -193,8 +249,11 @@ def predict_scan(
     "Predict one scan"
     scan = read_for(model, path, spacing, name)
     if not scan.is_volume: return predict_pictures(model, [scan], flips)[0]
-    if model.frame.mode=='slice':
-        part = part_of_volume(scan, model.config, slab)
+    if model.frame.axes:
+        part = part_of_volume(scan, model, slab)
+        masks = predict(model, scan.grey, scan.spacing, volume=True)
+    elif model.frame.sliced:
+        part = part_of_volume(scan, model, slab)
         pics = scan.pictures(list(part.slices))
         masks = predict(model, pics, scan.pixel, flips, volume=True)
     else:

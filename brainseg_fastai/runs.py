@@ -7,6 +7,7 @@ __all__ = ['network_channels', 'load_bundle', 'key_of', 'train_run', 'train_fold
 
 # %% ../nbs/library/20_runs.ipynb #c003x
 from dataclasses import replace
+from importlib.resources import files
 
 import jinja2
 from fastai.vision.all import *
@@ -117,9 +118,15 @@ def write_config(folder, config):
     write_text(folder/'README.md', model_card(config))
     write_json(folder/'config.json', config)
 
+def bundle_folder(path):
+    "Its folder; the one that ships with the package for the name `ventricles`, unless there is a folder of that name"
+    path = Path(path)
+    ships = str(path)=='ventricles' and not path.exists()
+    return Path(str(files('brainseg_fastai')/'assets/ventricles')) if ships else path
+
 def read_config(path):
     "The config of a bundle, checked"
-    path = Path(path)
+    path = bundle_folder(path)
     for o in 'config.json','model.safetensors':
         need((path/o).is_file(), 'runs.no_bundle', path, file=o)
     c = read_json(path/'config.json', 'the config of a bundle', 'Copy the bundle again.')
@@ -145,17 +152,17 @@ def network_channels(c):
     return 3 if n==1 and RECIPES[c['settings']['recipe']]['rgb'] else n
 
 def load_bundle(
-    path,       # Bundle
+    path,       # Bundle; `ventricles`: the one that ships with the package
     device=None # torch device; None: as fastai chooses
 )->Model:
     "The network of a bundle, ready to predict; nothing is unpickled"
-    path,c = Path(path), read_config(path)
+    path,c = bundle_folder(path), read_config(path)
     told = c['settings']
     try:
         s = Settings(**told)
         steps = c['steps_state'] and Steps.from_state(c['steps_state'])
         mm = c['spacing'] and tuple(c['spacing'])
-        frame = frame_of(s, c['codes'], steps, mm, c['field'])
+        frame = replace(frame_of(s, c['codes'], steps, mm, c['field']), axes=c.get('axes', False))
         blank = replace(s, pretrained=False)
         net = build_model(blank, network_channels(c), len(frame.codes),
             c['input_shape'])

@@ -198,7 +198,7 @@ def brainseg_learner(
     settings=None, # `Settings`; None: the usual ones
     weights=None,  # Weights of the classes, for the losses that use them
     **kwargs       # Fields of `Settings`, such as arch='unet', and arguments of `Learner`
-)->Learner: # `learn.pretrained` tells whether ImageNet weights were used
+)->Learner: # `learn.pretrained` tells what it starts from
     "A learner of the network and recipe that the settings name"
     frame,n_out = dls.frame, len(dls.frame.codes)
     given = {f.name: kwargs.pop(f.name) for f in fields(Settings)

@@ -23,7 +23,7 @@ RECIPES = dict(
         epochs=16)) # half of them frozen, half unfrozen
 BY_NAME = dict(bs=4, lr=3e-3, views=840) # of networks without a ResNet encoder
 CHOICES = dict(recipe=tuple(RECIPES), mode=('slice','patch','volume'),
-    schedule=('one-cycle','cosine'),
+    schedule=('one-cycle','cosine'), start=('ready','imagenet'),
     sampling=('uniform','foreground','label'), pick=('last','best'))
 
 # %% ../nbs/library/10_settings.ipynb #c
@@ -36,7 +36,8 @@ class Settings:
     arch:str='resnet18' # such as resnet34, efficientnet_b0, attention_unet; 3-D: unet3d, unetr, segresnet
     epochs:int=None # epochs of a training; left out: as many as suit the images
     size:int=256 # side of the images in pixels
-    pretrained:bool=True # random instead of ImageNet weights
+    pretrained:bool=True # random weights instead of learned ones
+    start:str='ready' # learned weights: of the ready model, for light resnet18 networks of one channel, or imagenet
     bs:int=None # batch size; left out: the recipe's
     loss:str=None # such as dice_ce, weighted_ce, dice+0.5*focal; left out: the recipe's
     steps:str='' # preprocessing such as n4,nyul or clahe, in this order

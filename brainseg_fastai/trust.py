@@ -237,12 +237,17 @@ def calibrate(
     return res | dict(half_width=float(e.error[reached.idxmax()]),
         quality=[t.quality.min(),t.quality.max()])
 
-def predicted_dice(calibration, quality)->dict:
-    "The Dice to be expected and its interval, or 'uncalibrated' and no number"
+def predicted_dice(
+    calibration, # From `calibrate`
+    quality,     # `agreement` of two predictions
+    flags=()     # Reasons not to trust them
+)->dict: # dice, low, high, level, calibrated, text
+    "The Dice to be expected and its interval; 'uncalibrated' or 'cannot tell' and no number"
     c = calibration or {}
-    if not c.get('calibrated') or missing(quality):
+    able = c.get('calibrated') and not missing(quality)
+    if not able or flags:
         return dict(dict.fromkeys(('dice','low','high','level')), calibrated=False,
-            text='uncalibrated')
+            text='cannot tell' if able else 'uncalibrated')
     d,h = float(on_line(c, quality)),c['half_width']
     low,high = max(0., d-h),min(1., d+h)
     return dict(dice=d, low=low, high=high, level=c['level'], calibrated=True,

@@ -41,7 +41,7 @@ def one_thread():
 def test_shape(arch, dims, size, options, n_in):
     net = build_network(arch, n_in, 3, size, dims, **options).eval()
     with torch.inference_mode(): out = net(torch.randn(2, n_in, *[size]*dims))
-    assert type(out) is torch.Tensor and out.shape==(2, 3, *[size]*dims) and net.pretrained is False
+    assert type(out) is torch.Tensor and out.shape==(2, 3, *[size]*dims) and net.pretrained==''
 
 @pytest.mark.parametrize('arch,dims,size', [('unet',2,(32,64)), ('attention_unet',2,(64,32)), ('segresnet',2,(16,32)), ('efficientnet_b0',2,(64,94)),
                                             ('unet3d',3,(32,32,64)), ('unetr',3,(32,16,48)), ('segresnet',3,(16,16,24))])
@@ -122,7 +122,7 @@ def hub(tmp_path, monkeypatch):
 
 def test_without_weights_training_starts_from_random_ones_and_says_so(hub):
     with pytest.warns(UserWarning, match='efficientnet-b0-.*random weights'): net = build_network('efficientnet_b0', 1, 2, 64, pretrained=True)
-    assert net.pretrained is False
+    assert net.pretrained==''
 
 @pytest.mark.parametrize('n_in', [1,4])
 def test_weights_are_used_for_any_number_of_channels(hub, n_in):
@@ -131,7 +131,7 @@ def test_weights_are_used_for_any_number_of_channels(hub, n_in):
     file = {re.sub(r'(.+)\.\d+(\.\d+\..+)', r'\1\2', k): v for k,v in rgb.encoder.state_dict().items()} # as the published files are keyed
     torch.save(file, hub/url_map['efficientnet-b0'].rsplit('/', 1)[-1])
     net = build_network('efficientnet_b0', n_in, 2, 64, pretrained=True)
-    assert net.pretrained is True
+    assert net.pretrained=='ImageNet'
     grey = torch.randn(1,1,64,64)
     a,b = (o.encoder.eval()(grey.expand(-1, n, -1, -1))[-1] for o,n in ((net, n_in), (rgb, 3)))
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
@@ -139,22 +139,35 @@ def test_weights_are_used_for_any_number_of_channels(hub, n_in):
 def test_other_networks_have_no_weights_and_do_not_mind(hub):
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
-        assert build_network('unet', 1, 2, 32, depth=2, width=4, pretrained=True).pretrained is False
+        assert build_network('unet', 1, 2, 32, depth=2, width=4, pretrained=True).pretrained==''
 
 @pytest.mark.parametrize('recipe', ['light','published'])
 def test_an_encoder_with_imagenet_weights(hub, recipe):
     settings = Settings(size=64, recipe=recipe)
     with pytest.warns(UserWarning, match=f'{hub}.resnet18-.*random weights') as told: net = build_model(settings, 3, 2)
-    assert net.pretrained is False and len(told)==1
+    assert net.pretrained=='' and len(told)==1
     weights = resnet18(weights=None).state_dict()
     torch.save(weights, hub/ResNet18_Weights.DEFAULT.url.rsplit('/', 1)[-1])
     net = build_model(settings, 3, 2)
     inside = [k for k in weights if k.startswith(('layer1','layer2')) and k.endswith('conv2.weight')]
-    assert net.pretrained is True and inside
+    assert net.pretrained=='ImageNet' and inside
     assert all(any(p.shape==weights[k].shape and torch.equal(p, weights[k]) for p in net.parameters()) for k in inside)
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
-        assert build_model(Settings(size=64, recipe=recipe, pretrained=False), 3, 2).pretrained is False
+        assert build_model(Settings(size=64, recipe=recipe, pretrained=False), 3, 2).pretrained==''
+
+def test_a_light_network_starts_from_the_model_that_ships(hub):
+    "All of it for two classes; for others all but the last layer. Nothing is fetched"
+    from brainseg_fastai.runs import load_bundle
+    have = load_bundle('ventricles', 'cpu').net.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        nets = {n: build_model(Settings(), 1, n) for n in (2,4)}
+    for n,net in nets.items():
+        other = [k for k,v in net.state_dict().items() if v.shape!=have[k].shape or not torch.equal(v, have[k])]
+        assert net.pretrained=='ready' and (not other if n==2 else other and all(k.startswith('head.1') for k in other)), other
+    assert build_model(Settings(pretrained=False), 1, 2).pretrained==''
+    with pytest.warns(UserWarning, match='random weights'): assert build_model(Settings(start='imagenet'), 1, 2).pretrained==''
 
 # ---------------------------------------------------------------- from settings
 
@@ -181,7 +194,7 @@ def test_a_network_by_name_from_settings(text, shape):
     from brainseg_fastai.settings import parse_settings
     net = build_model(parse_settings(text), 2, 3, shape).eval()
     with torch.inference_mode(): assert net(torch.zeros(1,2,*shape)).shape==(1,3,*shape)
-    assert isinstance(net, InBf16) and net.pretrained is False
+    assert isinstance(net, InBf16) and net.pretrained==''
 
 def test_settings_that_no_network_fits():
     with pytest.raises(DataError, match='published recipe has a ResNet encoder'): Settings(arch='unet', recipe='published')

@@ -34,8 +34,8 @@ def clone(tmp_path_factory):
 
 def cells(path): return [c for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['source']]
 
-def test_there_are_eight_stories_and_their_rooms():
-    assert [o.stem[:2] for o in STORIES]==[f'{i}_' for i in range(1, 9)]
+def test_there_are_nine_stories_and_their_rooms():
+    assert [o.stem[:2] for o in STORIES]==[f'{i}_' for i in range(1, 10)]
     assert {'00_core','02_cases','26_commands'} <= {o.stem for o in ROOMS} and len(ROOMS)>=25
     assert {*STORIES, *ROOMS}=={*(ROOT/'nbs').rglob('*.ipynb')}
 

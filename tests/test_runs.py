@@ -79,7 +79,7 @@ def test_run(whole, cases):
     assert list(whole.curve.columns)==['epoch','seconds','train_loss','valid_loss','valid_dice']
     assert list(whole.curve.epoch)==[0,1,2]
     assert whole.curve.seconds.is_monotonic_increasing and whole.curve.notna().all(axis=None)
-    assert whole.config['imagenet'] is False and whole.config['versions']['threads']==1 and whole.settings.epochs==3
+    assert whole.config['start']=='random' and whole.config['versions']['threads']==1 and whole.settings.epochs==3
     assert not leftovers(folder) and not (folder/'checkpoint.pt').exists()
     again = score_cases(whole.model(), cases[cases.split=='test'])
     assert list(again.dice)==list(s.dice) and list(again.hd95)==list(s.hd95)
@@ -255,10 +255,10 @@ def hub(tmp_path, monkeypatch):
 def test_no_imagenet_weights(cases, tmp_path, hub):
     with warnings.catch_warnings(record=True) as ws:
         warnings.simplefilter('always')
-        r = tiny(cases, tmp_path/'run', pretrained=True)
+        r = tiny(cases, tmp_path/'run', pretrained=True, start='imagenet')
     told = [str(w.message) for w in ws if 'ImageNet' in str(w.message)]
     assert len(told)==1 and 'resnet18' in told[0] and 'random' in told[0] and str(hub) in told[0]
-    assert r.config['imagenet'] is False and r.settings.pretrained is True
+    assert r.config['start']=='random' and r.settings.pretrained is True
 
 def test_no_warning_where_none_are_wanted(cases, hub):
     with warnings.catch_warnings():
@@ -270,10 +270,10 @@ def test_cached_imagenet_weights(cases, hub, recipe):
     set_seed(99)
     weights = resnet18(weights=None).state_dict()
     torch.save(weights, hub/ResNet18_Weights.DEFAULT.url.rsplit('/', 1)[-1])
-    learn = learner(cases, recipe=recipe, pretrained=True)
+    learn = learner(cases, recipe=recipe, pretrained=True, start='imagenet')
     have = [p for p in learn.model.parameters()]
     inside = [k for k,w in weights.items() if k.startswith(('layer1','layer2')) and k.endswith('conv2.weight')]
-    assert learn.pretrained and inside and all(any(p.shape==weights[k].shape and torch.equal(p, weights[k]) for p in have) for k in inside)
+    assert learn.pretrained=='ImageNet' and inside and all(any(p.shape==weights[k].shape and torch.equal(p, weights[k]) for p in have) for k in inside)
 
 @pytest.mark.parametrize('device', ['cpu','cuda'])
 def test_batches_are_pinned_for_a_gpu(device, cases, monkeypatch):

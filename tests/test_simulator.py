@@ -6,7 +6,7 @@ from scipy import ndimage as ndi
 from brainseg_fastai.core import DataError
 from brainseg_fastai.simulator import BOX, HeadRanges, Lattice, draw, draw_planes, rotation, simulated_head, simulated_slices, smooth
 
-plain = HeadRanges(regions_sd=0., turn_sd=(0.,0.,0.), scale_sd=0., bend=(0.,0.), crumple=(0.,0.), t1_share=1., choroid_share=0.,
+plain = HeadRanges(regions_sd=0., regions_mm=0., upside_down=0., turn_sd=(0.,0.,0.), scale_sd=0., bend=(0.,0.), crumple=(0.,0.), t1_share=1., choroid_share=0.,
     cap_share=0., lesion_share=0., septum_share=0., noise_within=(0.,0.), bias_sd=(0.,0.), gamma_sd=0., noise=(0.,0.), blur=(.25,.3),
     coarse=(1.,1.), slab=(1.,1.), spacing=(1.,1.), whole_share=0., exact_share=1., cut_share=0.)
 
