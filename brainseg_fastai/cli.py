@@ -170,8 +170,9 @@ def predict(a):
         file=sys.stderr)
     return int(bool(failed))
 
+# %% ../nbs/library/26_commands.ipynb #pretrcmd
 def pretrain(a):
-    "Make the model of ventricles that ships with the package: from simulated heads, the same for a seed. Goes on where it stopped"
+    "Make the model of ventricles that ships, from simulated heads: the same for a seed; goes on where it stopped"
     from brainseg_fastai.ready import pretrain
     out = pretrain(a.out, a.batches, a.seed, progress=watched())
     print(f'{out}: brainseg predict {shlex.quote(str(out))} SCANS --out DIR')

@@ -115,6 +115,7 @@ def otsu(a)->int:
     between = (s[-1]*w/w[-1]-s)**2/(w*(w[-1]-w)).clip(1)
     return int(between.argmax())
 
+# %% ../nbs/library/01_images.ipynb #imgparts
 def largest_part(m):
     from scipy import ndimage as ndi
     parts,n = ndi.label(m)

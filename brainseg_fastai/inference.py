@@ -199,12 +199,15 @@ def predict_volume(model, a, spacing, flips):
 # %% ../nbs/library/15_inference.ipynb #c016a
 PLANES = (2,1,0), (1,2,0), (0,2,1) # axes of a volume (X,Y,Z) in axial, coronal and sagittal pictures, top down
 
-def plane_scores(model, v, order):
-    "Scores (K,X,Y,Z) of a volume (X,Y,Z) by its pictures of one orientation"
+AIR = 9. # score of the background where nothing is asked
+
+def plane_scores(model, v, order, near=None):
+    "Scores (K,X,Y,Z) of a volume (X,Y,Z) by its pictures of one orientation; of those that hold something `near`"
     pics = v.permute(order).flip(1)
     res = pics.new_zeros(len(pics), len(model.codes), *pics.shape[1:])
-    res[:,0] = 9. # air
-    for ks in (pics>0).flatten(1).any(1).nonzero()[:,0].split(8):
+    res[:,0] = AIR
+    here = v>0 if near is None else near
+    for ks in here.permute(order).flatten(1).any(1).nonzero()[:,0].split(8):
         res[ks] = model.scores(ImageZScore().encodes(TensorScan(pics[ks,None]))).cpu()
     return res.flip(2).movedim(1, 0).permute(0, *(1+order.index(i) for i in range(3)))
 
@@ -215,7 +218,18 @@ def content_box(a, margin=8):
     ends = [np.flatnonzero(m.any(tuple({0,1,2}-{i})))[[0,-1]] for i in range(3)]
     return tuple(slice(max(0, lo-margin), hi+margin+1) for lo,hi in ends)
 
+UNLIKELY = -3. # difference of scores below which the other views are not asked
 NEAR = 8 # voxels around a mask within which the views must agree
+
+def around(m): return ndi.maximum_filter(m, 2*NEAR+1)
+
+def best_class(scores):
+    "Class with the highest score, quicker than argmax of a large volume"
+    best,res = scores[0], np.zeros(scores.shape[1:], np.uint8)
+    for i,o in enumerate(scores[1:], 1):
+        res[(o>best).numpy()] = i
+        best = torch.maximum(best, o)
+    return res
 
 def predict_axes(model, a, spacing):
     x = at_spacing(model.frame, a, spacing)
@@ -223,15 +237,18 @@ def predict_axes(model, a, spacing):
     v = torch.from_numpy(x[box].astype(np.float32))
     inner,size = v.shape, [-(-max(n, 96)//32)*32 for n in v.shape]
     v = widened(v[None], size, 0)[0]
-    each = [plane_scores(model, v, o)[:, *middle(size, inner)] for o in PLANES]
+    axial = plane_scores(model, v, PLANES[0])
+    maybe = around((axial[1:].amax(0)-axial[0]>UNLIKELY).numpy())
+    near = torch.from_numpy(maybe) if maybe.any() else None
+    each = [axial, *(plane_scores(model, v, o, near) for o in PLANES[1:])]
     def classes(scores):
-        full = scores.new_zeros(len(scores), *x.shape)
-        full[0] = 9.
-        full[:, *box] = scores
-        return resized(full[None], a.shape)[0].argmax(0).byte().numpy()
+        full = scores.new_full((len(scores), *x.shape), 0.)
+        full[0] = AIR
+        full[:, *box] = scores[:, *middle(size, inner)]
+        return best_class(resized(full[None], a.shape)[0])
     mask = classes(sum(each)/3)
     mask *= large_parts(mask>0)
-    near = ndi.distance_transform_edt(mask==0)<=NEAR if mask.any() else True
+    near = around(mask>0)
     return Masks(mask, classes(each[0])*near, classes((each[1]+each[2])/2)*near)
 
 # %% ../nbs/library/15_inference.ipynb #c017x

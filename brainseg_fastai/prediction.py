@@ -64,18 +64,21 @@ class Part(NamedTuple):
     flags:tuple=()
     other:np.ndarray=None # Ventricles by the ready model
 
+# %% ../nbs/library/23_prediction.ipynb #c011y
 @lru_cache(maxsize=1)
 def ready_model(): return load_bundle('ventricles', 'cpu')
 
 def second_opinion(model, scan):
     "Ventricles by the ready model, for a model of them in axial slices; None for others, and where it cannot tell"
     c,ready = model.config, ready_model
-    if not model.frame.sliced or [o['name'] for o in c['labels']]!=['ventricles'] or len(c['channels'])>1: return None
+    ventricles = [o['name'] for o in c['labels']]==['ventricles'] and len(c['channels'])==1
+    if not ventricles or not model.frame.sliced: return None
     if not scan.is_volume: return predict(ready(), scan.pictures(), scan.pixel, False).mask[0]>0
     m,one,other = predict(ready(), scan.grey, scan.spacing, volume=True)
-    sure = m.any() and agreement(one, other)>=ready().config['calibration']['quality'][0]
-    return m>0 if sure else None
+    least = ready().config['calibration']['quality'][0]
+    return m>0 if top_above(m, scan.spacing)>=ABOVE/scan.spacing[2] and agreement(one, other)>=least else None
 
+# %% ../nbs/library/23_prediction.ipynb #c011z
 def slab_of(c, slab):
     "mm below the top of the brain where a model may be used; None: everywhere"
     if slab is None: return (c['slab'] or {}).get('below_top_mm')
@@ -208,6 +211,7 @@ def doubts(model, scan, mask, part, quality):
         if alike<OTHER: res.append(say('prediction.other', alike=alike))
     return res
 
+# %% ../nbs/library/23_prediction.ipynb #c017y
 def assess(model, scan, masks, part):
     c,notes,ks = model.config, [*scan.notes, *part.notes], part.slices
     (mask,plain,mirrored),quality,volume = masks, np.nan, scan.is_volume

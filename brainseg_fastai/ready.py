@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BATCHES', 'FEW', 'LR', 'WARM', 'FIRST', 'GOOD', 'SURE', 'SimulatedBatches', 'jittered', 'bytes_of', 'rate',
-           'train_ready', 'scores_of_heads', 'scores_of_slices', 'calibrated', 'least_quality', 'ready_config',
-           'pretrain']
+           'Training', 'train_ready', 'scores_of_heads', 'scores_of_slices', 'calibrated', 'least_quality',
+           'ready_config', 'pretrain']
 
 # %% ../nbs/library/28_ready.ipynb #rdy04
 import hashlib, math
@@ -54,39 +54,50 @@ def rate(done):
     "Of learning, after this share of the training: up, then down along a cosine"
     return LR*(done/WARM if done<WARM else (1+math.cos(math.pi*(done-WARM)/(1-WARM)))/2)
 
+class Training:
+    "Network, optimiser and how far they are, as a file keeps them"
+    def __init__(self, file, seed):
+        self.file,self.batches,self.first = file, 0, None
+        torch.manual_seed(seed)
+        self.net = build_model(Settings(pretrained=False), 1, 2).to(memory_format=torch.channels_last).train()
+        self.opt = torch.optim.AdamW(self.net.parameters(), LR, betas=(.9,.99), eps=1e-5, weight_decay=1e-2, fused=True)
+        self.loss = DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
+        if not file.exists(): return
+        was = torch.load(file, weights_only=True)
+        self.net.load_state_dict(was['net'])
+        self.opt.load_state_dict(was['opt'])
+        self.batches,self.first = was['batches'], was['first']
+
+    def step(self, x, y, i, done):
+        for o in self.opt.param_groups: o['lr'] = rate(done)
+        self.opt.zero_grad()
+        self.loss(self.net(jittered(x, i)).float(), y).backward()
+        self.opt.step()
+        self.batches = i+1
+        if self.batches==FEW: self.first = bytes_of(self.net)
+
+    def save(self):
+        d = dict(batches=self.batches, first=self.first, net=self.net.state_dict(), opt=self.opt.state_dict())
+        with written(self.file) as tmp: torch.save(d, tmp)
+
+# %% ../nbs/library/28_ready.ipynb #rdy7b
 def train_ready(
-    folder,           # For the checkpoint
-    batches=BATCHES,  # In all
+    folder,          # For the checkpoint
+    batches=BATCHES, # In all
     seed=1,
-    stop=None,        # Batch to stop before; None: the end
+    stop=None,       # Batch to stop before; None: the end
     progress=True
 )->torch.nn.Module:
     "A light U-Net that has seen simulated slices only; goes on where it was interrupted"
-    file = Path(folder)/'checkpoint.pt'
     torch.set_num_threads(1)
-    torch.manual_seed(seed)
-    net = build_model(Settings(pretrained=False), 1, 2).to(memory_format=torch.channels_last).train()
-    opt = torch.optim.AdamW(net.parameters(), LR, betas=(.9,.99), eps=1e-5, weight_decay=1e-2, fused=True)
-    loss,start,first = DiceCELoss(to_onehot_y=True, softmax=True, batch=True), 0, None
-    def save(n):
-        d = dict(batches=n, net=net.state_dict(), opt=opt.state_dict(), first=first)
-        with written(file) as tmp: torch.save(d, tmp)
-    if file.exists():
-        was = torch.load(file, weights_only=True)
-        net.load_state_dict(was['net'])
-        opt.load_state_dict(was['opt'])
-        start,first = was['batches'], was['first']
+    t = Training(Path(folder)/'checkpoint.pt', seed)
     load_head() # before there is another process
-    numbers = range(start, stop or batches)
+    numbers = range(t.batches, stop or batches)
     loader = DataLoader(SimulatedBatches(seed, numbers), batch_size=None, num_workers=1, prefetch_factor=8)
     for i,(x,y) in bar(zip(numbers, loader), len(numbers), progress):
-        for o in opt.param_groups: o['lr'] = rate((i+1)/batches)
-        opt.zero_grad()
-        loss(net(jittered(x, i)).float(), y).backward()
-        opt.step()
-        if i+1==FEW: first = bytes_of(net)
-        if i%100==99 or i==numbers[-1]: save(i+1)
-    return net
+        t.step(x, y, i, (i+1)/batches)
+        if t.batches%100==0 or i==numbers[-1]: t.save()
+    return t.net
 
 # %% ../nbs/library/28_ready.ipynb #rdy11
 FIRST = 10**9 # seed of the heads that are held out; no batch of a training has it

@@ -136,6 +136,7 @@ def read_config(path):
         need(isinstance(told, dict) and told.get(k)==own.get(k), 'runs.changed', path, k=k)
     return c
 
+# %% ../nbs/library/20_runs.ipynb #poolbun
 def pool_bundle(run, path, scores, **more):
     "Bundle of one run with the scores of all, and `more` of its config set anew"
     path = Path(path)

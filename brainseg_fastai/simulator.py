@@ -87,8 +87,8 @@ def smooth(values, mm, points): return Lattice(values, BOX[0]-mm, mm, True)(poin
 LOWER = [(34,-44,2), (37,-37,-5), (39,-28,-12), (38,-19,-18), (35,-11,-21), (30,-8.5,-18), (26,-10,-14)] # right horn
 HIND = [(30,-57,6), (28,-63,5), (25,-69,4.5), (21,-76,4.5), (19,-80,4)] # right horn
 HORN_MM = 1.2 # their radius
-THIRD = [(-1,7), (-10,11), (-18,10), (-25,6), (-28,3), (-27,-1), (-20,-3), (-13,-6), (-8,-11), (-3,-14), (0,-14), (1,-8),
-    (2,-3), (-1,1)] # outline of the third ventricle in the middle plane, front and top
+THIRD = [(-1,7), (-10,11), (-18,10), (-25,6), (-28,3), (-27,-1), (-20,-3), (-13,-6), (-8,-11), (-3,-14), (0,-14),
+    (1,-8), (2,-3), (-1,1)] # outline of the third ventricle in the middle plane, front and top
 THIRD_MM = 1.2 # from its middle to its wall
 
 def distance(inside, mm=1.):
