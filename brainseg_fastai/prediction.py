@@ -82,6 +82,7 @@ def second_opinion(model, scan):
 def slab_of(c, slab):
     "mm below the top of the brain where a model may be used; None: everywhere"
     if slab is None: return (c['slab'] or {}).get('below_top_mm')
+    need(not c.get('axes'), 'prediction.whole', slab=slab)
     lo,hi = map(float, slab)
     need(0<=lo<=hi, 'prediction.slab', lo=lo, hi=hi)
     return [lo,hi]
@@ -187,6 +188,7 @@ def looks(model, scan, mask, ks):
     if model.frame.axes and mask.any(): k = int((mask>0).reshape(-1, len(ks)).sum(0).argmax())
     return scan_features(scan.pictures([k])[0], scan.pixel, 2)
 
+POOR = .75 # expected Dice below which a mask is doubted
 OTHER = .7 # agreement with the ready model below which a mask is doubted
 USUAL_ML = 3, 250 # of ventricles, from small healthy ones to hydrocephalus
 
@@ -220,6 +222,7 @@ def assess(model, scan, masks, part):
     flags = [*part.flags, *find_flags(looks(model, scan, mask, ks), c['reference']),
         *doubts(model, scan, mask, part, quality)]
     dice = predicted_dice(calibration_of(model, scan), quality, flags)
+    if dice['calibrated'] and dice['dice']<POOR: flags.append(say('prediction.poor', dice=dice['dice']))
     if not scan.spacing: notes.append(say('prediction.pixels'))
     if volume and not c['whole']: notes.append(say('prediction.no_ml'))
     whole = volume and part.whole and c['whole']

@@ -109,7 +109,7 @@ def scores_of_heads(model, n, progress=True)->pd.DataFrame:
         a,truth = simulated_head(FIRST+i, 192)
         m,one,other = predict(model, a, (1.,)*3, volume=True)
         res.append(dict(subject=f'simulated{i:03d}', scan='', slice='', unit='mm',
-            dice=agreement(m, truth.astype(np.uint8)), quality=agreement(one, other)))
+            dice=agreement(m, truth.astype(np.uint8)), quality=agreement(one, other) if m.any() else np.nan))
     return pd.DataFrame(res)
 
 def scores_of_slices(model, n)->pd.DataFrame:
@@ -122,21 +122,26 @@ def scores_of_slices(model, n)->pd.DataFrame:
                 quality=agreement(m.plain, m.mirrored)))
     return pd.DataFrame(res)
 
-def calibrated(scores): return calibrate(scores) | dict(quality=[least_quality(scores), 1.])
+def calibrated(scores):
+    "What a quality says of the Dice, from the least quality on that says anything"
+    found = scores.dropna(subset='quality')
+    least = least_quality(found)
+    return calibrate(found[found['quality']>=least]) | dict(quality=[least, 1.])
 
 GOOD,SURE = .7, .9 # a Dice, and the share of masks that reach it among those that get a number
 
 def least_quality(scores):
-    "Agreement from which on masks are good"
+    "The lowest of a good mask from which on masks are good"
     t = scores.sort_values('quality', ascending=False)
-    good = (t['dice']>=GOOD).cumsum()/np.arange(1, len(t)+1)
-    return float(t['quality'][good>=SURE].min()) if (good>=SURE).any() else 1.
+    good = t['dice']>=GOOD
+    ok = good & (good.cumsum()/np.arange(1, len(t)+1)>=SURE)
+    return float(t['quality'][ok].min()) if ok.any() else 1.
 
 # %% ../nbs/library/28_ready.ipynb #rdy13
 def ready_config(model, scores, batches, seed):
     some = [a for i in range(100) for a in simulated_slices(FIRST+i, 2, axes=(1.,0.,0.))[0] if a.std()>9]
     n = dict(train=8*batches, test=len(scores))
-    more = scored(scores) | dict(calibration=calibrated(scores), pictures=calibrated(scores_of_slices(model, 25)))
+    more = scored(scores.drop(columns='quality')) | dict(calibration=calibrated(scores), pictures=calibrated(scores_of_slices(model, 25)))
     return dict(**FORMAT, **more, axes=True,
         settings=asdict(Settings(pretrained=False, seed=seed, bs=8, epochs=1, loss='dice_ce')),
         data=dict(name='simulated from the MNI152 template', simulated=True, fingerprint='none', split='none',

@@ -1,5 +1,5 @@
 "The model that ships: made again bit for bit, the same whatever the file looks like, and honest where it cannot tell"
-import json
+import json, shutil
 from functools import cache
 from pathlib import Path
 
@@ -36,6 +36,7 @@ def test_it_finds_the_ventricles_of_a_head_with_and_without_skull(tmp_path):
         assert p.rows[0]['volume_ml']==pytest.approx(truth.sum()/1000, rel=.12)
         assert not p.flags and p.predicted['low']<=agreement(p.mask, truth.astype(np.uint8))<=p.predicted['high']
 
+@pytest.mark.slow
 def test_file_and_grid_do_not_matter(tmp_path):
     from nibabel.processing import resample_to_output
     a,_ = head()
@@ -48,6 +49,34 @@ def test_file_and_grid_do_not_matter(tmp_path):
     for k,o in others.items():
         nib.save(o, tmp_path/f'{k}.nii.gz')
         assert predict_scan(ready(), tmp_path/f'{k}.nii.gz').rows[0]['volume_ml']==pytest.approx(ml, rel=.06), k
+
+def slab_bundle(tmp_path):
+    "A bundle of slices 4 to 19 mm below the top of the ventricles, whose network is the ready one"
+    from brainseg_fastai.runs import write_config
+    shutil.copytree(bundle_folder('ventricles'), tmp_path/'slab')
+    c = json.loads((tmp_path/'slab'/'config.json').read_text())
+    c |= dict(axes=False, whole=False, slab=dict(below_top_mm=[55.,70.]), pictures=None)
+    write_config(tmp_path/'slab', c)
+    return load_bundle(tmp_path/'slab', 'cpu')
+
+def test_a_slab_is_found_in_a_head_that_is_cut_off(tmp_path):
+    "By the ventricles, not by counting from a top that is not there"
+    a,_ = head(1.)
+    model = slab_bundle(tmp_path)
+    whole = predict_scan(model, saved(tmp_path, a))
+    assert any('top of the ventricles' in o for o in whole.notes)
+    for mm in (15,30):
+        p = predict_scan(model, saved(tmp_path, a[:,:,:-mm], name=f'{mm}.nii.gz'))
+        assert agreement(p.mask, whole.mask[:,:,:-mm])>.9 and not any('cut' in o or 'ends within' in o for o in p.flags)
+
+def test_a_mask_elsewhere_is_doubted(tmp_path):
+    "A model that is wrong in a head that the ready one knows"
+    a,_ = head(1.)
+    model = slab_bundle(tmp_path)
+    wrong = type('Wrong', (torch.nn.Module,), dict(forward=lambda self, x: torch.stack([x[:,0]-1, 1-x[:,0]], 1)))()
+    model.net = wrong # what is dark
+    p = predict_scan(model, saved(tmp_path, a))
+    assert any('elsewhere' in o for o in p.flags) and p.predicted['text']=='cannot tell'
 
 def test_a_picture_may_be_upside_down(tmp_path):
     from PIL import Image
@@ -64,6 +93,9 @@ def test_noise_is_no_head(tmp_path):
     a = np.random.default_rng(0).integers(0, 255, (96,96,96), dtype=np.uint8)
     p = predict_scan(ready(), saved(tmp_path, a))
     assert p.flags and p.predicted['dice'] is None
+
+def test_it_has_no_slab(tmp_path):
+    with pytest.raises(DataError, match='whole volume'): predict_scan(ready(), saved(tmp_path, head()[0]), slab=(50,60))
 
 def test_from_a_terminal_by_its_name(tmp_path, capsys):
     file = saved(tmp_path, head()[0])
