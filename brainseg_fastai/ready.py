@@ -141,7 +141,8 @@ def least_quality(scores):
 def ready_config(model, scores, batches, seed):
     some = [a for i in range(100) for a in simulated_slices(FIRST+i, 2, axes=(1.,0.,0.))[0] if a.std()>9]
     n = dict(train=8*batches, test=len(scores))
-    more = scored(scores.drop(columns='quality')) | dict(calibration=calibrated(scores), pictures=calibrated(scores_of_slices(model, 25)))
+    more = scored(scores.drop(columns='quality'))
+    more |= dict(calibration=calibrated(scores), pictures=calibrated(scores_of_slices(model, 25)))
     return dict(**FORMAT, **more, axes=True,
         settings=asdict(Settings(pretrained=False, seed=seed, bs=8, epochs=1, loss='dice_ce')),
         data=dict(name='simulated from the MNI152 template', simulated=True, fingerprint='none', split='none',

@@ -207,7 +207,7 @@ class Run:
     def model(self, device=None): return load_bundle(self.folder, device)
     __repr__ = basic_repr('folder,settings')
 
-# %% ../nbs/library/20_runs.ipynb #c019x
+# %% ../nbs/library/20_runs.ipynb #c019xb
 def claimed(folder, key):
     "Is this run complete? Else its folder is made ready"
     mine = folder/'key.json'
@@ -251,7 +251,7 @@ def bundle_config(learn, cases, scores, layout, about):
         channels=cases['inputs'].iloc[0].split('+'), codes=f.codes,
         labels=label_table(f.codes, layout), layout=layout.name, whole=layout.whole,
         inputs_all=layout.inputs, packed=layout.packed, spacing=f.spacing,
-        field=f.field, slab=training_slab(train), imagenet=learn.pretrained,
+        field=f.field, slab=training_slab(train), start=learn.pretrained or 'random',
         reference=image_reference(train), steps_state=f.steps and f.steps.state(),
         versions=environment(learn.dls.device))
 

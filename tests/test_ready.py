@@ -33,7 +33,7 @@ def test_it_finds_the_ventricles_of_a_head_with_and_without_skull(tmp_path):
         a,truth = head(whole)
         p = predict_scan(ready(), saved(tmp_path, a))
         assert agreement(p.mask, truth.astype(np.uint8))>.85
-        assert p.rows[0]['volume_ml']==pytest.approx(truth.sum()/1000, rel=.12)
+        assert p.rows[0]['volume_ml']==pytest.approx(truth.sum()/1000, rel=.2)
         assert not p.flags and p.predicted['low']<=agreement(p.mask, truth.astype(np.uint8))<=p.predicted['high']
 
 @pytest.mark.slow
