@@ -202,7 +202,8 @@ def doubts(model, scan, mask, part, quality):
     res = []
     if not mask.any(): return [say('prediction.nothing')]
     least = calibration_of(model, scan).get('quality', [0])[0]
-    if quality<least: res.append(say('prediction.disagree', quality=quality, least=least))
+    if quality<least and (part.other is None or not scan.is_volume): # of volumes, the other model decides
+        res.append(say('prediction.disagree', quality=quality, least=least))
     if model.frame.axes and scan.is_volume:
         ml = (mask>0).sum()*np.prod(scan.spacing)/1000
         if not USUAL_ML[0]<=ml<=USUAL_ML[1]:
@@ -221,7 +222,8 @@ def assess(model, scan, masks, part):
     if volume and model.frame.sliced: mask = scan.volume(mask, ks)
     flags = [*part.flags, *find_flags(looks(model, scan, mask, ks), c['reference']),
         *doubts(model, scan, mask, part, quality)]
-    dice = predicted_dice(calibration_of(model, scan), quality, flags)
+    known = calibration_of(model, scan)
+    dice = predicted_dice(known, quality, flags or quality<known.get('quality', [0])[0])
     if dice['calibrated'] and dice['dice']<POOR: flags.append(say('prediction.poor', dice=dice['dice']))
     if not scan.spacing: notes.append(say('prediction.pixels'))
     if volume and not c['whole']: notes.append(say('prediction.no_ml'))

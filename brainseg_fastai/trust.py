@@ -240,7 +240,7 @@ def calibrate(
 def predicted_dice(
     calibration, # From `calibrate`
     quality,     # `agreement` of two predictions
-    flags=()     # Reasons not to trust them
+    flags=()     # Reasons not to trust them, or whether there are any
 )->dict: # dice, low, high, level, calibrated, text
     "The Dice to be expected and its interval; 'uncalibrated' or 'cannot tell' and no number"
     c = calibration or {}
