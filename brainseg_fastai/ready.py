@@ -64,14 +64,15 @@ def rate(done):
 # %% ../nbs/library/28_ready.ipynb #rdy07c
 class Training:
     "Network, optimiser and how far they are, as a file keeps them"
-    def __init__(self, file, seed):
-        self.file,self.batches,self.first = file, 0, None
+    def __init__(self, file, seed, total):
+        self.file,self.batches,self.first,self.asked = file, 0, None, [seed, total]
         torch.manual_seed(seed)
         self.net = build_model(Settings(pretrained=False), 1, 2).to(memory_format=torch.channels_last).train()
         self.opt = torch.optim.AdamW(self.net.parameters(), LR, betas=(.9,.99), eps=1e-5, weight_decay=1e-2, fused=True)
         self.loss = DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
         if not file.exists(): return
         was = torch.load(file, weights_only=True)
+        need(was['asked']==self.asked, 'ready.other', file, was=was['asked'], now=self.asked)
         self.net.load_state_dict(was['net'])
         self.opt.load_state_dict(was['opt'])
         self.batches,self.first = was['batches'], was['first']
@@ -85,7 +86,8 @@ class Training:
         if self.batches==FEW: self.first = bytes_of(self.net)
 
     def save(self):
-        d = dict(batches=self.batches, first=self.first, net=self.net.state_dict(), opt=self.opt.state_dict())
+        d = dict(asked=self.asked, batches=self.batches, first=self.first)
+        d |= dict(net=self.net.state_dict(), opt=self.opt.state_dict())
         with written(self.file) as tmp: torch.save(d, tmp)
 
 # %% ../nbs/library/28_ready.ipynb #rdy7b
@@ -98,7 +100,7 @@ def train_ready(
 )->torch.nn.Module:
     "A light U-Net that has seen simulated slices only; goes on where it was interrupted"
     torch.set_num_threads(1)
-    t = Training(Path(folder)/'checkpoint.pt', seed)
+    t = Training(Path(folder)/'checkpoint.pt', seed, batches)
     load_head() # before there is another process
     numbers = range(t.batches, stop or batches)
     loader = DataLoader(SimulatedBatches(seed, numbers), batch_size=None, num_workers=1, prefetch_factor=8)

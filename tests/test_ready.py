@@ -122,6 +122,10 @@ def test_what_is_interrupted_goes_on_as_if_nothing_had_been(tmp_path):
     other = train_ready(tmp_path/'b', 40, stop=4, progress=False)
     assert bytes_of(one)==bytes_of(other)
 
+def test_an_interrupted_training_is_not_continued_as_another(tmp_path):
+    train_ready(tmp_path, 40, seed=1, stop=1, progress=False)
+    with pytest.raises(DataError, match='same --seed'): train_ready(tmp_path, 40, seed=2, stop=2, progress=False)
+
 def test_it_does_not_write_into_a_folder_of_others(tmp_path):
     (tmp_path/'mine.txt').write_text('mine')
     with pytest.raises(DataError, match='other files'): pretrain(tmp_path)
